@@ -1,0 +1,122 @@
+// The Python module: argument conversion only. Private to fused_sam.backends.native, which is private to fused_sam.ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "python/gather.h"
+#include "python/tensor_view.h"
+
+namespace py = pybind11;
+using namespace fused_sam;
+
+namespace {
+
+// Field order of fused_sam.ops.AscentGroup and fused_sam.ops.SGDGroup.
+using AscentTuple = std::tuple<int64_t, double, bool>;
+using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool>;
+
+template <class Tuple>
+std::vector<int64_t> sizes_of(const std::vector<Tuple>& groups) {
+  std::vector<int64_t> sizes;
+  for (const Tuple& group : groups) sizes.push_back(std::get<0>(group));
+  return sizes;
+}
+
+std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
+  std::vector<AscentGroup> converted;
+  for (const auto& [size, rho, adaptive] : groups) converted.push_back({rho, adaptive});
+  return converted;
+}
+
+std::vector<SgdGroup> sgd_groups(const std::vector<SgdTuple>& groups) {
+  std::vector<SgdGroup> converted;
+  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first] : groups) {
+    converted.push_back({lr, momentum, dampening, weight_decay, nesterov, maximize, first});
+  }
+  return converted;
+}
+
+double norm(Batch& batch, const std::vector<AscentTuple>& groups, int threads) {
+  const auto& tensors = batch.gather(sizes_of(groups));
+  const auto converted = ascent_groups(groups);
+  double result = 0.0;
+  py::gil_scoped_release unlocked;
+  cpu::norm(tensors.data(), tensors.size(), converted.data(), &result, threads);
+  return result;
+}
+
+// Python handles a pending signal as soon as a call returns, so what a kernel has done is entered in the journal before
+// it returns: an interrupt can then never come between the two.
+void perturb(Batch& batch, double norm, const std::vector<AscentTuple>& groups, int threads, py::list journal,
+             const py::object& entry) {
+  const auto& tensors = batch.gather(sizes_of(groups));
+  for (const Tensor& t : tensors) {
+    if (t.grad != nullptr && t.backup == nullptr) {
+      throw py::value_error("Invalid backups. A parameter with a gradient must have one.");
+    }
+  }
+  const auto converted = ascent_groups(groups);
+  {
+    py::gil_scoped_release unlocked;
+    cpu::perturb(tensors.data(), tensors.size(), converted.data(), norm, threads);
+  }
+  batch.keep_backups();
+  journal.append(entry);
+}
+
+void restore(Batch& batch, Py_ssize_t size, int threads) {
+  batch.refresh();
+  const auto& tensors = batch.gather({size});
+  py::gil_scoped_release unlocked;
+  cpu::restore(tensors.data(), tensors.size(), threads);
+}
+
+void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_multiplier, int threads,
+                py::list journal) {
+  const auto& tensors = batch.gather(sizes_of(groups));
+  const auto converted = sgd_groups(groups);
+  for (const Tensor& t : tensors) {
+    if (t.grad != nullptr && t.momentum == nullptr && converted[static_cast<size_t>(t.group)].momentum != 0.0) {
+      throw py::value_error("Invalid momentum_buffers. A group with momentum must have one for every gradient.");
+    }
+  }
+  {
+    py::gil_scoped_release unlocked;
+    cpu::sgd_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads);
+  }
+  journal.attr("clear")();
+}
+
+void stream_copy(const py::object& dst, const py::object& src, int threads) {
+  TensorView to, from;
+  if (!read_cpu_tensor(dst.ptr(), &to) || !read_cpu_tensor(src.ptr(), &from) || !is_dense(to) ||
+      !same_layout(to, from) || to.dtype != from.dtype) {
+    throw py::value_error("Invalid dst, src. Must be dense CPU tensors of one floating dtype, shape and layout.");
+  }
+  py::gil_scoped_release unlocked;
+  cpu::stream_copy(to.data, from.data, to.numel * size_of(to.dtype), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of FusedSAM. Private: use fused_sam.ops, which checks its arguments.";
+  m.def("isa", &cpu::isa_name);
+  m.def("get_grads", &get_grads);
+  m.def("clear_grads", &clear_grads);
+  m.def("lookup", &lookup);
+  py::class_<Batch>(m, "Batch")
+      .def(py::init<const py::list&, const py::object&, const py::object&, const py::object&>())
+      .def_property_readonly("odd", &Batch::odd)
+      .def_property_readonly("kept", &Batch::kept)
+      .def("make_backups", &Batch::make_backups)
+      .def("set_backups", &Batch::set_backups)
+      .def("norm", &norm)
+      .def("perturb", &perturb)
+      .def("restore", &restore)
+      .def("sgd_update", &sgd_update);
+  m.def("stream_copy", &stream_copy);
+}

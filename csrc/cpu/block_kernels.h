@@ -1,0 +1,41 @@
+// What each instruction set provides: one function per op that works on one block of one tensor.
+#pragma once
+
+#include "../kernels.h"
+
+namespace fused_sam::cpu {
+
+// e = post * (pre * g), or w * (post * (w * (pre * g))) when adaptive. pre is a power of two that keeps `post` in the
+// range of fp32 where rho / norm itself is not (norms near the smallest or largest number).
+struct AscentScalars {
+  double pre, post;
+  bool adaptive;
+  bool active;  // false: e = 0, only the backup is written
+};
+
+struct SgdScalars {
+  SgdGroup group;
+  double grad_multiplier;
+};
+
+// Elements [begin, begin + count) of a tensor. `stream`: write-only data bypasses the cache.
+struct BlockKernels {
+  double (*sum_of_squares)(const Tensor&, int64_t begin, int64_t count, bool adaptive);
+  void (*perturb)(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);
+  void (*sgd_update)(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);
+  void (*stream_copy)(void* dst, const void* src, int64_t bytes);
+};
+
+#define FUSED_SAM_DECLARE_ISA(isa)                                                                   \
+  namespace isa {                                                                                    \
+  double sum_of_squares(const Tensor&, int64_t begin, int64_t count, bool adaptive);                 \
+  void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);      \
+  void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);      \
+  void stream_copy(void* dst, const void* src, int64_t bytes);                                       \
+  }
+FUSED_SAM_DECLARE_ISA(portable)
+FUSED_SAM_DECLARE_ISA(avx2)
+FUSED_SAM_DECLARE_ISA(avx512)
+#undef FUSED_SAM_DECLARE_ISA
+
+}  // namespace fused_sam::cpu

@@ -1,0 +1,158 @@
+// The CPU entry points: cut the tensor list into blocks, let threads claim them, call the block kernels.
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../kernels.h"
+#include "block_kernels.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace fused_sam::cpu {
+namespace {
+
+// Below this many elements waking a second thread costs more than it saves.
+constexpr int64_t kSerialElements = 32768;
+
+// Blocks [first[i], first[i + 1]) belong to tensor i.
+class Partition {
+ public:
+  template <class Takes>
+  Partition(const Tensor* tensors, size_t count, Takes takes) : tensors_(tensors), first_(count + 1, 0) {
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t numel = takes(tensors[i]) ? tensors[i].numel : 0;
+      first_[i + 1] = first_[i] + (numel + kBlock - 1) / kBlock;
+      elements_ += numel;
+      bytes_ += numel * size_of(tensors[i].dtype);
+    }
+  }
+
+  int64_t blocks() const { return first_.back(); }
+  int64_t elements() const { return elements_; }
+  int64_t bytes() const { return bytes_; }
+
+  // Calls visit(tensor, begin, count, block) for block number `block`.
+  template <class Visit>
+  void visit(int64_t block, const Visit& visit_block) const {
+    const size_t i = static_cast<size_t>(std::upper_bound(first_.begin(), first_.end(), block) - first_.begin()) - 1;
+    const int64_t begin = (block - first_[i]) * kBlock;
+    visit_block(tensors_[i], begin, std::min(kBlock, tensors_[i].numel - begin), block);
+  }
+
+ private:
+  const Tensor* tensors_;
+  std::vector<int64_t> first_;
+  int64_t elements_ = 0, bytes_ = 0;
+};
+
+enum class Order { ascending, descending };
+
+// Blocks are claimed one by one: a static split waits for whichever thread was preempted.
+template <class Visit>
+void for_each_block(const Partition& partition, int threads, Order order, const Visit& visit) {
+  struct Team {
+    const Partition& partition;
+    const Visit& visit;
+    Order order;
+    std::atomic<int64_t> next{0};
+
+    static void body(void* context) {
+      Team& team = *static_cast<Team*>(context);
+      const int64_t blocks = team.partition.blocks();
+      for (int64_t b; (b = team.next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+        team.partition.visit(team.order == Order::ascending ? b : blocks - 1 - b, team.visit);
+      }
+    }
+  } team{partition, visit, order};
+  const int64_t useful = partition.elements() < kSerialElements ? 1 : std::min<int64_t>(threads, partition.blocks());
+  run_team(static_cast<int>(useful), &Team::body, &team);
+}
+
+// Write-only data bypasses the cache only if the cache could not have kept it for the next pass over the weights.
+bool exceeds_cache(int64_t bytes) {
+  static const int64_t cache = [] {
+    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return size > 0 ? static_cast<int64_t>(size) : int64_t{32} << 20;
+  }();
+  return bytes > cache;
+}
+
+bool has_grad(const Tensor& t) { return t.grad != nullptr; }
+
+AscentScalars scalars_of(const AscentGroup& group, double norm, DType dtype) {
+  const double scale = group.rho / norm;
+  AscentScalars s{1.0, scale, group.adaptive, group.rho != 0.0 && norm > 0.0 && std::isfinite(norm)};
+  const bool is_double = dtype == DType::f64;
+  const int limit = is_double ? 900 : 100, shift = is_double ? 512 : 64;
+  if (scale > std::ldexp(1.0, limit) || scale < std::ldexp(1.0, -limit)) {
+    const int exponent = scale > 1.0 ? shift : -shift;
+    s.pre = std::ldexp(1.0, exponent);
+    // rho / norm overflows in fp64 when the norm is subnormal, so the norm is scaled, not the quotient.
+    s.post = group.rho / std::ldexp(norm, exponent);
+  }
+  return s;
+}
+
+}  // namespace
+
+void norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double* out, int threads) {
+  const Partition partition(tensors, count, has_grad);
+  std::vector<double> partials(static_cast<size_t>(partition.blocks()));
+  const auto kernel = block_kernels().sum_of_squares;
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
+    partials[static_cast<size_t>(block)] = kernel(t, begin, n, groups[t.group].adaptive);
+  });
+  double sum = 0.0;
+  for (const double partial : partials) sum += partial;
+  *out = std::sqrt(sum);
+}
+
+void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double norm, int threads) {
+  const Partition partition(tensors, count, has_grad);
+  const bool stream = exceeds_cache(partition.bytes());
+  const auto kernel = block_kernels().perturb;
+  // Descending: the cache still holds the gradients that the norm read last.
+  for_each_block(partition, threads, Order::descending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
+    kernel(t, begin, n, scalars_of(groups[t.group], norm, t.dtype), stream);
+  });
+}
+
+void restore(const Tensor* tensors, size_t count, int threads) {
+  const Partition partition(tensors, count, [](const Tensor& t) { return t.backup != nullptr; });
+  for_each_block(partition, threads, Order::ascending, [](const Tensor& t, int64_t begin, int64_t n, int64_t) {
+    const int64_t item = size_of(t.dtype);
+    std::memcpy(static_cast<char*>(t.param) + begin * item, static_cast<const char*>(t.backup) + begin * item,
+                static_cast<size_t>(n * item));
+  });
+}
+
+void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads) {
+  std::vector<Tensor> restored;
+  for (size_t i = 0; i < count; ++i) {
+    if (!has_grad(tensors[i]) && tensors[i].backup != nullptr) restored.push_back(tensors[i]);
+  }
+  if (!restored.empty()) restore(restored.data(), restored.size(), threads);
+
+  const Partition partition(tensors, count, has_grad);
+  const bool stream = exceeds_cache(partition.bytes());
+  const auto kernel = block_kernels().sgd_update;
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
+    kernel(t, begin, n, SgdScalars{groups[t.group], grad_multiplier}, stream);
+  });
+}
+
+void stream_copy(void* dst, const void* src, int64_t bytes, int threads) {
+  const Tensor whole{dst, const_cast<void*>(src), nullptr, nullptr, (bytes + 1) / 2, DType::bf16, 0};
+  const Partition partition(&whole, 1, has_grad);
+  const auto kernel = block_kernels().stream_copy;
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor&, int64_t begin, int64_t n, int64_t) {
+    const int64_t offset = begin * 2, size = std::min(n * 2, bytes - offset);
+    kernel(static_cast<char*>(dst) + offset, static_cast<const char*>(src) + offset, size);
+  });
+}
+
+}  // namespace fused_sam::cpu

@@ -1,0 +1,72 @@
+// Entry points of the torch-free core: raw pointers, element counts and scalars.
+//
+// Notation (Foret et al. 2021, Algorithm 1; Kwon et al. 2021 for the adaptive form):
+//   w  parameter        g  gradient at w        g' gradient at w + e
+//   ||T g||  with T = |w| elementwise for adaptive groups, 1 otherwise
+//   e  = rho * T^2 g / ||T g||                  one norm over the tensors of all groups
+//
+// Callers guarantee: every pointer is valid for `numel` elements of `dtype` (null only where said),
+// tensors that are written do not overlap one another, elements of one item correspond by index.
+#pragma once
+
+#include "types.h"
+
+namespace fused_sam {
+
+// One parameter tensor and what belongs to it.
+struct Tensor {
+  void* param;     // [numel] w, or w + e between the two passes
+  void* grad;      // [numel] gradient; null: the tensor takes no part in norm, perturb, base step
+  void* backup;    // [numel] w, kept between the two passes; null: param holds w itself
+  void* momentum;  // [numel] momentum buffer of the base step; null without momentum
+  int64_t numel;
+  DType dtype;
+  int32_t group;
+};
+
+struct AscentGroup {
+  double rho;
+  bool adaptive;
+};
+
+struct SgdGroup {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  bool first;  // the momentum buffers hold nothing yet: they are written, never read
+};
+
+// Elements per block. The norm keeps one fp64 partial per block and adds them in index order, so its bits
+// depend on neither the thread count nor the instruction set. 64 KB of fp32: small enough to balance the 36 k
+// element tensors of a CIFAR ResNet over threads, large enough for the claim of a block to cost nothing.
+constexpr int64_t kBlock = 16384;
+
+namespace cpu {
+
+// *out = ||T g||_2 over all tensors, accumulated in fp64.
+void norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double* out, int threads);
+
+// backup <- w, param <- w + e. `backup == grad` swaps in place: the first gradient's storage then holds w.
+// A norm that is zero or not finite, and rho = 0, mean e = 0 exactly (backup is still written).
+void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double norm, int threads);
+
+// param <- backup, where there is a backup.
+void restore(const Tensor* tensors, size_t count, int threads);
+
+// w <- backup (param where there is none), then with g = grad_multiplier * grad:
+//   d = (maximize ? -g : g) + weight_decay * w
+//   m = first ? d : momentum * m + (1 - dampening) * d
+//   param <- w - lr * (nesterov ? d + momentum * m : momentum != 0 ? m : d)
+// in the operation order and with the fused multiply-adds of torch.optim.SGD(foreach=False). The scaled gradient is
+// written back when grad_multiplier != 1 (a GradScaler's users read unscaled gradients after the step).
+// Tensors without a gradient are restored only.
+void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier,
+                int threads);
+
+// dst <- src with non-temporal stores: the memory-speed yardstick of the benchmarks.
+void stream_copy(void* dst, const void* src, int64_t bytes, int threads);
+
+// "avx512", "avx2" or "portable"; FUSED_SAM_CPU_ISA overrides, an ISA this machine lacks throws.
+const char* isa_name();
+
+}  // namespace cpu
+}  // namespace fused_sam

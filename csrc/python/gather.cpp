@@ -1,0 +1,279 @@
+#include "gather.h"
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+#include <utility>
+
+#include "tensor_view.h"
+#include "torch_api.h"
+
+namespace py = pybind11;
+
+namespace fused_sam {
+namespace {
+
+py::tuple checked(const py::object& list, Py_ssize_t count, const char* name) {
+  if (list.is_none()) return py::tuple();
+  py::tuple items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
+  if (!items) throw py::error_already_set();
+  const Py_ssize_t size = static_cast<Py_ssize_t>(items.size());
+  if (size != count) {
+    throw py::value_error("Invalid len(" + std::string(name) + ")=" + std::to_string(size) +
+                          ". Must be len(params)=" + std::to_string(count) + ".");
+  }
+  return items;
+}
+
+// Null where the list is absent or holds None.
+PyObject* item(const py::tuple& items, Py_ssize_t index) {
+  if (PyTuple_GET_SIZE(items.ptr()) == 0) return nullptr;
+  PyObject* object = PyTuple_GET_ITEM(items.ptr(), index);
+  return object == Py_None ? nullptr : object;
+}
+
+// A negated view stores the opposite of its values.
+bool is_negated(PyObject* tensor) {
+  PyObject* answer = TorchApi::get().is_neg.call(tensor);
+  if (answer == nullptr) PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer != Py_False;
+}
+
+// Tensors smaller than this share one allocation for their backups: asking torch who owns a gradient, and holding on to
+// it, costs more than copying so little.
+constexpr int64_t kSmallBytes = 65536;
+constexpr int64_t kAlignment = 64;
+
+int64_t bytes_of(const Tensor& t) { return t.numel * size_of(t.dtype); }
+
+// Reads an operand that must match the parameter element by element in memory.
+bool read_operand(PyObject* object, const TensorView& param, void** data) {
+  *data = nullptr;
+  if (object == nullptr) return true;
+  TensorView view;
+  if (!read_cpu_tensor(object, &view) || view.dtype != param.dtype || !same_layout(view, param)) return false;
+  *data = view.data;
+  return true;
+}
+
+// Reads a parameter the kernels can take, into what of the descriptor is the parameter's.
+bool read_dense_param(PyObject* object, TensorView* view, Tensor* out) {
+  if (!read_cpu_tensor(object, view) || !is_dense(*view)) return false;
+  out->param = view->data;
+  out->numel = view->numel;
+  out->dtype = view->dtype;
+  return true;
+}
+
+// Equal for tensors of one dtype whose elements of equal index lie at equal offsets (FNV-1a).
+uint64_t layout_key(const TensorView& view) {
+  uint64_t key = 14695981039346656037u;
+  const auto mix = [&key](int64_t value) { key = (key ^ static_cast<uint64_t>(value)) * 1099511628211u; };
+  mix(static_cast<int64_t>(view.dtype));
+  for (int d = 0; d < view.ndim; ++d) {
+    mix(view.shape[d]);
+    if (view.shape[d] != 1 && view.numel > 1) mix(view.strides[d]);
+  }
+  return key;
+}
+
+py::value_error changed(Py_ssize_t index) {
+  return py::value_error("Invalid params. Parameter " + std::to_string(index) +
+                         " has been replaced, or has changed in size, dtype or memory layout, while perturbed.");
+}
+
+}  // namespace
+
+py::list get_grads(const py::list& params) {
+  const Attribute& grad = TorchApi::get().grad;
+  py::list grads(params.size());
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+    PyObject* value = grad.get(PyList_GET_ITEM(params.ptr(), i));
+    if (value == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(grads.ptr(), i, value);
+  }
+  return grads;
+}
+
+void clear_grads(const py::list& params) {
+  const Attribute& grad = TorchApi::get().grad;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+    if (!grad.set(PyList_GET_ITEM(params.ptr(), i), Py_None)) throw py::error_already_set();
+  }
+}
+
+py::list lookup(const py::dict& state, const py::list& params, const py::str& key) {
+  py::list values(params.size());
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+    PyObject* entry = PyDict_GetItemWithError(state.ptr(), PyList_GET_ITEM(params.ptr(), i));
+    if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    PyObject* value = entry != nullptr && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, key.ptr()) : Py_None;
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    PyList_SET_ITEM(values.ptr(), i, Py_NewRef(value == nullptr ? Py_None : value));
+  }
+  return values;
+}
+
+Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::object& momentum)
+    : count_(static_cast<Py_ssize_t>(params.size())),
+      params_(checked(params, count_, "params")),
+      grads_(checked(grads, count_, "grads")),
+      momentum_(checked(momentum, count_, "momentum_buffers")),
+      tensors_(static_cast<size_t>(count_)),
+      layouts_(static_cast<size_t>(count_)) {
+  const bool kept = py::isinstance<Batch>(backups);
+  if (!kept) backups_ = checked(backups, count_, "backups");
+  for (Py_ssize_t i = 0; i < count_; ++i) {
+    if (!describe(i, &tensors_[static_cast<size_t>(i)])) odd_.push_back(i);
+  }
+  if (kept) adopt_backups(backups.cast<const Batch&>());
+}
+
+bool Batch::describe(Py_ssize_t index, Tensor* out) {
+  PyObject* grad = item(grads_, index);
+  PyObject* backup = item(backups_, index);
+  *out = Tensor{};
+  if (grad == nullptr && backup == nullptr) return true;
+  TensorView param;
+  if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), &param, out)) return false;
+  layouts_[static_cast<size_t>(index)] = layout_key(param);
+  return read_operand(grad, param, &out->grad) && read_operand(backup, param, &out->backup) &&
+         read_operand(item(momentum_, index), param, &out->momentum) && (grad == nullptr || !is_negated(grad));
+}
+
+// A parameter that the ascent moved and that has no gradient now takes part too: it is restored.
+void Batch::adopt_backups(const Batch& ascent) {
+  if (ascent.count_ > count_) throw py::value_error("Invalid backups. Must be of the same parameters.");
+  for (Py_ssize_t i = 0; i < ascent.count_; ++i) {
+    const auto k = static_cast<size_t>(i);
+    if (ascent.tensors_[k].backup == nullptr) continue;
+    PyObject* object = PyTuple_GET_ITEM(params_.ptr(), i);
+    TensorView param;
+    const bool taking_part = tensors_[k].param != nullptr;
+    const bool fits = taking_part || read_dense_param(object, &param, &tensors_[k]);
+    if (fits && !taking_part) layouts_[k] = layout_key(param);
+    if (!fits || object != PyTuple_GET_ITEM(ascent.params_.ptr(), i) || layouts_[k] != ascent.layouts_[k]) {
+      throw changed(i);
+    }
+    tensors_[k].backup = ascent.tensors_[k].backup;
+  }
+}
+
+void Batch::refresh() {
+  for (Py_ssize_t i = 0; i < count_; ++i) {
+    const auto k = static_cast<size_t>(i);
+    if (tensors_[k].backup == nullptr) continue;
+    TensorView param;
+    if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), i), &param, &tensors_[k]) ||
+        layout_key(param) != layouts_[k]) {
+      throw changed(i);
+    }
+  }
+}
+
+py::list Batch::kept() const {
+  py::list answers;
+  for (const Tensor& t : tensors_) {
+    if (t.backup != nullptr) {
+      answers.append(true);
+    } else {
+      answers.append(py::none());
+    }
+  }
+  return answers;
+}
+
+void Batch::keep_backups() {
+  for (Py_ssize_t i = 0; i < count_; ++i) {
+    Tensor& t = tensors_[static_cast<size_t>(i)];
+    if (t.backup != nullptr && t.backup == t.grad) memory_.append(py::handle(item(grads_, i)));
+    t.grad = nullptr;
+  }
+  grads_ = py::tuple();
+}
+
+void Batch::make_backups(bool owned) {
+  int64_t pool_bytes = 0;
+  for (const Tensor& t : tensors_) {
+    if (t.grad != nullptr && bytes_of(t) < kSmallBytes) pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
+  }
+  const py::module_ torch = py::module_::import("torch");
+  const auto data_of = [&](const py::object& memory) {
+    memory_.append(memory);
+    return PyLong_AsVoidPtr(py::object(memory.attr("data_ptr")()).ptr());
+  };
+  char* pool = nullptr;
+  if (pool_bytes > 0) {
+    pool = static_cast<char*>(data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"))));
+  }
+  for (Py_ssize_t i = 0; i < count_; ++i) {
+    Tensor& t = tensors_[static_cast<size_t>(i)];
+    if (t.grad == nullptr) continue;
+    if (bytes_of(t) < kSmallBytes) {
+      t.backup = pool;
+      pool += (bytes_of(t) / kAlignment + 1) * kAlignment;
+    } else if (owned && is_sole_owner(item(grads_, i), 2)) {
+      t.backup = t.grad;
+    } else {
+      t.backup = data_of(torch.attr("empty_like")(py::handle(PyTuple_GET_ITEM(params_.ptr(), i))));
+    }
+  }
+}
+
+void Batch::set_backups(const py::list& backups) {
+  backups_ = checked(backups, count_, "backups");
+  for (Py_ssize_t i = 0; i < count_; ++i) {
+    Tensor& t = tensors_[static_cast<size_t>(i)];
+    PyObject* backup = item(backups_, i);
+    if (t.grad == nullptr && backup == nullptr) continue;
+    if (backup != nullptr && backup == item(grads_, i)) {
+      t.backup = t.grad;
+    } else if (backup == nullptr || !describe(i, &t)) {
+      throw py::value_error("Invalid backup at index " + std::to_string(i) +
+                            ". Must match its parameter in dtype, shape and memory layout.");
+    }
+  }
+}
+
+const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
+  const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+  if (total != count_ || std::any_of(sizes.begin(), sizes.end(), [](int64_t size) { return size < 0; })) {
+    throw py::value_error("Invalid group sizes: their sum is " + std::to_string(total) + ". Must be len(params)=" +
+                          std::to_string(count_) + ".");
+  }
+  if (!odd_.empty()) {
+    throw py::value_error("Invalid tensor at index " + std::to_string(odd_.front()) +
+                          ". Parameter, gradient, backup and momentum buffer must be dense CPU tensors of one "
+                          "floating dtype, shape and memory layout.");
+  }
+  size_t i = 0;
+  for (size_t group = 0; group < sizes.size(); ++group) {
+    for (int64_t k = 0; k < sizes[group]; ++k) tensors_[i++].group = static_cast<int32_t>(group);
+  }
+  require_disjoint();
+  return tensors_;
+}
+
+// Two written tensors on the same memory would be updated in no particular order.
+void Batch::require_disjoint() const {
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  ranges.reserve(3 * tensors_.size());
+  const auto add = [&](const void* data, const Tensor& t) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    if (data != nullptr && t.numel > 0) ranges.emplace_back(begin, begin + static_cast<uintptr_t>(bytes_of(t)));
+  };
+  for (const Tensor& t : tensors_) {
+    add(t.param, t);
+    add(t.momentum, t);
+    if (PyTuple_GET_SIZE(backups_.ptr()) > 0) add(t.backup, t);  // those made here overlap nothing
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) {
+      throw py::value_error("Invalid memory layout: parameters, backups and momentum buffers must not overlap.");
+    }
+  }
+}
+
+}  // namespace fused_sam

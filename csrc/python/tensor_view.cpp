@@ -1,0 +1,139 @@
+#include "tensor_view.h"
+
+#include <algorithm>
+
+#include "torch_api.h"
+
+namespace fused_sam {
+namespace {
+
+// A new reference, or null without an error set.
+PyObject* attribute(PyObject* object, const char* name) {
+  PyObject* value = PyObject_GetAttrString(object, name);
+  if (value == nullptr) PyErr_Clear();
+  return value;
+}
+
+bool to_dtype(uint8_t code, uint8_t bits, DType* dtype) {
+  if (code == dlpack::kFloat && bits == 32) *dtype = DType::f32;
+  else if (code == dlpack::kFloat && bits == 64) *dtype = DType::f64;
+  else if (code == dlpack::kBfloat && bits == 16) *dtype = DType::bf16;
+  else if (code == dlpack::kFloat && bits == 16) *dtype = DType::f16;
+  else return false;
+  return true;
+}
+
+bool count_elements(TensorView* view) {
+  view->numel = 1;
+  for (int d = 0; d < view->ndim; ++d) {
+    if (view->shape[d] < 0 || __builtin_mul_overflow(view->numel, view->shape[d], &view->numel)) return false;
+  }
+  const int64_t item = size_of(view->dtype);
+  if (view->numel > INT64_MAX / item) return false;
+  return view->numel == 0 || (view->data != nullptr && reinterpret_cast<uintptr_t>(view->data) % item == 0);
+}
+
+bool read_described(PyObject* object, TensorView* view) {
+  dlpack::Description d;
+  if (TorchApi::get().describe(object, &d) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (d.device.type != dlpack::kCpu || d.dtype.lanes != 1 || d.byte_offset != 0) return false;
+  if (!to_dtype(d.dtype.code, d.dtype.bits, &view->dtype)) return false;
+  view->data = d.data;
+  view->ndim = d.ndim;
+  view->shape = d.shape;
+  view->strides = d.strides;
+  return true;
+}
+
+bool read_sizes(PyObject* sequence, int64_t* out, int* count) {
+  if (sequence == nullptr || !PyTuple_Check(sequence) || PyTuple_GET_SIZE(sequence) > TensorView::kMaxDims) return false;
+  *count = static_cast<int>(PyTuple_GET_SIZE(sequence));
+  for (int i = 0; i < *count; ++i) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sequence, i));
+  return PyErr_Occurred() == nullptr;
+}
+
+// For torch before 2.10: the same through Python attributes.
+bool read_attributes(PyObject* object, TensorView* view) {
+  PyObject* dtype = attribute(object, "dtype");
+  const auto& dtypes = TorchApi::get().dtypes;
+  const auto known = std::find(dtypes.begin(), dtypes.end(), dtype);
+  PyObject* layout = attribute(object, "layout");
+  PyObject* on_cpu = attribute(object, "is_cpu");
+  bool ok = dtype != nullptr && known != dtypes.end() && layout == TorchApi::get().strided && on_cpu == Py_True;
+  Py_XDECREF(dtype);
+  Py_XDECREF(layout);
+  Py_XDECREF(on_cpu);
+  if (!ok) return false;
+  view->dtype = static_cast<DType>(known - dtypes.begin());
+
+  PyObject* shape = attribute(object, "shape");
+  PyObject* strides = PyObject_CallMethod(object, "stride", nullptr);
+  PyObject* pointer = PyObject_CallMethod(object, "data_ptr", nullptr);
+  int stride_count = 0;
+  view->data = pointer ? PyLong_AsVoidPtr(pointer) : nullptr;
+  ok = pointer != nullptr && read_sizes(shape, view->owned, &view->ndim) &&
+       read_sizes(strides, view->owned + TensorView::kMaxDims, &stride_count) && stride_count == view->ndim;
+  view->shape = view->owned;
+  view->strides = view->owned + TensorView::kMaxDims;
+  Py_XDECREF(shape);
+  Py_XDECREF(strides);
+  Py_XDECREF(pointer);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return ok;
+}
+
+}  // namespace
+
+bool read_cpu_tensor(PyObject* object, TensorView* view) {
+  // A real subtype, not what the metaclass would also accept as an instance.
+  const TorchApi& api = TorchApi::get();
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(api.tensor_type))) return false;
+  const bool read = api.describe ? read_described(object, view) : read_attributes(object, view);
+  return read && count_elements(view);
+}
+
+bool is_dense(const TensorView& view) {
+  if (view.numel <= 1) return true;
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int d = view.ndim - 1; d >= 0 && contiguous; --d) {
+    contiguous = view.shape[d] == 1 || view.strides[d] == expected;
+    expected *= view.shape[d];
+  }
+  if (contiguous) return true;
+  if (view.ndim > TensorView::kMaxDims) return false;
+  // Dense in some other order of dimensions, such as channels_last.
+  int order[TensorView::kMaxDims], used = 0;
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.shape[d] != 1) order[used++] = d;
+  }
+  std::sort(order, order + used, [&](int a, int b) { return view.strides[a] < view.strides[b]; });
+  expected = 1;
+  for (int i = 0; i < used; ++i) {
+    if (view.strides[order[i]] != expected) return false;
+    expected *= view.shape[order[i]];
+  }
+  return true;
+}
+
+bool same_layout(const TensorView& a, const TensorView& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != b.shape[d]) return false;
+    if (a.shape[d] != 1 && a.numel > 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+bool is_sole_owner(PyObject* tensor, Py_ssize_t references) {
+  const TorchApi& api = TorchApi::get();
+  if (api.lone_tensor_uses == 0 || Py_REFCNT(tensor) != references) return false;
+  long tensor_uses = 0, storage_uses = 0;
+  return api.count_uses(tensor, &tensor_uses, &storage_uses) && tensor_uses == api.lone_tensor_uses &&
+         storage_uses == api.lone_storage_uses;
+}
+
+}  // namespace fused_sam

@@ -1,0 +1,39 @@
+// Reading torch tensors without torch's headers, so that one binary serves every torch version.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+
+#include "../types.h"
+
+namespace fused_sam {
+
+// What a kernel needs to know of a tensor. shape and strides belong to the tensor (or to `owned`).
+struct TensorView {
+  static constexpr int kMaxDims = 64;
+
+  void* data;
+  int64_t numel;
+  DType dtype;
+  int ndim;
+  const int64_t* shape;
+  const int64_t* strides;
+  int64_t owned[2 * kMaxDims];
+};
+
+// Reads a tensor that kernels can take by pointer: strided, on the CPU, of one of the four dtypes. False for any other
+// object or tensor; a Python error is never left behind.
+bool read_cpu_tensor(PyObject* object, TensorView* view);
+
+// Distinct elements have distinct addresses and no address between the first and the last is unused.
+bool is_dense(const TensorView& view);
+
+// Elements of equal index lie at equal offsets (strides of dimensions of size 1 do not matter).
+bool same_layout(const TensorView& a, const TensorView& b);
+
+// True if this reference is the only way to reach the tensor's memory: no other Python or C++ reference to the tensor,
+// no other tensor on its storage. `references` is how many Python references the caller itself accounts for.
+bool is_sole_owner(PyObject* tensor, Py_ssize_t references);
+
+}  // namespace fused_sam

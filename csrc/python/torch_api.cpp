@@ -1,0 +1,102 @@
+#include "torch_api.h"
+
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace fused_sam {
+namespace {
+
+PyObject* imported(const char* module, const char* name) {
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
+PyObject* imported_or_null(const char* module, const char* name) {
+  const py::object found = py::getattr(py::module_::import(module), name, py::none());
+  return found.is_none() ? nullptr : py::object(found).release().ptr();
+}
+
+// Takes the reference.
+long as_long(PyObject* number) {
+  if (number == nullptr) return -1;
+  const long value = PyLong_AsLong(number);
+  Py_DECREF(number);
+  return value;
+}
+
+PyObject* plain_parameter_type() {
+  static PyObject* const type = imported("torch.nn", "Parameter");
+  return type;
+}
+
+}  // namespace
+
+Attribute::Attribute(PyObject* type, const char* name)
+    : type_(type), name_(PyUnicode_InternFromString(name)), descriptor_(PyObject_GetAttr(type, name_)) {
+  if (descriptor_ == nullptr) PyErr_Clear();
+}
+
+bool Attribute::direct(PyObject* object) const {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return descriptor_ != nullptr && (type == type_ || type == plain_parameter_type());
+}
+
+PyObject* Attribute::get(PyObject* object) const {
+  const auto getter = descriptor_ ? Py_TYPE(descriptor_)->tp_descr_get : nullptr;
+  if (getter == nullptr || !direct(object)) return PyObject_GetAttr(object, name_);
+  return getter(descriptor_, object, reinterpret_cast<PyObject*>(Py_TYPE(object)));
+}
+
+bool Attribute::set(PyObject* object, PyObject* value) const {
+  const auto setter = descriptor_ ? Py_TYPE(descriptor_)->tp_descr_set : nullptr;
+  if (setter == nullptr || !direct(object)) return PyObject_SetAttr(object, name_, value) == 0;
+  return setter(descriptor_, object, value) == 0;
+}
+
+PyObject* Attribute::call(PyObject* object) const {
+  if (!direct(object)) return PyObject_CallMethodNoArgs(object, name_);
+  return PyObject_CallOneArg(descriptor_, object);
+}
+
+TorchApi::TorchApi()
+    : tensor_type(imported("torch", "Tensor")),
+      strided(imported("torch", "strided")),
+      dtypes{imported("torch", "float32"), imported("torch", "float64"), imported("torch", "bfloat16"),
+             imported("torch", "float16")},
+      storage_use_count(imported_or_null("torch._C", "_storage_Use_Count")),
+      grad(tensor_type, "grad"),
+      is_neg(tensor_type, "is_neg"),
+      use_count(tensor_type, "_use_count"),
+      untyped_storage(tensor_type, "untyped_storage"),
+      storage_cdata(imported("torch", "UntypedStorage"), "_cdata") {
+  const py::object capsule = py::getattr(py::handle(tensor_type), "__dlpack_c_exchange_api__", py::none());
+  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api->version.major == 1) describe = api->describe;
+  }
+  const py::object lone = py::module_::import("torch").attr("empty")(1);
+  long tensor_uses = 0, storage_uses = 0;
+  if (count_uses(lone.ptr(), &tensor_uses, &storage_uses)) {
+    lone_tensor_uses = tensor_uses;
+    lone_storage_uses = storage_uses;
+  }
+}
+
+const TorchApi& TorchApi::get() {
+  static const TorchApi* instance = new TorchApi();
+  return *instance;
+}
+
+bool TorchApi::count_uses(PyObject* tensor, long* tensor_uses, long* storage_uses) const {
+  if (storage_use_count == nullptr) return false;
+  *tensor_uses = as_long(use_count.call(tensor));
+  PyObject* storage = untyped_storage.call(tensor);
+  PyObject* cdata = storage ? storage_cdata.get(storage) : nullptr;
+  *storage_uses = cdata ? as_long(PyObject_CallOneArg(storage_use_count, cdata)) : -1;
+  Py_XDECREF(cdata);
+  Py_XDECREF(storage);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return *tensor_uses > 0 && *storage_uses > 0;
+}
+
+}  // namespace fused_sam

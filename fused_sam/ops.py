@@ -1,0 +1,263 @@
+"""The op surface: checks every argument once, then hands it to the backend of the tensors' device.
+
+All lists are parallel: entry i of each belongs to parameter i, and None in ``grads``, ``backups`` or
+``momentum_buffers`` means that there is none. Groups cover the lists in order, ``size`` tensors each.
+
+    norm        ||T g||_2 over all groups, T = |w| elementwise in adaptive groups, 1 elsewhere
+    perturb     backup = w, w = w + rho_k T^2 g / ||T g||_2 for the tensors of group k       (Foret et al. 2021, eq. 2)
+    restore     w = backup
+    sgd_update  w = backup, then SGD with momentum at w with the gradient taken at w + e     (Algorithm 1)
+
+fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm always in fp64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fused_sam.routing import InvalidTensor, TensorList, contiguous, route, stand_ins
+
+__all__ = ["Ascent", "AscentGroup", "InvalidTensor", "SGDGroup", "norm", "perturb", "restore", "sgd_update"]
+
+# What perturb has done and restore or sgd_update have yet to undo: entries with ``params``, ``kept`` (None for each
+# parameter that is not displaced) and ``restore()``. It is written by the code that touches the weights, at the moment it
+# has: an interrupt finds it true.
+Journal: TypeAlias = list[Any]
+
+
+class AscentGroup(NamedTuple):
+    """How far the next ``size`` tensors are displaced."""
+
+    size: int
+    rho: float
+    adaptive: bool
+
+
+class SGDGroup(NamedTuple):
+    """torch.optim.SGD's hyperparameters for the next ``size`` tensors; ``first``: their buffers hold nothing yet."""
+
+    size: int
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    first: bool
+
+
+class Ascent:
+    """The first half of a SAM step: `norm` and `perturb` with one look at the tensors.
+
+    Raises:
+        InvalidTensor: for a sparse, complex, integer or mismatched tensor.
+        ValueError: if lists and groups differ in length.
+    """
+
+    def __init__(
+        self, params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None
+    ) -> None:
+        _require_sizes(params, groups)
+        self.params = params
+        self.grads = grads
+        self.groups = groups
+        self._parts = route(backend, params, grads)
+
+    def norm(self) -> Tensor:
+        """||T g||_2 as a float64 tensor of shape [] on the device of the first gradient."""
+        norms = []
+        for part in self._parts:
+            batch = part.batch or part.backend.Batch(
+                contiguous(part.take(self.params)), contiguous(part.take(self.grads))
+            )
+            norms.append(batch.norm(part.regroup(self.groups)))
+        if len(norms) == 1:
+            return norms[0]
+        if not norms:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+    def perturb(self, norm: Tensor, journal: Journal, backups: TensorList | None = None, owned: bool = False) -> None:
+        """w = w + e in place, with w kept in ``backups``, or in memory found here.
+
+        With ``owned``, the gradients are the caller's to give: one whose memory nothing else can reach comes to hold its
+        parameter (the in-place swap: no memory is taken and none stays behind). Nothing but the list given to the
+        constructor may refer to it then.
+        """
+        for part in self._parts:
+            scalars = norm.to(part.device), part.regroup(self.groups)
+            kept = part.take(backups)
+            if part.batch is not None:
+                part.batch.make_backups(owned) if kept is None else part.batch.set_backups(kept)
+                part.batch.perturb(*scalars, journal)
+                continue
+            p, g = part.take(self.params), part.take(self.grads)
+            journal.append(_Copies(p, kept or [None if x is None else torch.empty_like(w) for w, x in zip(p, g)]))
+            with stand_ins(p) as p_:
+                batch = part.backend.Batch(p_, contiguous(g))
+                batch.make_backups(owned=False)
+                batch.perturb(*scalars, [])
+        _bump_versions(self.params, self.grads)
+
+
+class _Copies:
+    """A journal entry for parameters of layouts that only torch can walk."""
+
+    def __init__(self, params: TensorList, backups: TensorList) -> None:
+        self.params = params
+        self.backups = backups
+        _copy(params, backups)
+
+    @property
+    def kept(self) -> TensorList:
+        return self.backups
+
+    def restore(self) -> None:
+        _copy(self.backups, self.params)
+
+
+def _copy(sources: TensorList, targets: TensorList) -> None:
+    for source, target in zip(sources, targets):
+        if source is not None and target is not None:
+            target.copy_(source)
+
+
+def norm(params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None) -> Tensor:
+    """||T g||_2 over the gradients of all groups, accumulated in fp64. Returns and raises as `Ascent`."""
+    return Ascent(params, grads, groups, backend).norm()
+
+
+def perturb(
+    params: TensorList,
+    grads: TensorList,
+    backups: TensorList,
+    norm: Tensor,
+    groups: list[AscentGroup],
+    backend: str | None = None,
+    journal: Journal | None = None,
+) -> None:
+    """backup = w and w = w + rho_k T^2 g / norm, in place, for every parameter with a gradient.
+
+    A norm that is zero or not finite leaves w as it is (decided on the device). ``backups[i] is grads[i]`` swaps in place.
+    ``journal`` receives an entry when, and as soon as, there is something to restore.
+
+    Raises:
+        InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched backup; nothing has been changed then.
+    """
+    route(backend, params, grads, backups)
+    if any((g is None) != (b is None) for g, b in zip(grads, backups)):
+        raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient.")
+    Ascent(params, grads, groups, backend).perturb(norm, [] if journal is None else journal, backups)
+
+
+def restore(params: TensorList, backups: TensorList, backend: str | None = None) -> None:
+    """w = backup for every parameter that has one, bit for bit.
+
+    Raises:
+        InvalidTensor, ValueError: for a backup that does not match its parameter; nothing has been changed then.
+    """
+    for part in route(backend, params, None, backups):
+        if part.batch is not None:
+            part.batch.restore()
+            continue
+        _copy(part.take(backups), part.take(params))
+    _bump_versions(params, backups)
+
+
+def sgd_update(
+    params: TensorList,
+    grads: TensorList,
+    backups: TensorList | Any | None,
+    momentum_buffers: TensorList | None,
+    groups: list[SGDGroup],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+    journal: Journal | None = None,
+) -> None:
+    """w = backup (w itself where there is none), then one step of SGD with the gradients given, in one pass.
+
+        d = (-g if maximize else g) + weight_decay * w
+        m = d if first else momentum * m + (1 - dampening) * d
+        w = w - lr * (d + momentum * m if nesterov else m if momentum else d)
+
+    Parameters without a gradient are only restored. Momentum buffers are written in place. With ``grad_scale`` (a
+    GradScaler's, shape []) the gradients are divided by it in place first; with a nonzero ``found_inf`` (shape [])
+    every parameter is only restored. ``backups`` may be the one entry of an ascent's journal. ``journal`` is cleared as soon as there is nothing left to restore.
+
+    Raises:
+        InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched momentum buffer; nothing has been changed
+            then.
+    """
+    journal = [] if journal is None else journal
+    _require_sizes(params, groups)
+    _require_buffers(grads, momentum_buffers, groups)
+    parts = route(backend, params, grads, backups, momentum_buffers)
+    if backups is not None and (len(parts) != 1 or parts[0].batch is None or parts[0].index is not None):
+        # Only a single call can restore and update as one; elsewhere all of w comes back before any of it is updated.
+        if isinstance(backups, list):
+            restore(params, backups, backend)
+        else:
+            backups.restore()
+        journal.clear()
+        parts = route(backend, params, grads, None, momentum_buffers)
+    for part in parts:
+        scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
+        if part.batch is not None:
+            part.batch.sgd_update(part.regroup(groups), *scalars, journal)
+            continue
+        p, g, m = (part.take(x) for x in (params, grads, momentum_buffers))
+        with stand_ins(p) as p_, stand_ins(m) as m_, stand_ins(g) as g_:
+            part.backend.Batch(p_, g_, None, m_).sgd_update(part.regroup(groups), *scalars, journal)
+    _bump_versions(params, grads, backups)
+
+
+def _require_sizes(params: TensorList, groups: list[AscentGroup] | list[SGDGroup]) -> None:
+    covered = sum(group.size for group in groups)
+    if covered != len(params):
+        raise ValueError(f"Invalid groups, of {covered} tensors. Must cover len(params)={len(params)}.")
+
+
+def _require_buffers(grads: TensorList, buffers: TensorList | None, groups: list[SGDGroup]) -> None:
+    if buffers is not None and all_present(buffers):
+        return
+    start = 0
+    for group in groups:
+        stop = start + group.size
+        if group.momentum != 0 and (
+            buffers is None or any(g is not None and m is None for g, m in zip(grads[start:stop], buffers[start:stop]))
+        ):
+            raise ValueError(f"Invalid momentum_buffers. momentum={group.momentum} needs one for every gradient.")
+        start = stop
+
+
+def all_present(tensors: TensorList) -> bool:
+    """Whether no entry is None. (``None in tensors`` would compare tensors.)"""
+    return all(map(operator.is_not, tensors, itertools.repeat(None)))
+
+
+def undo(journal: Journal) -> None:
+    """Bring back w wherever the journal says that it is displaced."""
+    for entry in journal:
+        entry.restore()
+        _bump_versions(entry.params, entry)
+    journal.clear()
+
+
+def _bump_versions(params: TensorList, *touched: TensorList | Any | None) -> None:
+    """Tell autograd of writes through raw pointers, so that a backward through a stale graph raises.
+
+    Written are the parameters that have an entry in one of the lists, or a backup in one of the journal entries.
+    """
+    for x in touched:
+        if isinstance(x, list) and all_present(x):
+            torch.autograd.graph.increment_version(params)
+            return
+    lists = [x if isinstance(x, list) else x.kept for x in touched if x is not None]
+    written = [p for p, *entries in itertools.zip_longest(params, *lists) if any(x is not None for x in entries)]
+    torch.autograd.graph.increment_version(written)

@@ -1,0 +1,308 @@
+"""FusedSAM: the torch.optim contract and the two-pass state machine. The arithmetic is in `fused_sam.ops`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from fused_sam import backends, bases, ops, rng, routing
+from fused_sam.backends import eager
+
+
+@dataclass
+class _Ascent:
+    """What is known between the passes. The weights are at w + e exactly where the journal says so."""
+
+    norm: Tensor | None = None
+    journal: ops.Journal = field(default_factory=list)
+
+
+class FusedSAM(Optimizer):
+    r"""Sharpness-Aware Minimization (Foret et al., ICLR 2021) around a base optimizer.
+
+    A step evaluates the gradient twice: :math:`g = \nabla L(w)`, then at the perturbed weights,
+
+    .. math::
+        \epsilon = \rho \, \frac{T^2 g}{\lVert T g \rVert_2}, \qquad
+        w \leftarrow \mathrm{base\_step}\big(w, \nabla L(w + \epsilon)\big),
+
+    with :math:`T = 1` (eq. 2 of the paper for p = 2), or :math:`T = |w|` elementwise with ``adaptive`` (ASAM, Kwon et
+    al. 2021). The norm is one number over all parameter groups; the displacement of group k is scaled by its own
+    ``rho``, so groups with ``rho=0`` are not perturbed but count in the norm.
+
+    Drop-in for the two-call class that is in common use, and for :class:`torch.optim.SGD`::
+
+        optimizer = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+
+        loss_fn(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)      # w -> w + e
+        loss_fn(model(x), y).backward()
+        optimizer.step()                          # back to w, then SGD with the gradient taken at w + e
+
+    Args:
+        params: parameters, dicts of parameter groups (which may set ``rho`` and ``adaptive``), or named parameters.
+        base_optimizer: class of the base optimizer. ``torch.optim.SGD`` runs fused with the restore, any other class runs
+            its own ``step``.
+        rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
+        adaptive: elementwise scale-invariant perturbation.
+        backend: ``"native"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else the best.
+        replay_rng: in the closure form, start both passes from the same random state (same dropout masks).
+        **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
+
+    Raises:
+        TypeError: if ``base_optimizer`` is not a class of optimizer, or does not know one of the options.
+        ValueError: for a hyperparameter out of range, or parameters that overlap in memory.
+        RuntimeError: if the backend asked for cannot be used.
+    """
+
+    # torch.amp.GradScaler then always calls step(), with grad_scale and found_inf set on the optimizer. It must: were the
+    # call skipped on overflow, the weights would stay at w + e.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer] = SGD,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        backend: str | None = None,
+        replay_rng: bool = False,
+        **base_options: Any,
+    ) -> None:
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+            raise TypeError(f"Invalid {base_optimizer=}. Must be a subclass of torch.optim.Optimizer.")
+        _check_rho(rho)
+        self._backend = backends.requested(backend)
+        self.replay_rng = replay_rng
+        self._ascent: _Ascent | None = None
+        # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
+        inner = base_optimizer(params, **base_options)
+        self._base = bases.make_base(inner)
+        super().__init__(inner.param_groups, {**inner.defaults, "rho": rho, "adaptive": adaptive})
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are at w + e: between ``first_step`` and ``step``, ``second_step`` or ``restore``."""
+        return self._ascent is not None
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that was asked for; None: the best for each device."""
+        return self._backend
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
+
+        The closure runs forward and backward and returns the loss. It is called at w and again at w + e, with gradients
+        zeroed before each call. An exception in it, KeyboardInterrupt included, leaves the weights at w.
+
+        Returns:
+            The loss at w; None without a closure.
+
+        Raises:
+            RuntimeError: without a closure, if there was no ``first_step``; with one, if there was, or under a GradScaler.
+        """
+        if closure is not None:
+            return self._step_closure(closure)
+        if self._ascent is None:
+            raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
+        self._descend()
+        return None
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w -> w + e, with the gradients present. Parameters without one stay where they are.
+
+        ``zero_grad=True`` sets the gradients to None, and their memory then holds w until the second half: no memory is
+        taken. Otherwise they are left as they are and w is kept in memory of its own.
+
+        Raises:
+            RuntimeError: if the weights are perturbed already.
+            ValueError: for a gradient that is sparse, complex or does not match its parameter; nothing is changed then.
+        """
+        self._ascend(zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """``step()`` under the name that goes with ``first_step``; then sets the gradients to None if asked."""
+        self.step()
+        if zero_grad:
+            self._host().clear_grads(self._flat_params())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
+        if self._ascent is None:
+            return
+        ops.undo(self._ascent.journal)
+        self._ascent = None
+
+    def _step_closure(self, closure: Callable[[], Any]) -> Any:
+        if self._ascent is not None:
+            raise RuntimeError("step(closure) after first_step(): finish with step() without a closure, or restore().")
+        if getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
+                "first_step() and then scaler.step(optimizer)."
+            )
+        state = rng.capture({p.device for p in self._flat_params()}) if self.replay_rng else None
+        try:
+            self.zero_grad()
+            with torch.enable_grad():
+                loss = closure()
+            self._ascend(take_grads=True)
+            if state is not None:
+                rng.replay(state)
+            with torch.enable_grad():
+                closure()
+            self._descend()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    def _ascend(self, take_grads: bool) -> None:
+        if self._ascent is not None:
+            raise RuntimeError("first_step() twice: the weights are perturbed already. Call step() or restore() first.")
+        params = self._flat_params()
+        host = self._host()
+        grads = host.get_grads(params)
+        groups = []
+        for group in self.param_groups:
+            _check_rho(group["rho"])
+            groups.append(ops.AscentGroup(len(group["params"]), float(group["rho"]), bool(group["adaptive"])))
+        with self._naming():
+            ascent = ops.Ascent(params, grads, groups, self._backend)
+        self._ascent = _Ascent(norm=ascent.norm())
+        try:
+            if take_grads:
+                host.clear_grads(params)
+            ascent.perturb(self._ascent.norm, self._ascent.journal, owned=take_grads)
+        except BaseException:
+            if not self._ascent.journal:  # else the gradients' memory has held w
+                for p, g in zip(params, grads):
+                    p.grad = g
+            self.restore()
+            raise
+
+    def _descend(self) -> None:
+        ascent = self._ascent
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None:
+            # The perturbation does not depend on the loss scale, so pass 1 is never unscaled: its norm is the check.
+            overflow = (~torch.isfinite(ascent.norm)).to(found_inf)
+            found_inf = torch.maximum(found_inf, overflow)
+        try:
+            with self._naming():
+                self._base.step(self, grad_scale, found_inf)
+        finally:
+            self.restore()
+
+    def _flat_params(self) -> list[Tensor]:
+        """The parameters of all groups, in order."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _host(self) -> ModuleType:
+        """The backend whose helpers go over the parameters: that of the first one."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                return backends.for_device(p.device.type, self._backend)
+        return eager
+
+    def _kept(self) -> Any | None:
+        """The backups of the ascent where one op made them all, to be restored by the update; else restored here."""
+        journal = self._ascent.journal
+        if len(journal) != 1:
+            ops.undo(journal)
+        return journal[0] if journal else None
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """A tensor that an op refuses is named as the user knows it."""
+        try:
+            yield
+        except ops.InvalidTensor as error:
+            raise ValueError(f"Invalid {self._name_of(error.index)}: {error.reason}.") from None
+
+    def _name_of(self, index: int) -> str:
+        for k, group in enumerate(self.param_groups):
+            if index < len(group["params"]):
+                name = group["param_names"][index] if "param_names" in group else f"{index} of group {k}"
+                return f"parameter {name} (shape {list(group['params'][index].shape)})"
+            index -= len(group["params"])
+        raise AssertionError("index beyond the last group")
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; ``rho`` and ``adaptive`` default to the constructor's."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_rho(group["rho"])
+            if group.get("differentiable"):
+                raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
+            _check_disjoint(self._flat_params())
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus ``rho`` and ``adaptive`` of each group.
+
+        Raises:
+            RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e.
+        """
+        self._require_unperturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
+        self._require_unperturbed("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def _require_unperturbed(self, what: str) -> None:
+        if self._ascent is not None:
+            raise RuntimeError(f"{what} while the weights are perturbed. Call step() or restore() first.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_unperturbed("Copying or pickling")
+        return {
+            **super().__getstate__(),
+            "_base": self._base,
+            "_backend": self._backend,
+            "_ascent": None,
+            "replay_rng": self.replay_rng,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a base optimizer's checkpoint has no rho, an older one's may lack more
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+def _check_rho(rho: float) -> None:
+    if not 0.0 <= rho < math.inf:
+        raise ValueError(f"Invalid {rho=}. Must be >= 0 and finite.")
+
+
+def _check_disjoint(params: list[Tensor]) -> None:
+    """Two parameters on the same memory would be updated twice, in no particular order."""
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
+        for i, p in enumerate(params)
+        # Strided slices may interleave without sharing an element; ops copies those before it writes them.
+        if p.layout == torch.strided and p.device.type != "meta" and p.numel() > 0 and routing.is_dense(p)
+    )
+    for (_, end, i), (begin, _, j) in zip(spans, spans[1:]):
+        if begin < end:
+            raise ValueError(f"Invalid params: parameters {i} and {j} overlap in memory. Must be disjoint.")

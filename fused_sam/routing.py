@@ -1,0 +1,165 @@
+"""Which backend takes which tensors of an op, and on what memory: the checks between Python lists and raw pointers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fused_sam import backends
+
+TensorList: TypeAlias = list[Any]  # of Tensor | None
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class InvalidTensor(ValueError):
+    """A tensor that no op can take. ``index`` is its place in the lists, ``reason`` one clause that says why."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"Invalid tensor at index {index}: {reason}.")
+        self.index = index
+        self.reason = reason
+
+
+class Part:
+    """The tensors that one backend call takes: all of them, or those at ``index``.
+
+    ``batch`` is the backend's view of them; None where the kernels cannot walk their layout, so that the call must be
+    made on contiguous stand-ins.
+    """
+
+    def __init__(
+        self, backend: ModuleType, device: torch.device, batch: Any | None, index: list[int] | None = None
+    ) -> None:
+        self.backend = backend
+        self.device = device
+        self.batch = batch
+        self.index = index
+
+    def take(self, tensors: TensorList | None) -> TensorList | None:
+        return tensors if self.index is None or tensors is None else [tensors[i] for i in self.index]
+
+    def regroup(self, groups: list) -> list:
+        """The groups with the sizes they have within this part."""
+        if self.index is None:
+            return groups
+        regrouped, start = [], 0
+        for group in groups:
+            regrouped.append(group._replace(size=sum(start <= i < start + group.size for i in self.index)))
+            start += group.size
+        return regrouped
+
+
+def route(
+    backend: str | None,
+    params: TensorList,
+    grads: TensorList | None = None,
+    backups: TensorList | Any | None = None,
+    buffers: TensorList | None = None,
+) -> list[Part]:
+    """One part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
+
+    Raises:
+        InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match its
+            parameter in dtype, device and shape.
+        ValueError: if the lists differ in length.
+    """
+    lists = [x for x in (grads, backups, buffers) if isinstance(x, list)]
+    for x in lists:
+        if len(x) != len(params):
+            raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
+    if not params:
+        return []
+    device = params[0].device
+    first = backends.for_device(device.type, backend)
+    batch = first.Batch(params, grads, backups, buffers)
+    odd = set(batch.odd)
+    if not odd:
+        return [Part(first, device, batch)]
+    members: dict[tuple[ModuleType, torch.device, bool], list[int]] = {}
+    for i, param in enumerate(params):
+        stage = False
+        if i in odd:
+            operands = [x[i] for x in lists if x[i] is not None]
+            if not any(isinstance(x, list) and x[i] is not None for x in (grads, backups)):
+                continue
+            _require_supported(i, param, operands)
+            stage = first.NEEDS_DENSE
+        module = backends.for_device(param.device.type, backend)
+        members.setdefault((module, param.device, stage and module is first), []).append(i)
+    if list(members) == [(first, device, False)] and len(members[first, device, False]) == len(params):
+        return [Part(first, device, batch)]
+    parts = []
+    for (module, on_device, stage), index in members.items():
+        part = Part(module, on_device, None, index)
+        if not stage:
+            taken = (part.take(x) if isinstance(x, list) else None for x in (params, grads, backups, buffers))
+            part.batch = module.Batch(*taken)
+        parts.append(part)
+    return parts
+
+
+def contiguous(tensors: TensorList) -> TensorList:
+    """Each tensor itself where it is contiguous, else a copy."""
+    return [x if x is None else x.resolve_neg().contiguous() for x in tensors]
+
+
+@contextlib.contextmanager
+def stand_ins(tensors: TensorList | None) -> Iterator[TensorList | None]:
+    """`contiguous` tensors, copied back on success (but for expanded tensors, which cannot be written)."""
+    copies = None if tensors is None else contiguous(tensors)
+    yield copies
+    for original, copy in zip(tensors or [], copies or []):
+        if copy is not original and not overlaps_itself(original):
+            original.copy_(copy)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a strided tensor's elements fill the memory between its first and its last, in any order."""
+    expected = 1
+    for stride, size in _steps(x):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two indices of a strided tensor may share an address (in expanded tensors they do)."""
+    reach = 0
+    for stride, size in _steps(x):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def _steps(x: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions that have more than one index, innermost first."""
+    return sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1)
+
+
+def _require_supported(index: int, param: Tensor, operands: list[Any]) -> None:
+    if param.dtype not in DTYPES:
+        raise InvalidTensor(index, f"dtype {param.dtype} is not supported, must be one of {list(DTYPES)}")
+    if param.layout != torch.strided:
+        raise InvalidTensor(index, f"layout {param.layout} of the parameter is not supported, must be strided")
+    if overlaps_itself(param):
+        raise InvalidTensor(
+            index, f"the parameter overlaps itself in memory (shape {list(param.shape)}, strides {param.stride()})"
+        )
+    for x in operands:
+        if not isinstance(x, Tensor):
+            raise InvalidTensor(index, f"{type(x).__name__} is not a tensor")
+        if x.layout != torch.strided:
+            raise InvalidTensor(index, f"layout {x.layout} is not supported (a sparse gradient?), must be strided")
+        for name in ("dtype", "device", "shape"):
+            if getattr(x, name) != getattr(param, name):
+                raise InvalidTensor(
+                    index, f"{name} {getattr(x, name)} does not match the parameter's {getattr(param, name)}"
+                )
