@@ -1,14 +1,14 @@
 """The base step of SAM: what is done at w with the gradient taken at w + e.
 
-A base has ``step(optimizer, grad_scale, found_inf)``, which brings the weights back to w and updates them. It works
-closely with `FusedSAM`, of whose state machine it is the last state.
+A base has ``step(optimizer, journal, grad_scale, found_inf)``, which brings the weights back to w and updates them. It
+works closely with `FusedSAM`, of whose state machine it is the last state.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,31 +23,36 @@ if TYPE_CHECKING:
 class FusedSGD:
     """torch.optim.SGD, restore and step in one pass over the weights."""
 
-    def step(self, optimizer: FusedSAM, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def step(
+        self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """One `ops.sgd_update` over all groups; new momentum buffers enter the state once they hold something."""
         params, host = optimizer._flat_params(), optimizer._host()
         grads = host.get_grads(params)
-        buffers, fresh = None, set()
+        buffers: list[Any] | None = None
+        fresh: set[int] = set()
         if any(group["momentum"] for group in optimizer.param_groups):
             buffers = host.lookup(optimizer.state, params, "momentum_buffer")
             if not ops.all_present(buffers):
                 fresh = _make_buffers(optimizer.param_groups, params, grads, buffers)
         if fresh and found_inf is not None and bool(found_inf):
             # A buffer that is skipped must not come into being, and only the host can see to that.
-            optimizer.restore()
+            ops.undo(journal)
             return
         ops.sgd_update(
             params,
             grads,
-            optimizer._kept(),
+            ops.one_batch(journal),
             buffers,
             _sgd_groups(optimizer.param_groups, fresh),
             grad_scale,
             found_inf,
             optimizer.backend,
-            optimizer._ascent.journal,
+            journal,
         )
-        for i in fresh:
-            optimizer.state[params[i]]["momentum_buffer"] = buffers[i]
+        if buffers is not None:
+            for i in fresh:
+                optimizer.state[params[i]]["momentum_buffer"] = buffers[i]
 
 
 def _make_buffers(
@@ -99,15 +104,18 @@ class AnyBase:
             )
         self.inner = inner
 
-    def step(self, optimizer: FusedSAM, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        optimizer.restore()
+    def step(
+        self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Restore, unscale or skip as a GradScaler would, and let the base step."""
+        ops.undo(journal)
         if found_inf is not None and bool(found_inf):
             return
         grads = [p.grad for p in optimizer._flat_params() if p.grad is not None]
         if grad_scale is not None and grads:
             torch._foreach_mul_(grads, grad_scale.double().reciprocal().float().item())
         self.inner.param_groups, self.inner.state = optimizer.param_groups, optimizer.state
-        step = type(self.inner).step
+        step: Any = type(self.inner).step
         # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
         step(self.inner)

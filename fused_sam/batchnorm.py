@@ -7,7 +7,8 @@ belong to no weights the model is ever evaluated at (the official implementation
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -22,44 +23,69 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     Layers in training mode go on normalising by the batch; layers in evaluation mode are not touched. May be nested.
     Covers BatchNorm, SyncBatchNorm and InstanceNorm, whatever their momentum (None too).
     """
-    tracking = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    for module in tracking:
+    with _frozen(_norm_layers(model)):
+        yield
+
+
+def _norm_layers(model: nn.Module) -> list[_NormBase]:
+    return [m for m in model.modules() if isinstance(m, _NormBase)]
+
+
+@contextlib.contextmanager
+def _frozen(layers: Iterable[_NormBase]) -> Iterator[None]:
+    # Not tracking, a layer in training mode uses the batch's statistics and counts nothing. InstanceNorm updates
+    # whatever buffers it has even then, so they are out of its sight. Layers that are frozen already are left alone.
+    frozen = [(m, m.running_mean, m.running_var) for m in layers if m.training and m.track_running_stats]
+    for module, _, _ in frozen:
         module.track_running_stats = False
+        module.running_mean = module.running_var = None
     try:
         yield
     finally:
-        for module in tracking:
+        for module, mean, variance in frozen:
             module.track_running_stats = True
+            module.running_mean, module.running_var = mean, variance
 
 
 class FirstPassOnly:
-    """Handle of `first_pass_only`; ``remove()`` undoes it."""
+    """Handle of `first_pass_only`; ``remove()`` undoes it. A copy of the model is free of it."""
 
     def __init__(self, model: nn.Module, optimizer: FusedSAM) -> None:
-        self._optimizer = optimizer
-        self._running: list[contextlib.AbstractContextManager[None]] = []
+        self._optimizer: FusedSAM | None = optimizer
+        self._running: dict[nn.Module, list[contextlib.AbstractContextManager[None]]] = {}
+        # On each layer and not on the model: a training loop need not go through the model's own forward.
         self._hooks = [
-            model.register_forward_pre_hook(self._enter),
-            model.register_forward_hook(self._exit, always_call=True),
+            hook
+            for layer in _norm_layers(model)
+            for hook in (
+                layer.register_forward_pre_hook(self._enter),
+                layer.register_forward_hook(self._exit, always_call=True),
+            )
         ]
 
-    def _enter(self, model: nn.Module, args: object) -> None:
-        context = frozen_statistics(model) if self._optimizer.perturbed else contextlib.nullcontext()
+    def _enter(self, layer: Any, args: object) -> None:
+        perturbed = self._optimizer is not None and self._optimizer.perturbed
+        context = _frozen([layer]) if perturbed else contextlib.nullcontext()
         context.__enter__()
-        self._running.append(context)
+        self._running.setdefault(layer, []).append(context)
 
-    def _exit(self, model: nn.Module, args: object, output: object) -> None:
+    def _exit(self, layer: Any, args: object, output: object) -> None:
         # An earlier pre-hook that raises means that _enter never ran.
-        if self._running:
-            self._running.pop().__exit__(None, None, None)
+        if self._running.get(layer):
+            self._running[layer].pop().__exit__(None, None, None)
 
     def remove(self) -> None:
+        """Take the hooks off the model: both passes then update the statistics."""
         for hook in self._hooks:
             hook.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks travel with a model that is copied or pickled. The optimizer does not: it steps another model.
+        return {"_optimizer": None, "_running": {}, "_hooks": []}
+
 
 def first_pass_only(model: nn.Module, optimizer: FusedSAM) -> FirstPassOnly:
-    """Freeze the statistics in every forward of ``model`` while ``optimizer`` holds the weights at w + e.
+    """Freeze the statistics of every norm layer of ``model`` while ``optimizer`` holds the weights at w + e.
 
     One line at set-up; the closure form and the two-call form then need nothing more::
 

@@ -25,8 +25,8 @@ from fused_sam.routing import InvalidTensor, TensorList, contiguous, route, stan
 __all__ = ["Ascent", "AscentGroup", "InvalidTensor", "SGDGroup", "norm", "perturb", "restore", "sgd_update"]
 
 # What perturb has done and restore or sgd_update have yet to undo: entries with ``params``, ``kept`` (None for each
-# parameter that is not displaced) and ``restore()``. It is written by the code that touches the weights, at the moment it
-# has: an interrupt finds it true.
+# parameter that is not displaced) and ``restore()``. It is written by the code that touches the weights, at the moment
+# it has: an interrupt finds it true.
 Journal: TypeAlias = list[Any]
 
 
@@ -85,15 +85,18 @@ class Ascent:
     def perturb(self, norm: Tensor, journal: Journal, backups: TensorList | None = None, owned: bool = False) -> None:
         """w = w + e in place, with w kept in ``backups``, or in memory found here.
 
-        With ``owned``, the gradients are the caller's to give: one whose memory nothing else can reach comes to hold its
-        parameter (the in-place swap: no memory is taken and none stays behind). Nothing but the list given to the
-        constructor may refer to it then.
+        With ``owned``, the gradients are the caller's to give: one whose memory nothing else can reach comes to hold
+        its parameter (the in-place swap: no memory is taken and none stays behind). Nothing but the list given to the
+        constructor may refer to it then. Backups of small tensors share one allocation instead.
         """
         for part in self._parts:
             scalars = norm.to(part.device), part.regroup(self.groups)
-            kept = part.take(backups)
+            kept = part.take_any(backups)
             if part.batch is not None:
-                part.batch.make_backups(owned) if kept is None else part.batch.set_backups(kept)
+                if kept is None:
+                    part.batch.make_backups(owned)
+                else:
+                    part.batch.set_backups(kept)
                 part.batch.perturb(*scalars, journal)
                 continue
             p, g = part.take(self.params), part.take(self.grads)
@@ -143,8 +146,8 @@ def perturb(
 ) -> None:
     """backup = w and w = w + rho_k T^2 g / norm, in place, for every parameter with a gradient.
 
-    A norm that is zero or not finite leaves w as it is (decided on the device). ``backups[i] is grads[i]`` swaps in place.
-    ``journal`` receives an entry when, and as soon as, there is something to restore.
+    A norm that is zero or not finite leaves w as it is (decided on the device). ``backups[i] is grads[i]`` swaps in
+    place. ``journal`` receives an entry when, and as soon as, there is something to restore.
 
     Raises:
         InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched backup; nothing has been changed then.
@@ -152,6 +155,11 @@ def perturb(
     route(backend, params, grads, backups)
     if any((g is None) != (b is None) for g, b in zip(grads, backups)):
         raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient.")
+    if norm.shape != ():
+        raise ValueError(f"Invalid norm of shape {list(norm.shape)}. Must be a scalar tensor, of shape [].")
+    others = {id(g): i for i, g in enumerate(grads) if g is not None}
+    if any(others.get(id(b), i) != i for i, b in enumerate(backups)):
+        raise ValueError("Invalid backups. A gradient may hold no parameter but its own.")
     Ascent(params, grads, groups, backend).perturb(norm, [] if journal is None else journal, backups)
 
 
@@ -188,39 +196,42 @@ def sgd_update(
 
     Parameters without a gradient are only restored. Momentum buffers are written in place. With ``grad_scale`` (a
     GradScaler's, shape []) the gradients are divided by it in place first; with a nonzero ``found_inf`` (shape [])
-    every parameter is only restored. ``backups`` may be the one entry of an ascent's journal. ``journal`` is cleared as soon as there is nothing left to restore.
+    every parameter is only restored. ``backups`` may be `one_batch` of a journal. ``journal`` is cleared as
+    soon as there is nothing left to restore.
 
     Raises:
-        InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched momentum buffer; nothing has been changed
-            then.
+        InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched momentum buffer; nothing has been
+            changed then.
     """
     journal = [] if journal is None else journal
     _require_sizes(params, groups)
     _require_buffers(grads, momentum_buffers, groups)
     parts = route(backend, params, grads, backups, momentum_buffers)
+    written = [grads, backups]
     if backups is not None and (len(parts) != 1 or parts[0].batch is None or parts[0].index is not None):
         # Only a single call can restore and update as one; elsewhere all of w comes back before any of it is updated.
         if isinstance(backups, list):
             restore(params, backups, backend)
+            journal.clear()
         else:
-            backups.restore()
-        journal.clear()
+            undo(journal)
+        written = [grads]
         parts = route(backend, params, grads, None, momentum_buffers)
     for part in parts:
         scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
         if part.batch is not None:
             part.batch.sgd_update(part.regroup(groups), *scalars, journal)
             continue
-        p, g, m = (part.take(x) for x in (params, grads, momentum_buffers))
-        with stand_ins(p) as p_, stand_ins(m) as m_, stand_ins(g) as g_:
+        m = part.take_any(momentum_buffers)
+        with stand_ins(part.take(params)) as p_, stand_ins(m) as m_, stand_ins(part.take(grads)) as g_:
             part.backend.Batch(p_, g_, None, m_).sgd_update(part.regroup(groups), *scalars, journal)
-    _bump_versions(params, grads, backups)
+    _bump_versions(params, *written)
 
 
 def _require_sizes(params: TensorList, groups: list[AscentGroup] | list[SGDGroup]) -> None:
     covered = sum(group.size for group in groups)
-    if covered != len(params):
-        raise ValueError(f"Invalid groups, of {covered} tensors. Must cover len(params)={len(params)}.")
+    if covered != len(params) or any(group.size < 0 for group in groups):
+        raise ValueError(f"Invalid groups, of {covered} tensors. Must cover len(params)={len(params)}, each size >= 0.")
 
 
 def _require_buffers(grads: TensorList, buffers: TensorList | None, groups: list[SGDGroup]) -> None:
@@ -239,6 +250,14 @@ def _require_buffers(grads: TensorList, buffers: TensorList | None, groups: list
 def all_present(tensors: TensorList) -> bool:
     """Whether no entry is None. (``None in tensors`` would compare tensors.)"""
     return all(map(operator.is_not, tensors, itertools.repeat(None)))
+
+
+def one_batch(journal: Journal) -> Any | None:
+    """The backups that `sgd_update` can restore in its own pass; where several calls moved the weights, undoes them."""
+    if len(journal) == 1 and not isinstance(journal[0], _Copies):
+        return journal[0]
+    undo(journal)
+    return None
 
 
 def undo(journal: Journal) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -22,7 +22,7 @@ from fused_sam.backends import eager
 class _Ascent:
     """What is known between the passes. The weights are at w + e exactly where the journal says so."""
 
-    norm: Tensor | None = None
+    norm: Tensor
     journal: ops.Journal = field(default_factory=list)
 
 
@@ -50,8 +50,8 @@ class FusedSAM(Optimizer):
 
     Args:
         params: parameters, dicts of parameter groups (which may set ``rho`` and ``adaptive``), or named parameters.
-        base_optimizer: class of the base optimizer. ``torch.optim.SGD`` runs fused with the restore, any other class runs
-            its own ``step``.
+        base_optimizer: class of the base optimizer. ``torch.optim.SGD`` runs fused with the restore, any other class
+            runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
         adaptive: elementwise scale-invariant perturbation.
         backend: ``"native"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else the best.
@@ -64,8 +64,8 @@ class FusedSAM(Optimizer):
         RuntimeError: if the backend asked for cannot be used.
     """
 
-    # torch.amp.GradScaler then always calls step(), with grad_scale and found_inf set on the optimizer. It must: were the
-    # call skipped on overflow, the weights would stay at w + e.
+    # torch.amp.GradScaler then always calls step(), with grad_scale and found_inf set on the optimizer. It must: were
+    # the call skipped on overflow, the weights would stay at w + e.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -111,13 +111,14 @@ class FusedSAM(Optimizer):
             The loss at w; None without a closure.
 
         Raises:
-            RuntimeError: without a closure, if there was no ``first_step``; with one, if there was, or under a GradScaler.
+            RuntimeError: without a closure, if there was no ``first_step``; with one, if there was, or under a
+                GradScaler.
         """
         if closure is not None:
             return self._step_closure(closure)
         if self._ascent is None:
             raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
-        self._descend()
+        self._descend(self._ascent)
         return None
 
     @torch.no_grad()
@@ -160,18 +161,18 @@ class FusedSAM(Optimizer):
             self.zero_grad()
             with torch.enable_grad():
                 loss = closure()
-            self._ascend(take_grads=True)
+            ascent = self._ascend(take_grads=True)
             if state is not None:
                 rng.replay(state)
             with torch.enable_grad():
                 closure()
-            self._descend()
+            self._descend(ascent)
         except BaseException:
             self.restore()
             raise
         return loss
 
-    def _ascend(self, take_grads: bool) -> None:
+    def _ascend(self, take_grads: bool) -> _Ascent:
         if self._ascent is not None:
             raise RuntimeError("first_step() twice: the weights are perturbed already. Call step() or restore() first.")
         params = self._flat_params()
@@ -183,28 +184,31 @@ class FusedSAM(Optimizer):
             groups.append(ops.AscentGroup(len(group["params"]), float(group["rho"]), bool(group["adaptive"])))
         with self._naming():
             ascent = ops.Ascent(params, grads, groups, self._backend)
-        self._ascent = _Ascent(norm=ascent.norm())
+        state = self._ascent = _Ascent(ascent.norm())
         try:
             if take_grads:
                 host.clear_grads(params)
-            ascent.perturb(self._ascent.norm, self._ascent.journal, owned=take_grads)
+            ascent.perturb(state.norm, state.journal, owned=take_grads)
         except BaseException:
-            if not self._ascent.journal:  # else the gradients' memory has held w
+            if not state.journal:  # else the gradients' memory has held w
                 for p, g in zip(params, grads):
                     p.grad = g
             self.restore()
             raise
+        return state
 
-    def _descend(self) -> None:
-        ascent = self._ascent
+    def _descend(self, ascent: _Ascent) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             # The perturbation does not depend on the loss scale, so pass 1 is never unscaled: its norm is the check.
-            overflow = (~torch.isfinite(ascent.norm)).to(found_inf)
-            found_inf = torch.maximum(found_inf, overflow)
+            overflow = (~torch.isfinite(ascent.norm)).float()
+            # The scaler sets a plain 0 where pass 2 left no gradient to look at.
+            found_inf = (
+                overflow if not isinstance(found_inf, Tensor) else torch.maximum(found_inf, overflow.to(found_inf))
+            )
         try:
             with self._naming():
-                self._base.step(self, grad_scale, found_inf)
+                self._base.step(self, ascent.journal, grad_scale, found_inf)
         finally:
             self.restore()
 
@@ -218,13 +222,6 @@ class FusedSAM(Optimizer):
             for p in group["params"]:
                 return backends.for_device(p.device.type, self._backend)
         return eager
-
-    def _kept(self) -> Any | None:
-        """The backups of the ascent where one op made them all, to be restored by the update; else restored here."""
-        journal = self._ascent.journal
-        if len(journal) != 1:
-            ops.undo(journal)
-        return journal[0] if journal else None
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -250,13 +247,13 @@ class FusedSAM(Optimizer):
             _check_rho(group["rho"])
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
-            _check_disjoint(self._flat_params())
+            routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])
         except ValueError:
             self.param_groups.pop()
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus ``rho`` and ``adaptive`` of each group.
+        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus each group's ``rho`` and ``adaptive``.
 
         Raises:
             RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e.
@@ -267,7 +264,7 @@ class FusedSAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         self._require_unperturbed("load_state_dict()")
-        super().load_state_dict(state_dict)
+        super().load_state_dict(_with_missing(state_dict, self.param_groups))
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -283,26 +280,18 @@ class FusedSAM(Optimizer):
             "replay_rng": self.replay_rng,
         }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # a base optimizer's checkpoint has no rho, an older one's may lack more
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
-
-def _check_rho(rho: float) -> None:
-    if not 0.0 <= rho < math.inf:
+def _check_rho(rho: Any) -> None:
+    if not isinstance(rho, numbers.Real | Tensor):
+        raise TypeError(f"Invalid {rho=}. Must be a number.")
+    if not 0.0 <= float(rho) < math.inf:
         raise ValueError(f"Invalid {rho=}. Must be >= 0 and finite.")
 
 
-def _check_disjoint(params: list[Tensor]) -> None:
-    """Two parameters on the same memory would be updated twice, in no particular order."""
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
-        for i, p in enumerate(params)
-        # Strided slices may interleave without sharing an element; ops copies those before it writes them.
-        if p.layout == torch.strided and p.device.type != "meta" and p.numel() > 0 and routing.is_dense(p)
-    )
-    for (_, end, i), (begin, _, j) in zip(spans, spans[1:]):
-        if begin < end:
-            raise ValueError(f"Invalid params: parameters {i} and {j} overlap in memory. Must be disjoint.")
+def _with_missing(state_dict: dict[str, Any], param_groups: list[dict]) -> dict[str, Any]:
+    """The checkpoint with what its groups lack (rho, in one of a base optimizer) as our groups have it now."""
+    groups = state_dict["param_groups"]
+    if len(groups) != len(param_groups):
+        return state_dict  # torch says what is wrong
+    missing = [{k: v for k, v in ours.items() if k not in ("params", "param_names")} for ours in param_groups]
+    return {**state_dict, "param_groups": [{**ours, **saved} for ours, saved in zip(missing, groups)]}

@@ -1,13 +1,14 @@
 """The specification: SAM in readable torch, one formula per line, in the dtype of its arguments.
 
 Equation and algorithm numbers are those of Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for
-Efficiently Improving Generalization", ICLR 2021. Every backend is tested against this file in float64. It shares no code
-with the rest of the package, keeps no memory low and skips no work.
+Efficiently Improving Generalization", ICLR 2021. Every backend is tested against this file in float64. It shares no
+code with the rest of the package, saves no memory and skips no work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def sgd_update(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of SGD as `torch.optim.SGD` defines it: the new w and the new momentum buffer (None without momentum)."""
+    """One step of SGD as `torch.optim.SGD` defines it: the new w, and the new momentum buffer or None."""
     d = (-g if maximize else g) + weight_decay * w
     if momentum == 0:
         return w - lr * d, None
@@ -61,11 +62,11 @@ def sgd_update(
 
 
 class ReferenceSAM:
-    """Algorithm 1 with SGD as the base step. Groups are dicts as for `torch.optim.SGD`, plus ``rho`` and ``adaptive``."""
+    """Algorithm 1 with SGD as the base step. Groups are as for `torch.optim.SGD`, plus ``rho`` and ``adaptive``."""
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict],
+        params: Iterable[Any],
         rho: float = 0.05,
         adaptive: bool = False,
         **sgd_options: float | bool,
@@ -73,9 +74,11 @@ class ReferenceSAM:
         items = list(params)
         groups = items if items and isinstance(items[0], dict) else [{"params": items}]
         defaults = {"rho": rho, "adaptive": adaptive, "lr": 1e-3, **sgd_options}
-        self.param_groups = [{**defaults, **group, "params": list(group["params"])} for group in groups]
+        self.param_groups: list[dict[str, Any]] = [
+            {**defaults, **group, "params": list(group["params"])} for group in groups
+        ]
         self.momentum_buffers: dict[Tensor, Tensor] = {}
-        self._w: list[Tensor] | None = None
+        self._w: list[Tensor] = []
 
     def _flat(self, key: str | None = None) -> list:
         return [p if key is None else group[key] for group in self.param_groups for p in group["params"]]
@@ -96,7 +99,7 @@ class ReferenceSAM:
         """Back to w, then the base step with the gradient taken at w + e (Algorithm 1, lines 6 and 7)."""
         for p, w in zip(self._flat(), self._w):
             p.copy_(w)
-        self._w = None
+        self._w = []
         for group in self.param_groups:
             options = {key: value for key, value in group.items() if key not in ("params", "rho", "adaptive")}
             for p in group["params"]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,14 +42,20 @@ class Part:
         self.batch = batch
         self.index = index
 
-    def take(self, tensors: TensorList | None) -> TensorList | None:
-        return tensors if self.index is None or tensors is None else [tensors[i] for i in self.index]
+    def take(self, tensors: TensorList) -> TensorList:
+        """The entries that belong to this part."""
+        return tensors if self.index is None else [tensors[i] for i in self.index]
 
-    def regroup(self, groups: list) -> list:
+    def take_any(self, tensors: Any) -> TensorList | None:
+        """`take` of a list; None for anything else."""
+        return self.take(tensors) if isinstance(tensors, list) else None
+
+    def regroup(self, groups: list[Any]) -> list[Any]:
         """The groups with the sizes they have within this part."""
         if self.index is None:
             return groups
-        regrouped, start = [], 0
+        regrouped: list[Any] = []
+        start = 0
         for group in groups:
             regrouped.append(group._replace(size=sum(start <= i < start + group.size for i in self.index)))
             start += group.size
@@ -65,8 +72,8 @@ def route(
     """One part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
 
     Raises:
-        InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match its
-            parameter in dtype, device and shape.
+        InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match
+            its parameter in dtype, device and shape.
         ValueError: if the lists differ in length.
     """
     lists = [x for x in (grads, backups, buffers) if isinstance(x, list)]
@@ -92,14 +99,16 @@ def route(
             stage = first.NEEDS_DENSE
         module = backends.for_device(param.device.type, backend)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
+    involved = [i for index in members.values() for i in index]
+    written = [x[i] for x in (params, backups, buffers) if isinstance(x, list) for i in involved]
+    require_disjoint([x for x in written if x is not None])
     if list(members) == [(first, device, False)] and len(members[first, device, False]) == len(params):
         return [Part(first, device, batch)]
     parts = []
     for (module, on_device, stage), index in members.items():
         part = Part(module, on_device, None, index)
         if not stage:
-            taken = (part.take(x) if isinstance(x, list) else None for x in (params, grads, backups, buffers))
-            part.batch = module.Batch(*taken)
+            part.batch = module.Batch(*map(part.take_any, (params, grads, backups, buffers)))
         parts.append(part)
     return parts
 
@@ -127,6 +136,61 @@ def is_dense(x: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def require_disjoint(tensors: list[Tensor]) -> None:
+    """Refuse tensors on the same memory: they would be written twice, in no particular order.
+
+    Raises:
+        ValueError: if two of the tensors share an element. (Slices may well interleave.)
+    """
+    places = sorted(_Place.of(x) for x in tensors if x.numel() > 0 and x.device.type != "meta")
+    active: list[_Place] = []
+    for place in places:
+        active = [a for a in active if a.device == place.device and a.end > place.begin]
+        for a in active:
+            if _share_memory(a, place):
+                raise ValueError(
+                    f"Invalid memory layout: tensors of shape {list(a.shape)} and {list(place.shape)} overlap. "
+                    "Parameters, backups and momentum buffers must be disjoint."
+                )
+        active.append(place)
+
+
+class _Place(NamedTuple):
+    """Where a strided tensor lies: addresses and strides in bytes."""
+
+    device: str
+    begin: int
+    end: int
+    item: int
+    dense: bool
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Place:
+        item, begin = x.element_size(), x.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+        strides = tuple(item * stride for stride in x.stride())
+        return cls(str(x.device), begin, begin + item * (last + 1), item, is_dense(x), tuple(x.shape), strides)
+
+    def addresses(self) -> Tensor:
+        a = torch.tensor([self.begin])
+        for size, stride in zip(self.shape, self.strides):
+            a = (a[:, None] + stride * torch.arange(size)).flatten()
+        return a
+
+
+@functools.lru_cache(maxsize=256)
+def _share_memory(a: _Place, b: _Place) -> bool:
+    """Whether two tensors whose spans of memory overlap share a byte. Cached: geometry rarely changes between steps."""
+    if a.dense and b.dense:
+        return True
+    begins = torch.cat([a.addresses(), b.addresses()])
+    ends = torch.cat([a.addresses() + a.item, b.addresses() + b.item])
+    order = begins.argsort()
+    return bool((begins[order][1:] < ends[order][:-1]).any())
 
 
 def overlaps_itself(x: Tensor) -> bool:

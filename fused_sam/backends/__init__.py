@@ -1,8 +1,8 @@
 """The implementations of the op surface, and the choice among them.
 
-A backend is a module with the functions of `fused_sam.backends.eager`: ``supports``, ``check``, ``swappable``, ``norm``,
-``perturb``, ``restore``, ``sgd_update``. An explicitly requested backend is used or raises; otherwise each device gets
-the first backend of `REGISTRY` that loads and supports it.
+A backend is a module with the names of `fused_sam.backends.eager`: helpers over parameter lists, and a class `Batch`
+whose methods are the ops. An explicitly requested backend is used or raises; otherwise each device gets the first one
+of `REGISTRY` that loads and supports it.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def _load(backend: Backend) -> ModuleType | ImportError:
 
 def available() -> dict[str, str]:
     """State of every known backend: ``"ok"``, or why it cannot be used."""
-    return {
-        b.name: "ok" if isinstance(m := _load(b), ModuleType) else f"{m} (to get it: {b.remedy})" for b in REGISTRY
-    }
+    return {b.name: "ok" if isinstance(m := _load(b), ModuleType) else f"{m} (to get it: {b.remedy})" for b in REGISTRY}
 
 
 def requested(name: str | None = None) -> str | None:

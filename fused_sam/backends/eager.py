@@ -51,8 +51,8 @@ class Batch:
         momentum_buffers: TensorList | None = None,
     ) -> None:
         self.params = params
-        self.grads = grads
-        self.backups = backups.backups if isinstance(backups, Batch) else backups
+        self.grads: Any = grads
+        self.backups: Any = backups.backups if isinstance(backups, Batch) else backups
         self.momentum_buffers = momentum_buffers
 
     @property

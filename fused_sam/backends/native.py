@@ -34,6 +34,7 @@ class Batch:
         momentum_buffers: TensorList | None = None,
     ) -> None:
         self.params = params
+        self._batch: _native.Batch
         kept = backups._batch if isinstance(backups, Batch) else backups
         self._batch = _native.Batch(params, grads, kept, momentum_buffers)
 

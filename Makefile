@@ -1,0 +1,50 @@
+# make train   set up, and train SGD and FusedSAM on Fashion-MNIST (the main job; FULL=1 for the long run)
+# make test    set up, and run every check: lint, types, tests
+# make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
+# make help    this list
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+READY  := $(VENV)/.ready
+ARGS   ?=
+
+.PHONY: help train test bench lint clean fashion-mnist
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
+
+# The constraints file keeps every resolution on one torch. Sources are compiled into the package by the install.
+$(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	@touch $@
+
+# The data set as Debian packages it; without apt or root the script finds or fetches its own.
+fashion-mnist:
+	@if [ ! -d /usr/share/datasets/fashion-mnist ] && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  (apt-get -qq update && apt-get -qq install -y --no-install-recommends dataset-fashion-mnist) >/dev/null 2>&1 \
+	  || echo "dataset-fashion-mnist could not be installed: the script will look elsewhere"; fi
+
+train: $(READY) fashion-mnist
+	$(BIN)/python -m bench.train_fashion_mnist $(if $(FULL),--full) $(ARGS)
+
+test: $(READY) lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m bench.report --check
+
+bench: $(READY)
+	$(BIN)/python -m bench.step $(ARGS)
+	$(BIN)/python -m bench.host_time
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.report
+
+clean:
+	rm -rf build dist *.egg-info fused_sam/_native*.so $(READY)
