@@ -18,7 +18,7 @@ struct SgdScalars {
   double grad_multiplier;
 };
 
-// Elements [begin, begin + count) of a tensor. `stream`: write-only data bypasses the cache.
+// Elements [begin, begin + count) of a tensor. `stream`: write-only data bypasses the cache; the caller fences.
 struct BlockKernels {
   double (*sum_of_squares)(const Tensor&, int64_t begin, int64_t count, bool adaptive);
   void (*perturb)(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);

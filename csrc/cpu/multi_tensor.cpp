@@ -1,5 +1,8 @@
 // The CPU entry points: cut the tensor list into blocks, let threads claim them, call the block kernels.
 #include <unistd.h>
+#if defined(FUSED_SAM_X86)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -49,7 +52,23 @@ class Partition {
   int64_t elements_ = 0, bytes_ = 0;
 };
 
+// Non-temporal stores are ordered by nothing but this: once per thread, since it waits for all of them.
+void finish_streaming() {
+#if defined(FUSED_SAM_X86)
+  _mm_sfence();
+#endif
+}
+
 enum class Order { ascending, descending };
+
+// Descending goes from run to run, but upwards within a run: the hardware prefetcher follows only long upward streams.
+constexpr int64_t kRun = 16;
+
+int64_t nth_block(int64_t n, int64_t blocks, Order order) {
+  if (order == Order::ascending) return n;
+  const int64_t end = blocks - n / kRun * kRun;
+  return std::max<int64_t>(end - kRun, 0) + n % kRun;
+}
 
 // Blocks are claimed one by one: a static split waits for whichever thread was preempted.
 template <class Visit>
@@ -64,8 +83,9 @@ void for_each_block(const Partition& partition, int threads, Order order, const 
       Team& team = *static_cast<Team*>(context);
       const int64_t blocks = team.partition.blocks();
       for (int64_t b; (b = team.next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
-        team.partition.visit(team.order == Order::ascending ? b : blocks - 1 - b, team.visit);
+        team.partition.visit(nth_block(b, blocks, team.order), team.visit);
       }
+      finish_streaming();
     }
   } team{partition, visit, order};
   const int64_t useful = partition.elements() < kSerialElements ? 1 : std::min<int64_t>(threads, partition.blocks());

@@ -45,7 +45,6 @@ static void perturb_as(const Tensor& t, int64_t begin, int64_t count, const Asce
   int64_t i = 0;
   if (stream && t.backup != t.grad && reinterpret_cast<uintptr_t>(b) % 64 == 0) {
     for (; i + kWidth <= count; i += kWidth) ascent.template operator()<true>(w + i, g + i, b + i);
-    stream_fence();
   } else {
     for (; i + kWidth <= count; i += kWidth) ascent.template operator()<false>(w + i, g + i, b + i);
   }

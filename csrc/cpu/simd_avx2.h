@@ -63,6 +63,5 @@ static inline VecF mul(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline VecD mul(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
 static inline VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-static inline void stream_fence() { _mm_sfence(); }
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

@@ -123,6 +123,5 @@ static inline VecD fma(VecD a, VecD b, VecD c) {
   for (int i = 0; i < VecD::width; ++i) c.v[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
   return c;
 }
-static inline void stream_fence() {}
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

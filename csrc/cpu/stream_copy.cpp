@@ -15,7 +15,6 @@ void stream_copy(void* dst, const void* src, int64_t bytes) {
     for (; i + kStep <= bytes; i += kStep) {
       VecF::load(reinterpret_cast<const float*>(from + i)).stream(reinterpret_cast<float*>(to + i));
     }
-    stream_fence();
   }
   memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
 }

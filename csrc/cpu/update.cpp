@@ -64,7 +64,6 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
   // A line that is also read must be stored normally: only restored weights are write-only.
   if (stream && t.backup && reinterpret_cast<uintptr_t>(w) % 64 == 0) {
     for (; i + kWidth <= count; i += kWidth) sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m);
-    stream_fence();
   } else {
     for (; i + kWidth <= count; i += kWidth) sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m);
   }
