@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -182,8 +181,10 @@ class FusedSAM(Optimizer):
         for group in self.param_groups:
             _check_rho(group["rho"])
             groups.append(ops.AscentGroup(len(group["params"]), float(group["rho"]), bool(group["adaptive"])))
-        with self._naming():
+        try:
             ascent = ops.Ascent(params, grads, groups, self._backend)
+        except ops.InvalidTensor as error:
+            raise self._named(error) from None
         state = self._ascent = _Ascent(ascent.norm())
         try:
             if take_grads:
@@ -207,8 +208,9 @@ class FusedSAM(Optimizer):
                 overflow if not isinstance(found_inf, Tensor) else torch.maximum(found_inf, overflow.to(found_inf))
             )
         try:
-            with self._naming():
-                self._base.step(self, ascent.journal, grad_scale, found_inf)
+            self._base.step(self, ascent.journal, grad_scale, found_inf)
+        except ops.InvalidTensor as error:
+            raise self._named(error) from None
         finally:
             self.restore()
 
@@ -223,19 +225,15 @@ class FusedSAM(Optimizer):
                 return backends.for_device(p.device.type, self._backend)
         return eager
 
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """A tensor that an op refuses is named as the user knows it."""
-        try:
-            yield
-        except ops.InvalidTensor as error:
-            raise ValueError(f"Invalid {self._name_of(error.index)}: {error.reason}.") from None
-
-    def _name_of(self, index: int) -> str:
+    def _named(self, error: ops.InvalidTensor) -> ValueError:
+        """The refusal of a tensor, with the parameter named as the user knows it."""
+        index = error.index
         for k, group in enumerate(self.param_groups):
             if index < len(group["params"]):
                 name = group["param_names"][index] if "param_names" in group else f"{index} of group {k}"
-                return f"parameter {name} (shape {list(group['params'][index].shape)})"
+                return ValueError(
+                    f"Invalid parameter {name} (shape {list(group['params'][index].shape)}): {error.reason}."
+                )
             index -= len(group["params"])
         raise AssertionError("index beyond the last group")
 

@@ -135,9 +135,17 @@ void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, dou
   const Partition partition(tensors, count, has_grad);
   const bool stream = exceeds_cache(partition.bytes());
   const auto kernel = block_kernels().perturb;
+  std::vector<AscentScalars> scalars[2];  // per group; fp64 tensors have their own
+  for (size_t i = 0; i < count; ++i) {
+    const auto group = static_cast<size_t>(tensors[i].group);
+    for (size_t k = scalars[0].size(); k <= group; ++k) {
+      scalars[0].push_back(scalars_of(groups[k], norm, DType::f32));
+      scalars[1].push_back(scalars_of(groups[k], norm, DType::f64));
+    }
+  }
   // Descending: the cache still holds the gradients that the norm read last.
   for_each_block(partition, threads, Order::descending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
-    kernel(t, begin, n, scalars_of(groups[t.group], norm, t.dtype), stream);
+    kernel(t, begin, n, scalars[t.dtype == DType::f64][static_cast<size_t>(t.group)], stream);
   });
 }
 

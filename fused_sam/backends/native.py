@@ -53,7 +53,7 @@ class Batch:
         return self._batch.kept
 
     def norm(self, groups: list[AscentGroup]) -> Tensor:
-        return torch.tensor(self._batch.norm(groups, torch.get_num_threads()), dtype=torch.float64)
+        return torch.scalar_tensor(self._batch.norm(groups, torch.get_num_threads()), dtype=torch.float64)
 
     def perturb(self, norm: Tensor, groups: list[AscentGroup], journal: Journal) -> None:
         self._batch.perturb(norm.item(), groups, torch.get_num_threads(), journal, self)

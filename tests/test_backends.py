@@ -1,0 +1,109 @@
+"""The choice of backend, what the user is told about it, and `python -m fused_sam`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_sam import FusedSAM, backends
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in an interpreter of its own, with the environment variables given."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_SAM_")} | environment
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+WITHOUT_NATIVE = "import sys; sys.modules['fused_sam._native'] = None; import torch, fused_sam; "
+
+
+def test_every_backend_here_is_usable() -> None:
+    assert backends.available() == {"native": "ok", "eager": "ok"}
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"backend='cudnn'.*\['eager', 'native'\]"):
+        FusedSAM([torch.zeros(1)], backend="cudnn")
+
+
+def test_a_backend_that_does_not_take_the_device_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="'native'.*does not support meta"):
+        backends.for_device("meta", "native")
+
+
+def test_the_environment_chooses_unless_the_argument_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_SAM_BACKEND", "eager")
+    assert FusedSAM([torch.zeros(1)], lr=0.1).backend == "eager"
+    assert FusedSAM([torch.zeros(1)], lr=0.1, backend="native").backend == "native"
+    monkeypatch.setenv("FUSED_SAM_BACKEND", "nativ")
+    with pytest.raises(ValueError, match="backend='nativ'"):
+        FusedSAM([torch.zeros(1)], lr=0.1)
+
+
+def test_without_the_native_core_the_eager_backend_steps_in() -> None:
+    done = run_python(
+        WITHOUT_NATIVE
+        + "import logging; logging.basicConfig(level=logging.INFO)\n"
+        + "p = torch.ones(3, requires_grad=True); o = fused_sam.FusedSAM([p], lr=0.5)\n"
+        + "o.step(lambda: (p.sum().backward(), p.sum())[1]); print(p.tolist(), fused_sam.backends.available())"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[0.5, 0.5, 0.5]" in done.stdout
+    assert "pip install" in done.stdout
+    assert done.stderr.count("backend 'eager' chosen for cpu tensors") == 1
+
+
+def test_asking_for_a_missing_native_core_says_why_and_what_to_run() -> None:
+    done = run_python(WITHOUT_NATIVE + "fused_sam.FusedSAM([torch.zeros(1)], backend='native')")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0
+    assert last.startswith("RuntimeError: backend='native' was asked for but cannot be used")
+    assert "Usable: ['eager']" in last
+    assert "FUSED_SAM_NATIVE=ON pip install" in last
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    backends.for_device.cache_clear()
+    with caplog.at_level(logging.INFO, logger="fused_sam"):
+        for _ in range(3):
+            FusedSAM([torch.zeros(2, requires_grad=True)], lr=0.1).step(lambda: None)
+    assert [r.getMessage() for r in caplog.records].count("backend 'native' chosen for cpu tensors") == 1
+
+
+def test_an_instruction_set_this_machine_lacks_is_refused_by_name() -> None:
+    done = run_python("from fused_sam import _native; _native.isa()", FUSED_SAM_CPU_ISA="sse9")
+    assert "Invalid FUSED_SAM_CPU_ISA='sse9'. Must be one of: " in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("ValueError")
+
+
+@pytest.mark.parametrize("isa", ["portable", ""])
+def test_the_report_checks_a_step_on_each_backend(isa: str) -> None:
+    code = "import sys; from fused_sam.__main__ import main; sys.exit(main([]))"
+    done = run_python(code, FUSED_SAM_CPU_ISA=isa)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok, one step checked") == 2
+    assert torch.__version__ in done.stdout
+    assert not isa or f"kernels      {isa}" in done.stdout
+
+
+def test_the_report_fails_on_a_backend_that_computes_a_wrong_step() -> None:
+    code = (
+        "import sys, fused_sam\n"
+        "from fused_sam.backends import eager\n"
+        "eager.Batch.restore = lambda self: None\n"
+        "from fused_sam.__main__ import main; sys.exit(main([]))"
+    )
+    done = run_python(code)
+    assert done.returncode == 1
+    assert "WRONG" in done.stdout
+
+
+def test_the_report_says_when_the_backend_asked_for_is_not_there() -> None:
+    done = run_python("import sys; from fused_sam.__main__ import main; sys.exit(main([]))", FUSED_SAM_BACKEND="nativ")
+    assert done.returncode == 1
+    assert "Invalid backend='nativ'" in done.stdout

@@ -1,0 +1,105 @@
+"""Building and installing as users do: with and without a compiler, and never with torch in the build environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# The build requirements may come from the environment under test, so that these tests need no network.
+needs_build_tools = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("setuptools", "pybind11", "cmake")),
+    reason="needs the build requirements of pyproject.toml: setuptools, pybind11, cmake",
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what a source distribution has, so that a build leaves nothing in the checkout."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, copy)
+    for name in ("csrc", "fused_sam"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_SAM_")}
+    # Any import of torch during the build fails.
+    (source / "torch.py").write_text("raise ImportError('the build must not import torch')")
+    env |= {"PYTHONPATH": str(source), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"} | environment
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", "dist", "."]
+    return subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, timeout=300)
+
+
+def contents(source: Path) -> list[str]:
+    (wheel,) = (source / "dist").glob("fused_sam-*.whl")
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def has_library(names: list[str]) -> bool:
+    return any(name.startswith("fused_sam/_native.") and name.endswith(".so") for name in names)
+
+
+@needs_build_tools
+def test_the_wheel_is_built_without_torch_and_is_complete(source: Path) -> None:
+    built = build_wheel(source, FUSED_SAM_NATIVE="ON")
+    assert built.returncode == 0, built.stdout + built.stderr
+    names = contents(source)
+    assert has_library(names)
+    for module in ("optimizer.py", "backends/eager.py", "backends/native.py", "py.typed", "_native.pyi"):
+        assert f"fused_sam/{module}" in names
+    assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
+
+
+@needs_build_tools
+def test_without_a_compiler_auto_builds_a_pure_wheel_with_one_warning(source: Path) -> None:
+    built = build_wheel(source, CXX="/nowhere/c++")
+    output = built.stdout + built.stderr
+    assert built.returncode == 0, output
+    assert output.count("warning: FusedSAM: the native core could not be built") == 1
+    assert not has_library(contents(source))
+
+
+@needs_build_tools
+def test_without_a_compiler_on_fails_with_one_sentence(source: Path) -> None:
+    built = build_wheel(source, CXX="/nowhere/c++", FUSED_SAM_NATIVE="ON")
+    assert built.returncode != 0
+    assert "FUSED_SAM_NATIVE=ON, but the native core could not be built" in built.stdout + built.stderr
+    assert "It needs a C++17 compiler." in built.stdout + built.stderr
+
+
+@needs_build_tools
+def test_off_does_not_try_to_compile(source: Path) -> None:
+    built = build_wheel(source, FUSED_SAM_NATIVE="off", CXX="/nowhere/c++")
+    output = built.stdout + built.stderr
+    assert built.returncode == 0, output
+    assert "could not be built" not in output
+    assert not has_library(contents(source))
+
+
+@needs_build_tools
+def test_a_misspelt_mode_is_refused(source: Path) -> None:
+    built = build_wheel(source, FUSED_SAM_NATIVE="MAYBE")
+    assert built.returncode != 0
+    assert "Invalid FUSED_SAM_NATIVE='MAYBE'" in built.stdout + built.stderr
+
+
+def test_the_library_uses_no_symbol_of_torch_or_of_an_openmp_runtime() -> None:
+    """One binary serves every torch, and no second thread pool is loaded beside torch's."""
+    spec = importlib.util.find_spec("fused_sam._native")
+    assert spec is not None
+    assert spec.origin is not None
+    linked = subprocess.run(["ldd", spec.origin], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in linked
+    assert "omp" not in linked
