@@ -42,7 +42,7 @@ bool is_negated(PyObject* tensor) {
 
 // Tensors smaller than this share one allocation for their backups: asking torch who owns a gradient, and holding on to
 // it, costs more than copying so little.
-constexpr int64_t kSmallBytes = 65536;
+constexpr int64_t kSmallBytes = 4096;
 constexpr int64_t kAlignment = 64;
 
 int64_t bytes_of(const Tensor& t) { return t.numel * size_of(t.dtype); }
