@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -92,12 +93,22 @@ void for_each_block(const Partition& partition, int threads, Order order, const 
   run_team(static_cast<int>(useful), &Team::body, &team);
 }
 
+// The last-level cache that one core can use. sysconf counts all of a socket's, which on machines with several is no
+// core's to use; the kernel's own account of the first core comes first.
+int64_t last_level_cache() {
+  long kibibytes = 0;
+  if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kibibytes) != 1) kibibytes = 0;
+    std::fclose(file);
+  }
+  if (kibibytes > 0) return int64_t{kibibytes} << 10;
+  const long total = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return total > 0 ? total : int64_t{32} << 20;
+}
+
 // Write-only data bypasses the cache only if the cache could not have kept it for the next pass over the weights.
 bool exceeds_cache(int64_t bytes) {
-  static const int64_t cache = [] {
-    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return size > 0 ? static_cast<int64_t>(size) : int64_t{32} << 20;
-  }();
+  static const int64_t cache = last_level_cache();
   return bytes > cache;
 }
 

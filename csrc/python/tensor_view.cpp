@@ -130,10 +130,8 @@ bool same_layout(const TensorView& a, const TensorView& b) {
 
 bool is_sole_owner(PyObject* tensor, Py_ssize_t references) {
   const TorchApi& api = TorchApi::get();
-  if (api.lone_tensor_uses == 0 || Py_REFCNT(tensor) != references) return false;
-  long tensor_uses = 0, storage_uses = 0;
-  return api.count_uses(tensor, &tensor_uses, &storage_uses) && tensor_uses == api.lone_tensor_uses &&
-         storage_uses == api.lone_storage_uses;
+  TorchApi::Uses uses;
+  return api.counts_uses && Py_REFCNT(tensor) == references && api.count_uses(tensor, &uses) && uses == api.lone;
 }
 
 }  // namespace fused_sam

@@ -74,12 +74,8 @@ TorchApi::TorchApi()
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api->version.major == 1) describe = api->describe;
   }
-  const py::object lone = py::module_::import("torch").attr("empty")(1);
-  long tensor_uses = 0, storage_uses = 0;
-  if (count_uses(lone.ptr(), &tensor_uses, &storage_uses)) {
-    lone_tensor_uses = tensor_uses;
-    lone_storage_uses = storage_uses;
-  }
+  const py::object tensor = py::module_::import("torch").attr("empty")(1);
+  counts_uses = count_uses(tensor.ptr(), &lone);
 }
 
 const TorchApi& TorchApi::get() {
@@ -87,16 +83,17 @@ const TorchApi& TorchApi::get() {
   return *instance;
 }
 
-bool TorchApi::count_uses(PyObject* tensor, long* tensor_uses, long* storage_uses) const {
+bool TorchApi::count_uses(PyObject* tensor, Uses* uses) const {
   if (storage_use_count == nullptr) return false;
-  *tensor_uses = as_long(use_count.call(tensor));
+  uses->tensor = as_long(use_count.call(tensor));
   PyObject* storage = untyped_storage.call(tensor);
   PyObject* cdata = storage ? storage_cdata.get(storage) : nullptr;
-  *storage_uses = cdata ? as_long(PyObject_CallOneArg(storage_use_count, cdata)) : -1;
+  uses->storage = cdata ? as_long(PyObject_CallOneArg(storage_use_count, cdata)) : -1;
+  uses->storage_object = storage ? static_cast<long>(Py_REFCNT(storage)) : -1;
   Py_XDECREF(cdata);
   Py_XDECREF(storage);
   if (PyErr_Occurred()) PyErr_Clear();
-  return *tensor_uses > 0 && *storage_uses > 0;
+  return uses->tensor > 0 && uses->storage > 0;
 }
 
 }  // namespace fused_sam

@@ -40,12 +40,19 @@ struct TorchApi {
   int (*describe)(void*, dlpack::Description*) = nullptr;
   Attribute grad, is_neg, use_count, untyped_storage, storage_cdata;
 
-  // The use counts of a tensor that nothing else refers to; 0 where torch does not tell. They differ between versions
-  // (a storage's Python object may hold a reference).
-  long lone_tensor_uses = 0, lone_storage_uses = 0;
+  // How often the C++ tensor, its storage and the storage's Python object are referred to.
+  struct Uses {
+    long tensor = 0, storage = 0, storage_object = 0;
+    bool operator==(const Uses& other) const {
+      return tensor == other.tensor && storage == other.storage && storage_object == other.storage_object;
+    }
+  };
+  // False where torch does not tell.
+  bool count_uses(PyObject* tensor, Uses* uses) const;
 
-  // The counts of a tensor and of its storage, or false.
-  bool count_uses(PyObject* tensor, long* tensor_uses, long* storage_uses) const;
+  // Of a tensor that nothing else refers to, where torch tells: they differ between versions.
+  bool counts_uses = false;
+  Uses lone;
 };
 
 }  // namespace fused_sam

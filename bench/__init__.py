@@ -1,0 +1,1 @@
+"""Measurements: speed, host time and memory of the optimizer side of a SAM step, and a training run."""

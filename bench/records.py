@@ -1,0 +1,156 @@
+"""Result rows: one JSON object a line, each with the machine, the versions and the date it belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+UNKNOWN_CACHE_BYTES = 32 << 20
+
+Row = dict[str, Any]
+
+
+class Spread(NamedTuple):
+    """Median with the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        tenths = statistics.quantiles(values, n=10, method="inclusive")
+        return cls(statistics.median(values), tenths[1], tenths[7])
+
+    def rounded(self) -> dict[str, float]:
+        """For a row: four significant digits are more than a measurement has."""
+        return {name: float(f"{value:.4g}") for name, value in self._asdict().items()}
+
+
+def machine() -> Row:
+    """Everything a figure depends on besides the code: the machine without its name, and the versions."""
+    return hardware() | versions()
+
+
+@functools.cache
+def hardware() -> Row:
+    """The machine without its name."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "last_level_cache_bytes": last_level_cache(),
+        "system": platform.system(),
+        "isa": _isa(),
+    }
+
+
+@functools.cache
+def versions() -> Row:
+    """Of Python, torch, the compiler on this machine, the rival, and the commit."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gcc": _output("gcc", "-dumpfullversion"),
+        "pytorch_optimizer": _distribution("pytorch-optimizer"),
+        "commit": _commit(),
+    }
+
+
+def header(kind: str) -> Row:
+    """The part that rows of every kind have."""
+    return {"kind": kind, "date": today(), "machine": hardware(), "versions": versions()}
+
+
+def today() -> str:
+    """The ISO date and time in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Append rows to a file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read(folder: Path) -> list[Row]:
+    """All rows of all files of a folder, oldest first.
+
+    Raises:
+        ValueError: a line is no JSON object with a kind.
+    """
+    rows: list[Row] = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                row["kind"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"Invalid row in {path.name}, line {number}: {error!r}.") from error
+            rows.append(row)
+    return sorted(rows, key=lambda row: row.get("date", ""))
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text(encoding="utf-8").strip().removesuffix("K")) << 10)
+    return max(sizes, default=UNKNOWN_CACHE_BYTES)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _isa() -> str | None:
+    try:
+        from fused_sam import _native
+    except ImportError:
+        return None
+    return _native.isa()
+
+
+def _distribution(name: str) -> str | None:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> str | None:
+    """The commit measured; "+" where the package or the kernels differ from it."""
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--", "fused_sam", "csrc", "CMakeLists.txt")
+    return f"{commit}+" if commit and changed else commit

@@ -1,0 +1,81 @@
+"""Write measured rows into README.md and docs/benchmarks.md as tables, and draw them: python -m bench.report
+
+A block stands between <!-- NAME:start --> and <!-- NAME:end -->; bench/tables.py lists the names. Only the
+newest row of each measured thing counts. Absent files and blocks, and blocks without rows, are left as they
+are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import records, step_plot
+from bench.tables import BLOCKS, latest
+
+PAGES = ("README.md", "docs/benchmarks.md")
+PLOT = "docs/step_cpu.png"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--results", type=Path, default=records.RESULTS, help="folder of .jsonl files")
+    add("--root", type=Path, default=records.ROOT, help="folder of README.md and docs/")
+    add(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 where a page differs from what the rows give",
+    )
+    return parser.parse_args(arguments)
+
+
+def filled(page: str, rows: Sequence[records.Row]) -> str:
+    """The page with every known block replaced.
+
+    Raises:
+        ValueError: a block begins and does not end.
+    """
+    for name, render in BLOCKS.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if (start in page) != (end in page):
+            raise ValueError(f"Invalid block {name!r}. Must have both {start} and {end}.")
+        text = render(rows)
+        if start in page and text:
+            pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+            page = pattern.sub(lambda _, block=f"{start}\n{text}\n{end}": block, page)
+    return page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite or check."""
+    options = parse_arguments(arguments)
+    rows = latest(records.read(options.results))
+    stale = False
+    for name in PAGES:
+        path = options.root / name
+        if not path.is_file():
+            continue
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, rows)
+        if before == after:
+            continue
+        stale = True
+        if options.check:
+            lines = (text.splitlines(keepends=True) for text in (before, after))
+            sys.stdout.writelines(difflib.unified_diff(*lines, name, f"{name} from the rows"))
+        else:
+            path.write_text(after, encoding="utf-8")
+            print(f"wrote {name}")
+    if not options.check and step_plot.draw(rows, options.root / PLOT):
+        print(f"wrote {PLOT}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Seeds, and the backend and device every test runs on."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fused_sam import backends
+
+# A backend and a device it serves. Where there is no GPU, one placeholder stands for all GPU targets.
+CPU_TARGETS = [("native", "cpu"), ("eager", "cpu")]
+CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
+
+
+def _targets() -> list[object]:
+    if torch.cuda.is_available():
+        gpu = [pytest.param(t, id="-".join(t), marks=pytest.mark.gpu) for t in CUDA_TARGETS]
+        return [pytest.param(t, id="-".join(t)) for t in CPU_TARGETS] + gpu
+    no_gpu = pytest.mark.skip(reason="torch sees no CUDA device")
+    return [pytest.param(t, id="-".join(t)) for t in CPU_TARGETS] + [
+        pytest.param(CUDA_TARGETS[0], id="cuda", marks=[no_gpu, pytest.mark.gpu])
+    ]
+
+
+@pytest.fixture(params=_targets())
+def target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device); skipped with the backend's own reason where it does not work."""
+    backend, _ = request.param
+    state = backends.available().get(backend, "not part of this build")
+    if state != "ok":
+        pytest.skip(f"backend {backend}: {state}")
+    return request.param
+
+
+@pytest.fixture
+def backend(target: tuple[str, str]) -> str:
+    return target[0]
+
+
+@pytest.fixture
+def device(target: tuple[str, str]) -> str:
+    return target[1]
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fixed seed for every test, and torch's process-wide settings as they were before it.
+
+    One thread unless a test asks for more: networks of a few weights are many times slower on a busy machine
+    otherwise. Results do not depend on it, which is what test_threads.py is for.
+    """
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+    torch.set_num_threads(1)
+    yield
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32

@@ -1,0 +1,337 @@
+"""What the tests share: tolerances, awkward tensors, closed forms in extended precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fused_sam import ReferenceSAM
+from fused_sam.ops import AscentGroup, SGDGroup
+
+# Tolerances, all of them. Counted in ulps of the dtype at the largest operand of the sum that produced a
+# value: w, w' and e for the ascent, w, w' and the terms of lr * d for the update. Cancellation makes any
+# bound at the result alone unattainable.
+PERTURB_ULP = 3.0  # scale, product and sum: three roundings
+UPDATE_ULP = 6.0  # weight decay, dampening, momentum, Nesterov, learning rate, sum
+MOMENTUM_ULP = 2.0  # further ulps for each step before: a momentum buffer carries its rounding along
+# 16-bit data is computed in fp32 and rounded once on storing, so half an ulp is all that may be lost, up to
+# ties that the fp32 rounding decides the other way.
+ROUNDED_ONCE_ULP = 0.5 + 2.0**-6
+# fp64 accumulation of fp32 or narrower data; fp64 data loses the rounding of its own squares and sums.
+NORM_RTOL = {torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7, torch.float64: 1e-13}
+# rho against the measured length of a displacement: one rounding per element, and rho / ||g|| rounded once.
+LENGTH_RTOL = {torch.float32: 4e-7, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# A 16-bit trajectory may be this many times as far from float64 as torch's own for-loop is, plus one ulp.
+LOW_PRECISION_FACTOR = 2.0
+# float64 networks against float64 oracles over some ten steps: rounding of 1e-16, amplified by the network.
+FLOAT64_RTOL = 1e-11
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIXTEEN_BIT = [torch.bfloat16, torch.float16]
+BLOCK = 16384  # elements the CPU kernels claim at a time
+# Every size up to two vectors of every dtype, a prime, and the edges of one and two blocks.
+SIZES = [*range(131), 1009, *(BLOCK * k + d for k in (1, 2) for d in (-1, 0, 1))]
+FEW_SIZES = [0, 1, 3, 16, 67, 129, 1009, BLOCK + 1]
+# Beyond the size, in every dtype, up to which the native backend keeps w in memory of its own rather than in that of
+# the gradient, and beyond one thread's work.
+LARGE = 181 * 182
+
+# No hyperparameter at a value where two formulas coincide.
+HYPER = {"lr": 0.13, "momentum": 0.87, "weight_decay": 0.017}
+RHO = 0.07
+SGD_CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.13},
+    "decay": {"lr": 0.13, "weight_decay": 0.017},
+    "momentum": {"lr": 0.13, "momentum": 0.87},
+    "dampening": {"lr": 0.13, "momentum": 0.87, "dampening": 0.3},
+    "nesterov": {"lr": 0.13, "momentum": 0.87, "nesterov": True},
+    "momentum-decay": {"lr": 0.13, "momentum": 0.87, "dampening": 0.3, "weight_decay": 0.017},
+    "nesterov-decay": {"lr": 0.13, "momentum": 0.87, "nesterov": True, "weight_decay": 0.017},
+    "maximize": {"lr": 0.13, "maximize": True},
+    "maximize-all": {"lr": 0.13, "momentum": 0.87, "dampening": 0.3, "weight_decay": 0.017, "maximize": True},
+    "maximize-nesterov": {
+        "lr": 0.13,
+        "momentum": 0.87,
+        "nesterov": True,
+        "weight_decay": 0.017,
+        "maximize": True,
+    },
+}
+
+
+def ids(value: object) -> str | None:
+    """Readable parametrisation names for dtypes."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+# Closed forms in numpy's extended precision, independent of fused_sam.reference.
+Array = np.ndarray
+
+
+def exact(tensor: Tensor) -> Array:
+    return tensor.detach().cpu().double().numpy().astype(np.longdouble)
+
+
+def exact_norm(pairs: Iterable[tuple[Tensor, Tensor | None, bool]]) -> float:
+    """||T g|| over (param, grad, adaptive) triples, T = |w| where adaptive, 1 elsewhere."""
+    squares: list[float] = []
+    for w, g, adaptive in pairs:
+        if g is not None:
+            scaled = g.detach().double() * w.detach().double() if adaptive else g.detach().double()
+            squares.extend(scaled.square().reshape(-1).tolist())
+    return math.sqrt(math.fsum(squares))
+
+
+def exact_ascent(w: Array, g: Array, norm: float, rho: float, adaptive: bool) -> Array:
+    """e = rho T^2 g / ||T g||"""
+    return rho * (w * w * g if adaptive else g) / np.longdouble(norm)
+
+
+def exact_sgd(
+    w: Array,
+    g: Array,
+    m: Array | None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> tuple[Array, Array, Array, Array]:
+    """torch.optim.SGD's documented update: (w', m', largest operand behind w', the same behind m')."""
+    d = (-g if maximize else g) + weight_decay * w
+    size = np.abs(g) + weight_decay * np.abs(w)
+    buffer, buffer_size = d, size
+    if m is not None:
+        buffer = momentum * m + (1 - dampening) * d
+        buffer_size = momentum * np.abs(m) + (1 - dampening) * size
+    step, step_size = d, size
+    if momentum != 0:
+        step, step_size = (d + momentum * buffer, size + momentum * buffer_size) if nesterov else (buffer, buffer_size)
+    updated = w - lr * step
+    return updated, buffer, np.maximum(np.maximum(np.abs(w), np.abs(updated)), lr * step_size), buffer_size
+
+
+def ulp(magnitude: Array, dtype: torch.dtype) -> Array:
+    """Distance to the next number of `dtype` at each magnitude."""
+    info = torch.finfo(dtype)
+    _, exponent = np.frexp(np.abs(magnitude))
+    spacing = np.where(magnitude == 0, 0, np.ldexp(np.longdouble(info.eps), exponent - 1))
+    return np.maximum(spacing, np.longdouble(info.smallest_normal) * info.eps)
+
+
+def assert_within_ulp(
+    actual: Tensor,
+    expected: Array,
+    magnitude: Array,
+    limit: float,
+    what: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """|actual - expected| <= limit ulps of the tensor's dtype (or of `dtype`) at `magnitude`."""
+    got = exact(actual)
+    assert got.shape == expected.shape
+    if got.size == 0:
+        return
+    assert np.isfinite(got).all(), f"{what}: non-finite values"
+    error = np.abs(got - expected) / ulp(magnitude, dtype or actual.dtype)
+    worst = int(error.argmax())
+    assert error.max() <= limit, (
+        f"{what}, shape {tuple(actual.shape)}, {actual.dtype}: element {worst} is {float(error.max()):.3g} "
+        f"ulp off (limit {limit}): {got.reshape(-1)[worst]!r}, expected {expected.reshape(-1)[worst]!r}"
+    )
+
+
+def bits(tensor: Tensor) -> bytes:
+    """The values as bytes in index order: tells -0.0 from 0.0, and NaN equals itself."""
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor.resolve_neg()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def assert_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor | bytes], what: str = "tensor") -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert bits(a) == (e if isinstance(e, bytes) else bits(e)), f"{what} {i} differs"
+
+
+def snapshot(tensors: Iterable[Tensor]) -> list[bytes]:
+    return [bits(t) for t in tensors]
+
+
+class Carved:
+    """Tensors cut from one buffer at odd offsets: misaligned, and with neighbours that must not change."""
+
+    FILL = 42.0
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
+        self.buffer = torch.full((sum(sizes) + 2 * len(sizes) + 1,), self.FILL, dtype=dtype, device=device)
+        self.gaps = torch.ones_like(self.buffer, dtype=torch.bool)
+        self.tensors = []
+        offset = 1
+        for size in sizes:
+            self.tensors.append(self.buffer[offset : offset + size])
+            self.gaps[offset : offset + size] = False
+            offset += size + (1 if size % 2 else 2)
+
+    def check(self) -> None:
+        assert bool((self.buffer[self.gaps] == self.FILL).all()), "an element outside the tensors was written"
+
+
+class Lists:
+    """Parameters, gradients, backups and momentum buffers of the given sizes with random contents."""
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: str, grad_scale: float = 1.0) -> None:
+        self.carved = [Carved(sizes, dtype, device) for _ in range(4)]
+        self.params, self.grads, self.backups, self.momentum = (c.tensors for c in self.carved)
+        for p, g, m in zip(self.params, self.grads, self.momentum, strict=True):
+            p.copy_(torch.randn(p.shape))
+            g.copy_(torch.randn(p.shape) * grad_scale)
+            m.copy_(torch.randn(p.shape))
+
+    def check_neighbours(self) -> None:
+        for carved in self.carved:
+            carved.check()
+
+
+def strided_pairs(dtype: torch.dtype, device: str) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, param, grad) in the layouts that kernels over flat memory get wrong: strides differ."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device=device, dtype=dtype)
+
+    cases = [
+        ("column slice", random(37, 5)[:, 2], random(37)),
+        ("row-strided block", random(12, 11)[::3, 2:9], random(4, 7)),
+        ("transposed", random(7, 19).t(), random(19, 7)),
+        ("transposed gradient", random(19, 7), random(7, 19).t()),
+        (
+            "channels_last, row-major gradient",
+            random(3, 5, 4, 6).to(memory_format=torch.channels_last),
+            random(3, 5, 4, 6),
+        ),
+        (
+            "row-major, channels_last gradient",
+            random(3, 5, 4, 6),
+            random(3, 5, 4, 6).to(memory_format=torch.channels_last),
+        ),
+        (
+            "both channels_last",
+            random(3, 5, 4, 6).to(memory_format=torch.channels_last),
+            random(3, 5, 4, 6).to(memory_format=torch.channels_last),
+        ),
+        ("size-1 dimensions", random(1, 33, 1).transpose(0, 2), random(1, 33, 1)),
+        ("expanded gradient", random(6, 9), random(6, 1).expand(6, 9)),
+        ("scalar expanded gradient", random(41), random(1).expand(41)),
+        ("strided gradient", random(23), random(46)[::2]),
+        ("zero-dimensional", random(1)[0], random(1)[0]),
+    ]
+    if dtype in (torch.float32, torch.float64):
+        # Negated on reading, by a bit that only torch knows of.
+        cases.append(("lazily negated gradient", random(23), torch.view_as_complex(random(23, 2)).conj().imag))
+    return cases
+
+
+def gradient_stream(
+    shapes: Sequence[Sequence[int]], steps: int, dtype: torch.dtype, scale: float = 1.0
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Random gradients for both passes of every step, the same for whoever replays them."""
+    return [
+        (
+            [(torch.randn(tuple(s)) * scale).to(dtype) for s in shapes],
+            [(torch.randn(tuple(s)) * scale).to(dtype) for s in shapes],
+        )
+        for _ in range(steps)
+    ]
+
+
+def set_grads(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
+    """p.grad = a private copy in the parameter's dtype and device."""
+    for p, g in zip(params, grads, strict=True):
+        p.grad = None if g is None else g.to(device=p.device, dtype=p.dtype, copy=True)
+
+
+def ascent_groups(count: int, rho: float = RHO, adaptive: bool = False) -> list[AscentGroup]:
+    return [AscentGroup(size=count, rho=rho, adaptive=adaptive)]
+
+
+def sgd_groups(count: int, first: bool = False, **config: Any) -> list[SGDGroup]:
+    neutral = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+    return [SGDGroup(size=count, first=first, **(neutral | config))]
+
+
+def scalar(value: float, device: str) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def small_net(dtype: torch.dtype = torch.float64, device: str = "cpu") -> nn.Sequential:
+    """A convolution in channels_last, two linear layers, smooth activations."""
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(20, 7), nn.Tanh(), nn.Linear(7, 4))
+    return net.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+    return [
+        (torch.randn(6, 3, 4, 4).to(device=device, dtype=dtype), torch.randint(4, (6,)).to(device))
+        for _ in range(count)
+    ]
+
+
+def closure_for(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    """A closure that does not zero the gradients itself."""
+
+    def closure() -> Tensor:
+        loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def zeroing(net: nn.Module, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The closure as ReferenceSAM and torch.optim want it: it zeroes the gradients first."""
+
+    def zeroed() -> Tensor:
+        net.zero_grad()
+        return closure()
+
+    return zeroed
+
+
+def momentum_of(optimizer: torch.optim.Optimizer | ReferenceSAM, param: Tensor) -> Tensor | None:
+    if isinstance(optimizer, ReferenceSAM):
+        return optimizer.momentum_buffers.get(param)
+    return optimizer.state[param].get("momentum_buffer") if param in optimizer.state else None
+
+
+def buffers(optimizer: torch.optim.Optimizer | ReferenceSAM) -> list[Tensor | None]:
+    """The momentum buffer of every parameter, in the order of the groups."""
+    return [momentum_of(optimizer, p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def quadratic(params: list[Tensor]) -> Callable[[], Tensor]:
+    """A closure whose gradient is 3 w: known, and not to be mistaken for w."""
+
+    def closure() -> Tensor:
+        loss = sum(1.5 * (p * p).sum() for p in params)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def leaves(*sizes: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(n, device=device, dtype=dtype).requires_grad_() for n in sizes]
+
+
+def lacks_isa(isa: str) -> bool:
+    """Whether this machine cannot run an instruction set."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    needed = {"avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"], "avx2": ["avx2", "fma", "f16c"]}
+    return any(flag not in flags for flag in needed.get(isa, []))

@@ -1,0 +1,285 @@
+"""torch.amp.GradScaler around FusedSAM, as training loops write it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    HYPER,
+    LARGE,
+    RHO,
+    assert_same_bits,
+    batches,
+    bits,
+    buffers,
+    leaves,
+    quadratic,
+    set_grads,
+    small_net,
+    snapshot,
+)
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from fused_sam import FusedSAM
+
+SCALE = 2.0**10
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, HYPER),
+    "Adam": (torch.optim.Adam, {"lr": 0.013, "weight_decay": 0.017}),
+}
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+def scaler_for(device: str, scale: float = SCALE) -> GradScaler:
+    return GradScaler(device, init_scale=scale, growth_interval=1_000_000)
+
+
+def make(params: Any, base: str, backend: str, **options: Any) -> FusedSAM:
+    base_class, base_options = BASES[base]
+    return FusedSAM(params, base_class, rho=RHO, backend=backend, **base_options, **options)
+
+
+def state_of(opt: torch.optim.Optimizer) -> list[bytes]:
+    return [bits(v) for s in opt.state.values() for _, v in sorted(s.items()) if isinstance(v, Tensor)]
+
+
+def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+
+@every_base
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_a_power_of_two_scale_changes_no_bit(base: str, adaptive: bool, backend: str, device: str) -> None:
+    net, data = small_net(torch.float32, device), batches(5, torch.float32, device)
+    twin = copy.deepcopy(net)
+    opt = make(net.parameters(), base, backend, adaptive=adaptive)
+    plain = make(twin.parameters(), base, backend, adaptive=adaptive)
+    scaler = scaler_for(device)
+    for batch in data:
+        scaler.scale(loss_of(net, batch)).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(loss_of(net, batch)).backward()
+        scaler.step(opt)
+        scaler.update()
+
+        loss_of(twin, batch).backward()
+        plain.first_step(zero_grad=True)
+        loss_of(twin, batch).backward()
+        plain.step()
+        assert_same_bits((p.grad for p in net.parameters()), [p.grad for p in twin.parameters()], "p.grad")
+        opt.zero_grad()
+        plain.zero_grad()
+    assert_same_bits(net.parameters(), snapshot(twin.parameters()))
+    assert state_of(opt) == state_of(plain)
+    assert scaler.get_scale() == SCALE
+
+
+def test_the_first_scale_of_a_default_scaler(backend: str, device: str) -> None:
+    """GradScaler makes its scale tensor on the first scale(): no step before may be needed."""
+    params = leaves(9, device=device)
+    opt, scaler = make(params, "SGD", backend), GradScaler(device)
+    w = [p.detach().clone() for p in params]
+    for _ in range(2):
+        scaler.scale(sum(p.sum() for p in params)).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(sum(p.sum() for p in params)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+    assert float((params[0].detach() - w[0]).abs().max()) > 0.1
+
+
+@every_base
+@pytest.mark.parametrize("overflow", ["pass 1", "pass 2", "both"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("bad", [math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("zero_grad", [False, True], ids=["backup", "swap"])
+def test_overflow_restores_the_weights_and_leaves_the_state_alone(
+    base: str, overflow: str, steps_before: int, bad: float, zero_grad: bool, backend: str, device: str
+) -> None:
+    params = leaves(9, LARGE, device=device)
+    opt, scaler = make(params, base, backend), scaler_for(device)
+
+    def both_passes(first: float = 1.0, second: float = 1.0) -> None:
+        scaler.scale(sum((p * p).sum() for p in params)).backward()
+        params[1].grad[500] *= first
+        opt.first_step(zero_grad=zero_grad)
+        opt.zero_grad()
+        scaler.scale(sum((p * p).sum() for p in params)).backward()
+        params[0].grad[3] *= second
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+
+    for _ in range(steps_before):
+        both_passes()
+    w, state, undisturbed = snapshot(params), state_of(opt), copy.deepcopy(opt)
+    both_passes(bad if overflow != "pass 2" else 1.0, bad if overflow != "pass 1" else 1.0)
+    assert_same_bits(params, w)
+    assert state_of(opt) == state
+    assert not opt.perturbed
+    if overflow != "pass 1":
+        assert scaler.get_scale() == SCALE / 2
+    both_passes()
+    twins = undisturbed.param_groups[0]["params"]
+    undisturbed.step(lambda: torch.autograd.backward(sum((p * p).sum() for p in twins)))
+    assert_same_bits(params, twins)
+    assert state_of(opt) == state_of(undisturbed)
+
+
+def test_the_scale_follows_the_schedule_it_has_with_plain_sgd(backend: str, device: str) -> None:
+    """Halved on every overflow of the second pass, doubled after growth_interval good steps."""
+    scales: list[list[float]] = []
+    for ours in (True, False):
+        params = [torch.ones(9, device=device).requires_grad_()]
+        opt = make(params, "SGD", backend) if ours else torch.optim.SGD(params, foreach=False, **HYPER)
+        scaler = GradScaler(device, init_scale=SCALE, growth_interval=2)
+        scales.append([])
+        for factor in (1.0, 1.0, math.inf, 1.0, math.nan, math.inf, 1.0, 1.0):
+            if isinstance(opt, FusedSAM):
+                scaler.scale(params[0].sum()).backward()
+                opt.first_step(zero_grad=True)
+            scaler.scale(params[0].sum()).backward()
+            params[0].grad *= factor
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            scales[-1].append(scaler.get_scale())
+    assert scales[0] == scales[1]
+    assert len(set(scales[0])) > 2
+
+
+def test_unscale_before_clipping(backend: str, device: str) -> None:
+    """The clipped second gradient is what the base step sees, unscaled once and not twice."""
+    params = leaves(67, 130, device=device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    opt, scaler = make(params, "SGD", backend), scaler_for(device)
+    plain = make(twins, "SGD", backend)
+    for _ in range(3):
+        scaler.scale(sum((p * p).sum() for p in params)).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(sum((p * p).sum() for p in params)).backward()
+        scaler.unscale_(opt)
+        norm = nn.utils.clip_grad_norm_(params, 0.3)
+        scaler.step(opt)
+        scaler.update()
+
+        sum((p * p).sum() for p in twins).backward()
+        plain.first_step(zero_grad=True)
+        sum((p * p).sum() for p in twins).backward()
+        assert nn.utils.clip_grad_norm_(twins, 0.3) == norm
+        plain.step()
+        assert_same_bits([p.grad for p in params], [p.grad for p in twins], "p.grad")
+        opt.zero_grad()
+        plain.zero_grad()
+    assert_same_bits(params, twins)
+    assert_same_bits(buffers(opt), buffers(plain), "momentum")
+
+
+def test_overflow_seen_by_unscale_restores_the_weights(backend: str, device: str) -> None:
+    params = leaves(67, device=device)
+    opt, scaler = make(params, "SGD", backend), scaler_for(device)
+    w = snapshot(params)
+    scaler.scale((params[0] * params[0]).sum()).backward()
+    opt.first_step(zero_grad=True)
+    scaler.scale((params[0] * params[0]).sum()).backward()
+    params[0].grad[5] = math.inf
+    scaler.unscale_(opt)
+    scaler.step(opt)
+    scaler.update()
+    assert_same_bits(params, w)
+    assert not state_of(opt)
+    assert scaler.get_scale() == SCALE / 2
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_closure_through_the_scaler_is_refused(keyword: bool, backend: str, device: str) -> None:
+    """Passed by position GradScaler lets it through, with gradients that would never be unscaled."""
+    params = leaves(9, device=device)
+    opt, scaler = make(params, "SGD", backend), scaler_for(device)
+    w = snapshot(params)
+    closure = quadratic(params)
+    scaler.scale(closure())
+    with pytest.raises(RuntimeError, match=r"[Cc]losure"):
+        scaler.step(opt, closure=closure) if keyword else scaler.step(opt, closure)
+    assert_same_bits(params, w)
+    assert not opt.perturbed
+
+
+def test_scaler_step_without_an_ascent_is_refused(backend: str, device: str) -> None:
+    params = leaves(9, device=device)
+    opt, scaler = make(params, "SGD", backend), scaler_for(device)
+    w = snapshot(params)
+    scaler.scale((params[0] * params[0]).sum()).backward()
+    with pytest.raises(RuntimeError, match="first_step"):
+        scaler.step(opt)
+    assert_same_bits(params, w)
+
+
+def test_a_disabled_scaler_changes_nothing(backend: str, device: str) -> None:
+    params = leaves(67, device=device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    opt, plain = make(params, "SGD", backend), make(twins, "SGD", backend)
+    scaler = GradScaler(device, enabled=False)
+    scaler.step(opt, quadratic(params))
+    plain.step(quadratic(twins))
+    opt.zero_grad()
+    scaler.scale(sum((p * p).sum() for p in params)).backward()
+    opt.first_step(zero_grad=True)
+    scaler.scale(sum((p * p).sum() for p in params)).backward()
+    scaler.step(opt)
+    scaler.update()
+    plain.step(lambda: torch.autograd.backward(sum((p * p).sum() for p in twins)))
+    assert_same_bits(params, twins)
+
+
+def test_no_gradient_in_pass_2_restores_the_weights(backend: str, device: str) -> None:
+    params = leaves(9, device=device)
+    opt, scaler = make(params, "SGD", backend), scaler_for(device)
+    w = snapshot(params)
+    scaler.scale((params[0] * params[0]).sum()).backward()
+    opt.first_step(zero_grad=True)
+    scaler.step(opt)
+    assert_same_bits(params, w)
+    assert not opt.perturbed
+
+
+def test_the_loss_scale_of_one_optimizer_leaves_the_next_alone(backend: str, device: str) -> None:
+    """grad_scale and found_inf are set for one call only; a plain step() after it is unscaled."""
+    params = leaves(9, device=device)
+    opt, scaler = make(params, "SGD", backend), scaler_for(device)
+    scaler.scale(params[0].sum()).backward()
+    opt.first_step(zero_grad=True)
+    scaler.scale(params[0].sum()).backward()
+    scaler.step(opt)
+    scaler.update()
+    plain = FusedSAM(params, rho=RHO, backend=backend, lr=0.13)
+    w = params[0].detach().clone()
+    for o in (plain, opt):
+        set_grads(params, [torch.ones(9)])
+        o.first_step(zero_grad=True)
+        set_grads(params, [torch.ones(9)])
+        o.step()
+    assert float((params[0].detach() - w).abs().max()) < 1.0
+
+
+def test_autocast_bf16_trains(device: str, backend: str) -> None:
+    net, data = small_net(torch.float32, device), batches(1, torch.float32, device) * 15
+    opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, lr=0.2, momentum=0.5)
+    losses = []
+    for batch in data:
+
+        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+            with torch.autocast(device, dtype=torch.bfloat16):
+                loss = loss_of(net, batch)
+            loss.backward()
+            return loss.detach()
+
+        losses.append(float(opt.step(closure)))
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.dtype == torch.float32 for p in net.parameters())

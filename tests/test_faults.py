@@ -1,0 +1,326 @@
+"""What goes wrong in training must not go wrong with the weights: exceptions, bad gradients, leaks."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import HYPER, LARGE, RHO, assert_same_bits, bits, buffers, leaves, quadratic, set_grads, snapshot
+from torch import Tensor, nn
+
+from fused_sam import FusedSAM, backends
+
+every_base = pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+
+
+class Mishap(BaseException):
+    """Something no `except Exception` sees, as KeyboardInterrupt."""
+
+
+def state_of(opt: torch.optim.Optimizer) -> list[bytes]:
+    return [bits(v) for s in opt.state.values() for _, v in sorted(s.items()) if isinstance(v, Tensor)]
+
+
+@every_base
+@pytest.mark.parametrize("failing_pass", [1, 2])
+@pytest.mark.parametrize("moment", ["before backward", "after backward"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, Mishap], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_exception_in_a_closure_leaves_weights_and_state_as_they_were(
+    base: type[torch.optim.Optimizer],
+    failing_pass: int,
+    moment: str,
+    error: type[BaseException],
+    steps_before: int,
+    backend: str,
+    device: str,
+) -> None:
+    params = leaves(9, LARGE, device=device)
+    opt = FusedSAM(params, base, rho=RHO, backend=backend, lr=0.13, weight_decay=0.017)
+    for _ in range(steps_before):
+        opt.step(quadratic(params))
+    twins = copy.deepcopy(opt)
+    w, state = snapshot(params), state_of(opt)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing_pass and moment == "before backward":
+            raise error("mishap")
+        loss = quadratic(params)()
+        if calls == failing_pass:
+            raise error("mishap")
+        return loss
+
+    with pytest.raises(error, match="mishap"):
+        opt.step(closure)
+    assert calls == failing_pass
+    assert_same_bits(params, w)
+    assert state_of(opt) == state
+    assert not opt.perturbed
+    opt.step(quadratic(params))
+    twins.step(quadratic(twins.param_groups[0]["params"]))
+    assert_same_bits(params, twins.param_groups[0]["params"])
+    assert state_of(opt) == state_of(twins)
+
+
+def test_a_second_pass_that_skips_backward_restores_the_weights(backend: str, device: str) -> None:
+    """As training code does on a non-finite loss: there is no gradient at all, so there is no update."""
+    params = leaves(9, LARGE, device=device)
+    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
+    w, calls = snapshot(params), 0
+
+    def closure() -> Tensor | None:
+        nonlocal calls
+        calls += 1
+        return quadratic(params)() if calls == 1 else None
+
+    opt.step(closure)
+    assert calls == 2
+    assert_same_bits(params, w)
+    assert all(m is None for m in buffers(opt))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@every_base
+def test_non_finite_gradients_in_pass_1_leave_a_plain_base_step(
+    bad: float, base: type[torch.optim.Optimizer], backend: str, device: str
+) -> None:
+    """No perturbation, no NaN anywhere: the step is the base optimizer's with the second gradient."""
+    params = leaves(9, LARGE, device=device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    opt = FusedSAM(params, base, rho=RHO, backend=backend, lr=0.13, weight_decay=0.017)
+    plain = base(twins, lr=0.13, weight_decay=0.017, foreach=False)
+    w = snapshot(params)
+    for zero_grad in (False, True):
+        quadratic(params)()
+        params[1].grad[503] = bad
+        opt.first_step(zero_grad=zero_grad)
+        assert_same_bits(params, w, "unperturbed")
+        opt.zero_grad()
+        quadratic(params)()
+        opt.step()
+        plain.zero_grad()
+        quadratic(twins)()
+        plain.step()
+        assert_same_bits(params, twins)
+        w = snapshot(params)
+        opt.zero_grad()
+
+
+def test_zero_gradients_in_pass_1_leave_a_plain_base_step(backend: str, device: str) -> None:
+    params = leaves(9, LARGE, device=device)
+    w = [p.detach().clone() for p in params]
+    opt = FusedSAM(params, rho=RHO, backend=backend, lr=0.13)
+    set_grads(params, [torch.zeros_like(p) for p in params])
+    opt.first_step(zero_grad=True)
+    assert_same_bits(params, w)
+    set_grads(params, [torch.ones_like(p) for p in params])
+    opt.step()
+    for p, start in zip(params, w, strict=True):
+        torch.testing.assert_close(p.detach(), start - 0.13)
+
+
+def sparse_gradient(p: Tensor) -> Tensor:
+    return torch.ones_like(p).detach().to_sparse()
+
+
+class Twice(nn.Module):
+    """Two parameters of which one gets a gradient that is to be refused."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.fine = nn.Parameter(torch.randn(5, device=device))
+        self.culprit = nn.Parameter(torch.randn(7, 3, device=device))
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("form", ["closure", "two calls"])
+@every_base
+def test_sparse_gradients_are_refused_by_name(
+    named: bool, form: str, base: type[torch.optim.Optimizer], backend: str, device: str
+) -> None:
+    net = Twice(device)
+    opt = FusedSAM(net.named_parameters() if named else net.parameters(), base, rho=RHO, backend=backend, lr=0.13)
+    w, gradient = snapshot(net.parameters()), torch.ones_like(net.fine)
+
+    def closure() -> Tensor:
+        net.fine.grad, net.culprit.grad = gradient, sparse_gradient(net.culprit)
+        return torch.tensor(0.0)
+
+    closure()
+    act = opt.step if form == "closure" else opt.first_step
+    argument: Any = closure if form == "closure" else True
+    with pytest.raises((TypeError, ValueError), match="culprit" if named else r"\b1\b") as refusal:
+        act(argument)
+    assert "sparse" in str(refusal.value)
+    assert not opt.perturbed
+    assert_same_bits(net.parameters(), w)
+    assert not state_of(opt)
+    if form == "two calls":
+        assert net.fine.grad is gradient
+        assert net.culprit.grad.is_sparse
+    assert bool((gradient == 1).all())
+
+
+def test_an_embedding_with_sparse_gradients_is_refused_in_training(backend: str, device: str) -> None:
+    net = nn.Embedding(10, 4, sparse=True, device=device)
+    opt = FusedSAM(net.named_parameters(), rho=RHO, backend=backend, lr=0.13)
+    w = snapshot(net.parameters())
+
+    def closure() -> Tensor:
+        loss = net(torch.tensor([1, 3], device=device)).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises((TypeError, ValueError), match="weight"):
+        opt.step(closure)
+    assert_same_bits(net.parameters(), w)
+
+
+@pytest.mark.parametrize("form", ["closure", "two calls"])
+def test_a_gradient_refused_in_pass_2_restores_the_weights(form: str, backend: str, device: str) -> None:
+    net = Twice(device)
+    opt = FusedSAM(net.named_parameters(), rho=RHO, backend=backend, **HYPER)
+    opt.step(quadratic(list(net.parameters())))
+    w, state, calls = snapshot(net.parameters()), state_of(opt), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = quadratic(list(net.parameters()))()
+        if calls == 2:
+            net.culprit.grad = sparse_gradient(net.culprit)
+        return loss
+
+    if form == "two calls":
+        opt.zero_grad()
+        closure()
+        opt.first_step(zero_grad=True)
+        closure()
+    with pytest.raises((TypeError, ValueError), match="culprit"):
+        opt.step(closure if form == "closure" else None)
+    assert_same_bits(net.parameters(), w)
+    assert state_of(opt) == state
+    assert not opt.perturbed
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2], ids=str)
+def test_parameters_of_an_unsupported_dtype_are_refused_by_name(dtype: torch.dtype, backend: str, device: str) -> None:
+    fine, culprit = torch.randn(5, device=device), torch.randn(7, device=device).to(dtype)
+    fine.grad, culprit.grad = torch.ones_like(fine), torch.ones_like(culprit)
+    w = bits(fine)
+    with pytest.raises((TypeError, ValueError), match="culprit"):
+        FusedSAM([("fine", fine), ("culprit", culprit)], rho=RHO, backend=backend, lr=0.13).first_step()
+    assert bits(fine) == w
+
+
+def test_parameters_that_overlap_are_refused(backend: str, device: str) -> None:
+    flat = torch.randn(20, device=device)
+    with pytest.raises(ValueError, match="overlap"):
+        FusedSAM([flat[:9].requires_grad_(), flat[8:].requires_grad_()], rho=RHO, backend=backend, lr=0.13)
+
+
+@every_base
+def test_optimizer_and_parameters_are_collected_when_dropped(
+    base: type[torch.optim.Optimizer], backend: str, device: str
+) -> None:
+    params = leaves(9, LARGE, device=device)
+    opt = FusedSAM(params, base, rho=RHO, backend=backend, lr=0.13)
+    opt.step(quadratic(params))
+    quadratic(params)()
+    opt.first_step(zero_grad=True)
+    dead = [weakref.ref(x) for x in (opt, *params)]
+    del opt, params
+    gc.collect()
+    assert [r() for r in dead] == [None] * 3
+
+
+# Growth of the resident memory over small steps in both forms with an exception now and then, and growth of
+# its peak while a 64 MiB parameter is perturbed whose gradient is ours. In a process of its own, where no
+# other test allocates.
+MEMORY_PROBE = """
+import json, sys, torch
+from fused_sam import FusedSAM
+
+def resident(key="VmRSS"):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(key))
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+params = [torch.randn(n).requires_grad_() for n in (1, 67, 1009, 32942)]
+opt = FusedSAM(params, rho=0.07, lr=0.013, momentum=0.87, backend=sys.argv[1])
+
+def closure():
+    loss = sum((p * p).sum() for p in params)
+    loss.backward()
+    return loss
+
+def failing():
+    if opt.perturbed:
+        raise KeyError
+    return closure()
+
+def steps(count):
+    for i in range(count):
+        opt.step(closure)
+        opt.zero_grad()
+        closure()
+        opt.first_step(zero_grad=i % 2 == 0)
+        closure()
+        opt.second_step(zero_grad=True)
+        if i % 10 == 0:
+            try:
+                opt.step(failing)
+            except KeyError:
+                pass
+
+steps(200)
+before = resident()
+steps(1000)
+growth = resident() - before
+big = torch.ones(16 << 20)
+opt = FusedSAM([big], rho=0.07, lr=0.013, backend=sys.argv[1])
+big.grad = torch.ones_like(big)
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")
+before = resident()
+opt.first_step(zero_grad=True)
+print(json.dumps({"growth": growth, "swap": resident("VmHWM") - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def memory() -> dict[str, Any]:
+    command = [sys.executable, "-c", MEMORY_PROBE, "native"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
+needs_native = pytest.mark.skipif(backends.available().get("native") != "ok", reason="the native backend is not built")
+
+
+@needs_native
+@needs_proc
+def test_two_thousand_small_steps_do_not_grow_the_process(memory: dict[str, Any]) -> None:
+    assert memory["growth"] < 4 << 10
+
+
+@needs_native
+@needs_proc
+def test_the_in_place_swap_takes_no_memory(memory: dict[str, Any]) -> None:
+    """A backup would take another 64 MiB."""
+    assert memory["swap"] < 8 << 10

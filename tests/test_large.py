@@ -1,0 +1,95 @@
+"""Calls on more memory than the last-level cache holds, where the native kernels store past the cache.
+
+Exceeding a server's cache would take gigabytes, so the machine is made to look as if it had a small one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DTYPES, SGD_CONFIGS, Carved, ascent_groups, assert_same_bits, lacks_isa, scalar, sgd_groups
+from torch import Tensor
+
+from fused_sam import backends, ops
+
+CACHE = 1 << 20
+TENSORS = 2 * len(DTYPES)
+USED = "the small cache was believed"
+SMALL_CACHE = f"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+FILE* fopen(const char* path, const char* mode) {{
+  FILE* (*real)(const char*, const char*) = (FILE* (*)(const char*, const char*))dlsym(RTLD_NEXT, "fopen");
+  if (strstr(path, "/cache/index3/size") == NULL) return real(path, mode);
+  fputs("{USED}", stderr);
+  return fmemopen("{CACHE >> 10}K\\n", {len(f"{CACHE >> 10}K") + 1}, "r");
+}}
+"""
+
+
+def build() -> dict[str, list[Tensor]]:
+    """Tensors of each dtype, aligned and at an odd offset: larger than the cache together, far smaller each."""
+    generator = torch.Generator().manual_seed(17)
+    roles: dict[str, list[Tensor]] = {"params": [], "first": [], "second": [], "backups": [], "momentum": []}
+    for dtype in DTYPES:
+        size = CACHE // (TENSORS - 1) // dtype.itemsize + 5
+        noise = torch.randn(size + 2 * len(roles), generator=generator)
+        for k, tensors in enumerate(roles.values()):
+            for odd in (0, 1):
+                tensors.append(Carved([size], dtype, "cpu").tensors[0] if odd else torch.empty(size, dtype=dtype))
+                tensors[-1].copy_(noise[2 * k + odd :][:size])
+    return roles
+
+
+def sam_step(x: dict[str, list[Tensor]], swap: bool, calls: list[slice]) -> list[list[Tensor]]:
+    """One step in the given calls of each op; what it wrote at each stage."""
+    norm, config = scalar(41.7, "cpu"), SGD_CONFIGS["nesterov-decay"]
+    kept = x["first"] if swap else x["backups"]
+    for i in calls:
+        groups = ascent_groups(len(x["params"][i]))
+        ops.perturb(x["params"][i], x["first"][i], kept[i], norm, groups, backend="native")
+    perturbed, old = [p.clone() for p in x["params"]], [b.clone() for b in kept]
+    for i in calls:
+        arguments = (x["params"][i], x["second"][i], kept[i], x["momentum"][i])
+        ops.sgd_update(*arguments, sgd_groups(len(x["params"][i]), **config), backend="native")
+    return [perturbed, old, x["params"], x["momentum"]]
+
+
+def check() -> None:
+    """Runs where the cache looks small: one call beyond it and calls within it must give the same bits."""
+    torch.set_num_threads(2)
+    for swap in (False, True):
+        together = sam_step(build(), swap, [slice(None)])
+        apart = sam_step(build(), swap, [slice(i, i + 1) for i in range(TENSORS)])
+        for stage, expected, what in zip(together, apart, ("w + e", "backup", "w", "momentum"), strict=True):
+            assert_same_bits(stage, expected, f"swap={swap}: {what}")
+
+
+@pytest.mark.skipif(backends.available().get("native") != "ok", reason="the native backend is not built")
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="needs Linux and cc")
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+def test_calls_beyond_the_cache_equal_calls_within_it(isa: str, tmp_path: Path) -> None:
+    if lacks_isa(isa):
+        pytest.skip(f"this machine has no {isa}")
+    shim = tmp_path / "small_cache.so"
+    compile_shim = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(shim), "-ldl"]
+    subprocess.run(compile_shim, input=SMALL_CACHE, text=True, check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_large; test_large.check()"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"LD_PRELOAD": str(shim), "FUSED_SAM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert USED in done.stderr

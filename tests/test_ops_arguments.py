@@ -1,0 +1,207 @@
+"""Arguments the op surface must refuse: it stands between user data and kernels over raw pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import HYPER, ascent_groups, assert_same_bits, sgd_groups, snapshot
+
+from fused_sam import ops
+
+Arguments = dict[str, Any]
+REFUSED = (TypeError, ValueError)
+NO_TENSOR = (*REFUSED, AttributeError)
+
+
+def arguments(op: str, device: str = "cpu") -> Arguments:
+    """A valid call of `op` on two tensors."""
+
+    def tensors() -> list[torch.Tensor]:
+        return [torch.randn(6, 4, device=device), torch.randn(9, device=device)]
+
+    norm = torch.tensor(1.7, dtype=torch.float64, device=device)
+    common: Arguments = {"params": tensors()}
+    if op == "norm":
+        return common | {"grads": tensors(), "groups": ascent_groups(2)}
+    if op == "perturb":
+        return common | {"grads": tensors(), "backups": tensors(), "norm": norm, "groups": ascent_groups(2)}
+    if op == "restore":
+        return common | {"backups": tensors()}
+    lists = {"grads": tensors(), "backups": tensors(), "momentum_buffers": tensors()}
+    return common | lists | {"groups": sgd_groups(2, **HYPER)}
+
+
+OPS = ["norm", "perturb", "restore", "sgd_update"]
+LISTS = [(op, key) for op in OPS for key in ("params", "grads", "backups", "momentum_buffers") if key in arguments(op)]
+
+
+def assert_refused(op: str, kwargs: Arguments, backend: str, errors: tuple[type[Exception], ...] = REFUSED) -> None:
+    before = [t.clone() for t in kwargs["params"] if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+    with pytest.raises(errors) as refusal:
+        getattr(ops, op)(**kwargs, backend=backend)
+    assert str(refusal.value)
+    after = [t for t in kwargs["params"] if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+    assert_same_bits(after, snapshot(before), "param")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_unspoilt_call_is_accepted(op: str, backend: str, device: str) -> None:
+    getattr(ops, op)(**arguments(op, device), backend=backend)
+
+
+@pytest.mark.parametrize(("op", "key"), LISTS)
+def test_lists_of_unequal_length_are_refused(op: str, key: str, backend: str, device: str) -> None:
+    for spoil in (lambda tensors: tensors[:1], lambda tensors: [*tensors, tensors[0].clone()]):
+        kwargs = arguments(op, device)
+        kwargs[key] = spoil(kwargs[key])
+        assert_refused(op, kwargs, backend)
+
+
+@pytest.mark.parametrize("op", ["norm", "perturb", "sgd_update"])
+@pytest.mark.parametrize("size", [0, 1, 3, -2])
+def test_groups_that_do_not_cover_the_tensors_are_refused(op: str, size: int, backend: str, device: str) -> None:
+    kwargs = arguments(op, device)
+    kwargs["groups"] = [kwargs["groups"][0]._replace(size=size)]
+    assert_refused(op, kwargs, backend)
+
+
+def test_a_negative_group_size_is_refused_when_the_sum_is_right(backend: str, device: str) -> None:
+    kwargs = arguments("norm", device)
+    group = kwargs["groups"][0]
+    kwargs["groups"] = [group._replace(size=3), group._replace(size=-1)]
+    assert_refused("norm", kwargs, backend)
+
+
+SPOILT_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "fp64 among fp32": lambda t: t.double(),
+    "bf16 among fp32": lambda t: t.bfloat16(),
+    "int32": lambda t: t.int(),
+    "bool": lambda t: t > 0,
+    "complex64": lambda t: t.to(torch.complex64),
+    "too short": lambda t: t.reshape(-1)[:-1],
+    "too long": lambda t: torch.cat([t.reshape(-1), t.reshape(-1)[:1]]),
+    "sparse": lambda t: t.to_sparse(),
+    "another device": lambda t: t.to("meta"),
+    "numpy array": lambda t: np.zeros(t.shape, dtype=np.float32),
+    "list": lambda t: t.tolist(),
+}
+
+
+@pytest.mark.parametrize(("op", "key"), LISTS)
+@pytest.mark.parametrize("spoil", SPOILT_TENSORS.values(), ids=SPOILT_TENSORS.keys())
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_tensor_unlike_its_parameter_is_refused(
+    op: str, key: str, spoil: Callable[[torch.Tensor], Any], position: int, backend: str, device: str
+) -> None:
+    kwargs = arguments(op, device)
+    spoilt = kwargs[key][position] = spoil(kwargs[key][position])
+    if not isinstance(spoilt, torch.Tensor):
+        assert_refused(op, kwargs, backend, NO_TENSOR)
+    elif spoilt.device.type != device:  # a backend may say that it does not support the device
+        assert_refused(op, kwargs, backend, (*REFUSED, RuntimeError))
+    else:
+        assert_refused(op, kwargs, backend)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", ["int32", "complex64", "bool", "sparse"])
+def test_lists_of_an_unsupported_kind_are_refused(op: str, kind: str, backend: str, device: str) -> None:
+    """Consistent with one another, but nothing the kernels can work on."""
+    kwargs = arguments(op, device)
+    for key in ("params", "grads", "backups", "momentum_buffers"):
+        if key in kwargs:
+            kwargs[key] = [SPOILT_TENSORS[kind](t) for t in kwargs[key]]
+    with pytest.raises(REFUSED):
+        getattr(ops, op)(**kwargs, backend=backend)
+
+
+@pytest.mark.parametrize("op", ["perturb", "restore", "sgd_update"])
+@pytest.mark.parametrize("kind", ["same tensor", "overlapping slices", "expanded", "nested"])
+def test_overlapping_parameters_are_refused(op: str, kind: str, backend: str, device: str) -> None:
+    """Every write would be seen twice."""
+    flat = torch.randn(20, device=device)
+    params = {
+        "same tensor": [flat[:9], flat[:9]],
+        "overlapping slices": [flat[:9], flat[8:17]],
+        "expanded": [flat[:1].expand(9), flat[10:19]],
+        "nested": [flat[:18:2], flat[4:13]],
+    }[kind]
+    kwargs = arguments(op, device)
+    for key in ("grads", "backups", "momentum_buffers"):
+        if key in kwargs:
+            kwargs[key] = [torch.randn(9, device=device) for _ in range(2)]
+    kwargs["params"] = params
+    assert_refused(op, kwargs, backend)
+
+
+def test_interleaved_columns_do_not_overlap(backend: str, device: str) -> None:
+    """Columns of one matrix share a span of memory but no element."""
+    base = torch.zeros(9, 2, device=device)
+    params = [base[:, 0], base[:, 1]]
+    backups = [torch.full((9,), 3.0, device=device), torch.full((9,), 5.0, device=device)]
+    ops.restore(params, backups, backend=backend)
+    assert base.sum(dim=0).tolist() == [27.0, 45.0]
+
+
+@pytest.mark.parametrize(
+    ("op", "written", "other"),
+    [
+        ("perturb", "backups", "params"),
+        ("sgd_update", "momentum_buffers", "params"),
+        ("sgd_update", "momentum_buffers", "backups"),
+    ],
+)
+def test_memory_with_two_roles_is_refused(op: str, written: str, other: str, backend: str, device: str) -> None:
+    kwargs = arguments(op, device)
+    kwargs[written][1] = kwargs[other][1]
+    assert_refused(op, kwargs, backend)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["backup", "swap"])
+def test_one_backup_for_two_parameters_is_refused(swap: bool, backend: str, device: str) -> None:
+    """The second parameter would overwrite what is kept of the first."""
+    kwargs = arguments("perturb", device)
+    kwargs["params"] = [torch.randn(9, device=device) for _ in range(2)]
+    shared = torch.randn(9, device=device)
+    kwargs["backups"] = [shared, shared]
+    kwargs["grads"] = [shared, shared] if swap else [torch.randn(9, device=device) for _ in range(2)]
+    assert_refused("perturb", kwargs, backend)
+
+
+def test_a_backup_that_is_another_parameters_gradient_is_refused(backend: str, device: str) -> None:
+    kwargs = arguments("perturb", device)
+    kwargs["params"] = [torch.randn(9, device=device) for _ in range(2)]
+    kwargs["grads"] = [torch.randn(9, device=device) for _ in range(2)]
+    kwargs["backups"] = kwargs["grads"][::-1]
+    assert_refused("perturb", kwargs, backend)
+
+
+def test_a_gradient_needs_a_backup_to_perturb(backend: str, device: str) -> None:
+    kwargs = arguments("perturb", device)
+    kwargs["backups"][1] = None
+    assert_refused("perturb", kwargs, backend)
+
+
+def test_momentum_needs_a_buffer(backend: str, device: str) -> None:
+    kwargs = arguments("sgd_update", device)
+    kwargs["momentum_buffers"][1] = None
+    assert_refused("sgd_update", kwargs, backend)
+
+
+@pytest.mark.parametrize("norm", [torch.ones(2, dtype=torch.float64), torch.ones(4), "1.0"], ids=str)
+def test_a_norm_that_is_not_a_scalar_is_refused(norm: object, backend: str, device: str) -> None:
+    errors = REFUSED if isinstance(norm, torch.Tensor) else NO_TENSOR
+    assert_refused("perturb", arguments("perturb", device) | {"norm": norm}, backend, errors)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_unknown_backend_is_refused_by_name(op: str) -> None:
+    kwargs = arguments(op)
+    before = snapshot(kwargs["params"])
+    with pytest.raises((ValueError, RuntimeError), match="abacus"):
+        getattr(ops, op)(**kwargs, backend="abacus")
+    assert_same_bits(kwargs["params"], before)

@@ -1,0 +1,213 @@
+"""sgd_update in every configuration of torch.optim.SGD, against its documented formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    FEW_SIZES,
+    ROUNDED_ONCE_ULP,
+    SGD_CONFIGS,
+    SIXTEEN_BIT,
+    SIZES,
+    UPDATE_ULP,
+    Lists,
+    assert_same_bits,
+    assert_within_ulp,
+    bits,
+    exact,
+    exact_sgd,
+    ids,
+    sgd_groups,
+    snapshot,
+    strided_pairs,
+)
+from torch import Tensor
+
+from fused_sam import ops
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads(_reproducible: None) -> None:
+    torch.set_num_threads(2)
+
+
+@every_dtype
+@pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
+@pytest.mark.parametrize("config", SGD_CONFIGS.values(), ids=SGD_CONFIGS.keys())
+def test_sgd_update_matches_the_closed_form(
+    dtype: torch.dtype, first: bool, config: dict[str, Any], backend: str, device: str
+) -> None:
+    lists = Lists(SIZES if first else FEW_SIZES, dtype, device)
+    has_momentum = config.get("momentum", 0) != 0
+    for w, backup in zip(lists.params, lists.backups, strict=True):
+        backup.copy_(w)
+        w.fill_(math.nan)  # only the backup may be read
+    if first:
+        for m in lists.momentum:
+            m.fill_(math.nan)  # uninitialised memory: written, never read
+    old = [(exact(b), exact(g), exact(m)) for b, g, m in zip(lists.backups, lists.grads, lists.momentum)]
+    grads = snapshot(lists.grads)
+    momentum: list[Any] = lists.momentum if has_momentum else [None] * len(lists.params)
+    groups = sgd_groups(len(lists.params), first=first, **config)
+    ops.sgd_update(lists.params, lists.grads, lists.backups, momentum, groups, backend=backend)
+    for w, m, (w_old, g, m_old) in zip(lists.params, momentum, old, strict=True):
+        expected, m_expected, largest, m_largest = exact_sgd(w_old, g, None if first else m_old, **config)
+        assert_within_ulp(w, expected, largest, UPDATE_ULP, "w")
+        if has_momentum:
+            assert_within_ulp(m, m_expected, m_largest, UPDATE_ULP, "momentum")
+    assert_same_bits(lists.grads, grads, "gradient")
+    lists.check_neighbours()
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=ids)
+@pytest.mark.parametrize("config", ["plain", "decay", "maximize"])
+def test_16_bit_updates_are_computed_wide_and_rounded_once(
+    dtype: torch.dtype, config: str, backend: str, device: str
+) -> None:
+    lists = Lists(FEW_SIZES, dtype, device)
+    old = [(exact(w), exact(g)) for w, g in zip(lists.params, lists.grads, strict=True)]
+    nothing: list[Tensor | None] = [None] * len(FEW_SIZES)
+    groups = sgd_groups(len(FEW_SIZES), **SGD_CONFIGS[config])
+    ops.sgd_update(lists.params, lists.grads, nothing, nothing, groups, backend=backend)
+    for w, (w_old, g) in zip(lists.params, old, strict=True):
+        expected, _, largest, _ = exact_sgd(w_old, g, None, **SGD_CONFIGS[config])
+        assert_within_ulp(w, expected, largest, ROUNDED_ONCE_ULP, "w")
+
+
+@every_dtype
+def test_sgd_update_without_backup_starts_from_the_parameter(dtype: torch.dtype, backend: str, device: str) -> None:
+    with_backup, without = Lists(SIZES, dtype, device), Lists(SIZES, dtype, device)
+    for a, b in zip(with_backup.carved, without.carved, strict=True):
+        b.buffer.copy_(a.buffer)
+    for w, backup in zip(with_backup.params, with_backup.backups, strict=True):
+        backup.copy_(w)
+        w.fill_(math.nan)
+    groups = sgd_groups(len(SIZES), **SGD_CONFIGS["momentum-decay"])
+    nothing: list[Tensor | None] = [None] * len(SIZES)
+    ops.sgd_update(
+        with_backup.params,
+        with_backup.grads,
+        with_backup.backups,
+        with_backup.momentum,
+        groups,
+        backend=backend,
+    )
+    ops.sgd_update(without.params, without.grads, nothing, without.momentum, groups, backend=backend)
+    assert_same_bits(without.params, with_backup.params, "param")
+    assert_same_bits(without.momentum, with_backup.momentum, "momentum")
+    without.check_neighbours()
+
+
+@every_dtype
+def test_sgd_update_without_gradient_only_restores(dtype: torch.dtype, backend: str, device: str) -> None:
+    lists = Lists([17, 1009], dtype, device)
+    kept = snapshot(lists.backups), snapshot(lists.momentum), snapshot(lists.params)
+    groups = sgd_groups(2, **SGD_CONFIGS["momentum-decay"])
+    ops.sgd_update(lists.params, [None, None], [lists.backups[0], None], lists.momentum, groups, backend=backend)
+    assert bits(lists.params[0]) == kept[0][0]
+    assert bits(lists.params[1]) == kept[2][1]
+    assert_same_bits(lists.momentum, kept[1], "momentum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_sgd_update_of_strided_tensors(dtype: torch.dtype, backend: str, device: str) -> None:
+    config = SGD_CONFIGS["nesterov-decay"]
+    for name, w, g in strided_pairs(dtype, device):
+        backup, m = torch.randn_like(w), torch.randn_like(w)
+        expected, m_expected, largest, m_largest = exact_sgd(exact(backup), exact(g), exact(m), **config)
+        grad_bits, strides = bits(g), w.stride()
+        ops.sgd_update([w], [g], [backup], [m], sgd_groups(1, **config), backend=backend)
+        assert_within_ulp(w, expected, largest, UPDATE_ULP, name)
+        assert_within_ulp(m, m_expected, m_largest, UPDATE_ULP, name)
+        assert (bits(g), w.stride()) == (grad_bits, strides), name
+
+
+def test_each_group_has_its_own_hyperparameters(backend: str, device: str) -> None:
+    names = list(SGD_CONFIGS)
+    params = [torch.randn(67, dtype=torch.float64, device=device) for _ in names]
+    grads, momentum = [torch.randn_like(p) for p in params], [torch.randn_like(p) for p in params]
+    old = [(exact(w), exact(g), exact(m)) for w, g, m in zip(params, grads, momentum, strict=True)]
+    groups = [sgd_groups(1, first=i % 3 == 0, **SGD_CONFIGS[n])[0] for i, n in enumerate(names)]
+    ops.sgd_update(params, grads, [None] * len(names), momentum, groups, backend=backend)
+    for i, (name, w, values) in enumerate(zip(names, params, old, strict=True)):
+        w_old, g, m_old = values
+        expected, _, largest, _ = exact_sgd(w_old, g, None if i % 3 == 0 else m_old, **SGD_CONFIGS[name])
+        assert_within_ulp(w, expected, largest, UPDATE_ULP, name)
+
+
+def test_a_call_over_all_dtypes_equals_a_call_for_each(backend: str, device: str) -> None:
+    """Sizes so small that tensors of different dtypes share a unit of work."""
+    sizes, config = [3, 1, 17], SGD_CONFIGS["nesterov-decay"]
+    apart = [Lists(sizes, dtype, device) for dtype in DTYPES]
+    together = [Lists(sizes, dtype, device) for dtype in DTYPES]
+    for one, other in zip(apart, together, strict=True):
+        for a, b in zip(one.carved, other.carved, strict=True):
+            b.buffer.copy_(a.buffer)
+        ops.sgd_update(one.params, one.grads, one.backups, one.momentum, sgd_groups(3, **config), backend=backend)
+    lists = [[t for x in together for t in getattr(x, k)] for k in ("params", "grads", "backups", "momentum")]
+    ops.sgd_update(*lists, sgd_groups(12, **config), backend=backend)
+    for one, other in zip(apart, together, strict=True):
+        assert_same_bits(other.params, one.params, "param")
+        assert_same_bits(other.momentum, one.momentum, "momentum")
+        other.check_neighbours()
+
+
+@every_dtype
+def test_grad_scale_divides_the_gradient(dtype: torch.dtype, backend: str, device: str) -> None:
+    """By a power of two exactly: the bits, p.grad's too, of gradients that were never scaled."""
+    scaled, plain = Lists(FEW_SIZES, dtype, device), Lists(FEW_SIZES, dtype, device)
+    for a, b in zip(plain.carved, scaled.carved, strict=True):
+        b.buffer.copy_(a.buffer)
+    for g in scaled.grads:
+        g.mul_(64)
+    groups = sgd_groups(len(FEW_SIZES), **SGD_CONFIGS["momentum-decay"])
+    nothing: list[Tensor | None] = [None] * len(FEW_SIZES)
+    scale = torch.tensor(64.0, device=device)
+    no_inf = torch.tensor(0.0, device=device)
+    ops.sgd_update(scaled.params, scaled.grads, nothing, scaled.momentum, groups, scale, no_inf, backend=backend)
+    ops.sgd_update(plain.params, plain.grads, nothing, plain.momentum, groups, backend=backend)
+    for name in ("params", "momentum", "grads"):
+        assert_same_bits(getattr(scaled, name), getattr(plain, name), name)
+    scaled.check_neighbours()
+
+
+def test_grad_scale_need_not_be_a_power_of_two(backend: str, device: str) -> None:
+    lists = Lists(FEW_SIZES, torch.float32, device)
+    old = [(exact(w), exact(g)) for w, g in zip(lists.params, lists.grads, strict=True)]
+    nothing: list[Tensor | None] = [None] * len(FEW_SIZES)
+    scale = torch.tensor(3.0, device=device)
+    groups = sgd_groups(len(FEW_SIZES), lr=0.13, weight_decay=0.017)
+    ops.sgd_update(lists.params, lists.grads, nothing, nothing, groups, grad_scale=scale, backend=backend)
+    for w, (w_old, g) in zip(lists.params, old, strict=True):
+        expected, _, largest, _ = exact_sgd(w_old, g / 3, None, lr=0.13, weight_decay=0.017)
+        assert_within_ulp(w, expected, largest, UPDATE_ULP, "w")
+
+
+@every_dtype
+@pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
+def test_found_inf_restores_and_leaves_the_state_alone(
+    dtype: torch.dtype, first: bool, backend: str, device: str
+) -> None:
+    lists = Lists(FEW_SIZES, dtype, device)
+    kept = snapshot(lists.backups), snapshot(lists.momentum)
+    groups = sgd_groups(len(FEW_SIZES), first=first, **SGD_CONFIGS["momentum-decay"])
+    found, scale = torch.tensor(1.0, device=device), torch.tensor(64.0, device=device)
+    ops.sgd_update(
+        lists.params,
+        lists.grads,
+        lists.backups,
+        lists.momentum,
+        groups,
+        scale,
+        found_inf=found,
+        backend=backend,
+    )
+    assert_same_bits(lists.params, kept[0], "param")
+    assert_same_bits(lists.momentum, kept[1], "momentum")

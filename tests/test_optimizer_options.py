@@ -1,0 +1,142 @@
+"""Hyperparameters, step hooks and learning rate schedulers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    RHO,
+    assert_same_bits,
+    leaves,
+    quadratic,
+)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from fused_sam import FusedSAM
+
+
+@pytest.mark.parametrize("rho", [-0.1, -1e-30, math.nan, math.inf, -math.inf], ids=str)
+def test_a_bad_rho_is_refused_by_value(rho: float, backend: str) -> None:
+    with pytest.raises(ValueError, match="rho"):
+        FusedSAM(leaves(3), rho=rho, backend=backend)
+    with pytest.raises(ValueError, match="rho"):
+        FusedSAM([{"params": leaves(3), "rho": rho}], backend=backend)
+    opt = FusedSAM(leaves(3), backend=backend)
+    with pytest.raises(ValueError, match="rho"):
+        opt.add_param_group({"params": leaves(3), "rho": rho})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("rho", ["0.05", None, [0.1]], ids=str)
+def test_a_rho_that_is_no_number_is_refused(rho: Any, backend: str) -> None:
+    with pytest.raises((TypeError, ValueError), match="rho"):
+        FusedSAM(leaves(3), rho=rho, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": -0.1}, {"momentum": -0.9}, {"weight_decay": -1e-4}, {"momentum": 0.0, "nesterov": True}],
+    ids=str,
+)
+def test_bad_base_options_are_refused_as_torch_does(options: dict[str, Any], backend: str) -> None:
+    with pytest.raises(ValueError, match=r"Invalid|Nesterov"):
+        FusedSAM(leaves(3), backend=backend, **options)
+
+
+def test_unknown_options_are_refused_by_name(backend: str) -> None:
+    for base in (torch.optim.SGD, torch.optim.Adam):
+        with pytest.raises(TypeError, match="momentun"):
+            FusedSAM(leaves(3), base, backend=backend, momentun=0.9)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        FusedSAM([], backend=backend)
+    with pytest.raises(TypeError, match="base_optimizer"):
+        FusedSAM(leaves(3), base_optimizer="SGD", backend=backend)
+    with pytest.raises((ValueError, RuntimeError), match="abacus"):
+        FusedSAM(leaves(3), backend="abacus")
+
+
+def test_defaults_are_those_of_the_paper_and_of_torch() -> None:
+    group = FusedSAM(leaves(3)).param_groups[0]
+    assert (group["rho"], group["adaptive"]) == (0.05, False)
+    for key, value in torch.optim.SGD(leaves(3)).defaults.items():
+        assert group[key] == value or key in ("foreach", "fused")
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+def test_hooks_run_once_a_step(base: type[torch.optim.Optimizer], backend: str, device: str) -> None:
+    params = leaves(9, device=device)
+    opt = FusedSAM(params, base, rho=RHO, backend=backend, lr=0.13)
+    seen: list[tuple[str, bool]] = []
+    opt.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", o.perturbed)))
+    opt.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", o.perturbed)))
+    opt.step(quadratic(params))
+    assert seen == [("pre", False), ("post", False)]
+    seen.clear()
+    opt.zero_grad()
+    quadratic(params)()
+    opt.first_step(zero_grad=True)
+    assert seen == []
+    quadratic(params)()
+    opt.second_step()
+    assert seen == [("pre", True), ("post", False)]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+def test_hooks_on_all_optimizers_run_once_a_step(base: type[torch.optim.Optimizer], backend: str, device: str) -> None:
+    """The base optimizer, if there is one, is no optimizer of the user's."""
+    params = leaves(9, device=device)
+    opt = FusedSAM(params, base, rho=RHO, backend=backend, lr=0.13)
+    seen: list[object] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, args, kwargs: seen.append(o)),
+        register_optimizer_step_post_hook(lambda o, args, kwargs: seen.append(o)),
+    ]
+    try:
+        opt.step(quadratic(params))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [o is opt for o in seen] == [True, True]
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.7**epoch),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=7),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.4, total_steps=9),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize("form", ["closure", "two calls"])
+def test_schedulers_drive_the_base_step_without_warning(
+    scheduler: str, base: type[torch.optim.Optimizer], form: str, backend: str, device: str
+) -> None:
+    """With rho = 0, so that torch's own optimizer under the same schedule says what is right."""
+    options = {"lr": 0.13, "momentum": 0.87} if base is torch.optim.SGD else {"lr": 0.13}
+    params = leaves(67, device=device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    opt, plain = FusedSAM(params, base, rho=0.0, backend=backend, **options), base(twins, **options)
+    ours, theirs = SCHEDULERS[scheduler](opt), SCHEDULERS[scheduler](plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            opt.zero_grad()
+            if form == "closure":
+                opt.step(quadratic(params))
+            else:
+                quadratic(params)()
+                opt.first_step(zero_grad=True)
+                quadratic(params)()
+                opt.second_step()
+            plain.zero_grad()
+            quadratic(twins)()
+            plain.step()
+            ours.step()
+            theirs.step()
+            assert opt.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+            assert_same_bits(params, twins)

@@ -1,0 +1,227 @@
+"""Thread counts, instruction sets, forked children, Python threads: never a different bit, never a hang."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BLOCK,
+    DTYPES,
+    FEW_SIZES,
+    RHO,
+    SGD_CONFIGS,
+    Lists,
+    ascent_groups,
+    bits,
+    gradient_stream,
+    lacks_isa,
+    set_grads,
+    sgd_groups,
+    snapshot,
+)
+
+from fused_sam import FusedSAM, backends, ops
+
+ISAS = ["avx512", "avx2", "portable"]
+SIZES = [*FEW_SIZES, 7, 33, 3 * BLOCK + 77]
+needs_native = pytest.mark.skipif(backends.available().get("native") != "ok", reason="the native backend is not built")
+
+
+def digests(threads: int, backend: str = "native") -> dict[str, str]:
+    """A checksum of everything that each op writes, by op, dtype and variant."""
+    torch.manual_seed(5)
+    torch.set_num_threads(threads)
+    found: dict[str, str] = {}
+
+    def add(name: str, *written: list[torch.Tensor]) -> None:
+        found[name] = hashlib.sha256(b"".join(bits(t) for tensors in written for t in tensors)).hexdigest()
+
+    for dtype in DTYPES:
+        lists = Lists(SIZES, dtype, "cpu")
+        contents = [c.buffer.clone() for c in lists.carved]
+
+        def fresh(lists: Lists = lists, contents: list[torch.Tensor] = contents) -> Lists:
+            for carved, content in zip(lists.carved, contents, strict=True):
+                carved.buffer.copy_(content)
+            return lists
+
+        for adaptive in (False, True):
+            x, groups = fresh(), ascent_groups(len(SIZES), adaptive=adaptive)
+            norm = ops.norm(x.params, x.grads, groups, backend=backend)
+            add(f"norm {dtype} {adaptive}", [norm])
+            ops.perturb(x.params, x.grads, x.backups, norm, groups, backend=backend)
+            add(f"perturb {dtype} {adaptive}", x.params, x.backups)
+        for name in ("plain", "nesterov-decay", "maximize-all"):
+            config = SGD_CONFIGS[name]
+            for scale in (None, torch.tensor(3.0)):
+                x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
+                ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
+                add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
+    return found
+
+
+@pytest.fixture(scope="module")
+def default_digests() -> dict[str, str]:
+    return digests(1)
+
+
+@pytest.fixture(scope="module")
+def digests_by_isa() -> dict[str, Any]:
+    """Both thread counts in one fresh process for each instruction set, since the choice is made once."""
+    script = "import json, test_threads; print(json.dumps([test_threads.digests(n) for n in (1, 2)]))"
+    processes = {
+        isa: subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=Path(__file__).parent,
+            env=os.environ | {"FUSED_SAM_CPU_ISA": isa},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for isa in ISAS
+    }
+    outputs = {isa: (p.communicate(timeout=120), p.returncode) for isa, p in processes.items()}
+    return {isa: json.loads(out) if code == 0 else err for isa, ((out, err), code) in outputs.items()}
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_depend_on_neither_instruction_set_nor_thread_count(
+    isa: str, threads: int, digests_by_isa: dict[str, Any], default_digests: dict[str, str]
+) -> None:
+    if lacks_isa(isa):
+        pytest.skip(f"this machine has no {isa}")
+    found = digests_by_isa[isa]
+    assert isinstance(found, list), f"the process failed: {found}"
+    different = [name for name, value in default_digests.items() if found[threads - 1][name] != value]
+    assert not different
+
+
+def test_norm_is_the_same_for_any_thread_count(backend: str, device: str) -> None:
+    sizes = [*SIZES, 9 * BLOCK + 5]
+    lists = Lists(sizes, torch.float32, device)
+    found = set()
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        found.add(bits(ops.norm(lists.params, lists.grads, ascent_groups(len(sizes)), backend=backend)))
+    assert len(found) == 1
+
+
+def test_run_to_run_and_across_thread_counts_a_trajectory_keeps_its_bits(backend: str, device: str) -> None:
+    start = [torch.randn(n, device=device) for n in SIZES]
+    stream = gradient_stream([p.shape for p in start], 3, torch.float32)
+    results = []
+    for threads in (1, 2, 2, 2):
+        torch.set_num_threads(threads)
+        params = [p.clone() for p in start]
+        opt = FusedSAM(params, rho=RHO, backend=backend, **SGD_CONFIGS["nesterov-decay"])
+        for first, second in stream:
+            set_grads(params, first)
+            opt.first_step(zero_grad=True)
+            set_grads(params, second)
+            opt.step()
+        results.append(snapshot(params))
+    assert all(r == results[0] for r in results)
+
+
+def test_python_threads_with_an_optimizer_each_do_not_disturb_one_another(backend: str, device: str) -> None:
+    stream = gradient_stream([(2 * BLOCK + 3,), (67,)], 10, torch.float32)
+
+    def train(results: list[Any]) -> None:
+        torch.set_num_threads(2)
+        params = [torch.ones(2 * BLOCK + 3, device=device), torch.ones(67, device=device)]
+        opt = FusedSAM(params, rho=RHO, backend=backend, **SGD_CONFIGS["momentum-decay"])
+        for first, second in stream:
+            set_grads(params, first)
+            opt.first_step(zero_grad=True)
+            set_grads(params, second)
+            opt.step()
+        results.append(snapshot(params))
+
+    alone: list[Any] = []
+    train(alone)
+    together: list[Any] = []
+    workers = [threading.Thread(target=train, args=(together,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+        assert not worker.is_alive()
+    assert together == alone * 3
+
+
+@needs_native
+def test_no_thread_spins_after_the_work_is_done() -> None:
+    """A pool that burns a core between steps slows down the model it trains."""
+    torch.set_num_threads(2)
+    lists = Lists([40 * BLOCK], torch.float32, "cpu")
+    for _ in range(3):
+        norm = ops.norm(lists.params, lists.grads, ascent_groups(1), backend="native")
+        ops.perturb(lists.params, lists.grads, lists.backups, norm, ascent_groups(1), backend="native")
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.4)
+    assert time.process_time() - before < 0.1
+
+
+# A parent that has used the kernels with two threads forks, as a DataLoader does. torch's own parallel loops
+# would hang in the child, so values are compared as bytes of numpy arrays.
+FORK_PROBE = """
+import os, sys, torch
+from fused_sam import FusedSAM
+
+torch.manual_seed(3)
+torch.set_num_threads(2)
+shapes = (1, 67, 16385, 300_007)
+start = [torch.randn(n) for n in shapes]
+grads = [[torch.randn(n) for n in shapes] for _ in range(4)]
+runs = [[p.clone() for p in start] for _ in range(2)]
+copies = [[[g.clone() for g in gs] for gs in grads] for _ in range(2)]
+
+def train(params, gradients, zero_grad):
+    opt = FusedSAM(params, rho=0.07, lr=0.13, momentum=0.87, backend="native")
+    for first, second in (gradients[:2], gradients[2:]):
+        for p in params:
+            p.grad = first.pop(0)
+        opt.first_step(zero_grad=zero_grad)
+        for p in params:
+            p.grad = second.pop(0)
+        opt.step()
+    return b"".join(p.numpy().tobytes() for p in params)
+
+expected = train(runs[0], copies[0], True)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if train(runs[1], copies[1], sys.argv[1] == "swap") == expected else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.parametrize("variant", ["swap", "backup"])
+def test_a_forked_child_steps_right_and_does_not_hang(variant: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", FORK_PROBE, variant],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            pytest.fail("a step in a forked child hangs")
+    assert (out.strip(), process.returncode) == ("0", 0), err

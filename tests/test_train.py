@@ -1,0 +1,345 @@
+"""bench.train_fashion_mnist: reading the data, label noise, and a tiny job from start to table."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from bench import data, training
+from bench import train_fashion_mnist as train
+
+TINY = ["--train-size", "192", "--batch-size", "64", "--epochs", "2", "--width", "1", "--threads", "1"]
+
+
+def idx(array: torch.Tensor, kind: int = 8) -> bytes:
+    header = bytes([0, 0, kind, array.dim()]) + struct.pack(f">{array.dim()}I", *array.shape)
+    return header + array.to(torch.uint8).numpy().tobytes()
+
+
+def write_set(folder: Path, *, compressed: bool = True, count: int = 6) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in data.FILES:
+        shape = (count, 28, 28) if "images" in name else (count,)
+        content = idx(torch.arange(torch.Size(shape).numel()).reshape(shape) % 10)
+        if compressed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """Neither Debian's package nor an earlier download nor a network."""
+    monkeypatch.setattr(data, "DEBIAN_DIR", tmp_path / "debian")
+    monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
+
+    def unreachable(folder: Path) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "download", unreachable)
+    return tmp_path
+
+
+# idx files
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_read_idx(tmp_path, suffix):
+    expected = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
+    path = tmp_path / f"three{suffix}"
+    path.write_bytes(gzip.compress(idx(expected)) if suffix else idx(expected))
+    assert torch.equal(data.read_idx(path), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Must begin with '000008'"),
+        (b"\x00\x00\x08", "Must begin with '000008'"),
+        (b"\x7fELF" + bytes(20), "begins with '7f454c46'"),
+        (idx(torch.zeros(4), kind=13), "begins with '00000d01'"),
+        (idx(torch.zeros(4))[:-1], r"11 bytes. Must be 12 for shape=\[4\]"),
+        (idx(torch.zeros(4)) + b"\x00", r"13 bytes. Must be 12 for shape=\[4\]"),
+        (idx(torch.zeros(2, 2))[:7], "7 bytes"),
+    ],
+    ids=["empty", "short", "other format", "float type", "truncated", "too long", "truncated header"],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_read_idx_refuses(tmp_path, content, message, suffix):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    with pytest.raises(ValueError, match=message) as error:
+        data.read_idx(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "plain"])
+def test_read_idx_damaged_gzip(tmp_path, damage):
+    good = gzip.compress(idx(torch.arange(2000) % 251))
+    path = tmp_path / "broken.gz"
+    path.write_bytes(
+        {"cut": good[: len(good) // 2], "flipped": good[:-6] + b"\xff" + good[-5:], "plain": b"text"}[damage]
+    )
+    with pytest.raises(ValueError, match="damaged gzip data"):
+        data.read_idx(path)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_load_folder(tmp_path, compressed):
+    dataset = data.load_folder(write_set(tmp_path, compressed=compressed))
+    assert dataset.train.images.shape == (6, 28, 28)
+    assert dataset.test.labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (
+            "train-images-idx3-ubyte",
+            torch.zeros(6, 20, 28),
+            r"shape \[6, 20, 28\] in .* Must be \[N, 28, 28\]",
+        ),
+        ("train-labels-idx1-ubyte", torch.zeros(5), r"shape \[5\].*Must be \[6\]"),
+        ("t10k-labels-idx1-ubyte", torch.full((6,), 10), "Invalid label 10"),
+    ],
+)
+def test_load_folder_refuses(tmp_path, name, array, message):
+    (write_set(tmp_path) / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    with pytest.raises(ValueError, match=message):
+        data.load_folder(tmp_path)
+
+
+# where the data comes from
+
+
+def test_sources_in_their_order(nowhere):
+    said: list[str] = []
+    assert data.load(say=said.append).name == "digits"
+    assert "scikit-learn's digits" in said[-1]
+    assert "no route to host" in said[-1]
+
+    for folder in (data.CACHE_DIR, data.DEBIAN_DIR, nowhere / "own"):
+        write_set(folder)
+        own = folder if folder.name == "own" else None
+        assert data.load(own).source == str(folder)
+
+
+def test_explicit_folder_is_never_replaced(nowhere):
+    write_set(data.DEBIAN_DIR)
+    (nowhere / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"No train-images-idx3-ubyte\.gz or train-images-idx3-ubyte in"):
+        data.load(nowhere / "empty")
+
+
+def test_download(monkeypatch, tmp_path):
+    served = {p.name: p.read_bytes() for p in write_set(tmp_path / "server").iterdir()}
+    checksums = {name: hashlib.sha256(served[f"{name}.gz"]).hexdigest() for name in data.FILES}
+    monkeypatch.setattr(data, "FILES", checksums)
+    asked = []
+
+    def opener(url: str, timeout: float) -> contextlib.AbstractContextManager[io.BytesIO]:
+        asked.append(url)
+        assert timeout <= 30
+        return contextlib.closing(io.BytesIO(served[url.rpartition("/")[2]]))
+
+    data.download(tmp_path / "cache", opener)
+    assert [url.startswith("https://") for url in asked] == [True] * 4
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(served)
+    data.download(tmp_path / "cache", opener)
+    assert len(asked) == 4
+
+
+def test_download_with_wrong_checksum_leaves_nothing(tmp_path):
+    def opener(url: str, timeout: float) -> contextlib.AbstractContextManager[io.BytesIO]:
+        return contextlib.closing(io.BytesIO(b"a login page"))
+
+    with pytest.raises(ValueError, match=r"Invalid download of train-images-idx3-ubyte.gz: sha256 is .* Must be 3aed"):
+        data.download(tmp_path, opener)
+    assert list(tmp_path.iterdir()) == []
+
+
+# labels and batches
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 0.999])
+def test_noise_changes_exactly_the_fraction(fraction):
+    clean = torch.arange(3000) % 10
+    noisy = data.corrupt_labels(clean, fraction, seed=3)
+    changed = noisy != clean
+    assert int(changed.sum()) == round(fraction * 3000)
+    assert torch.equal(clean, torch.arange(3000) % 10)
+    assert torch.equal(noisy, data.corrupt_labels(clean, fraction, seed=3))
+    if fraction:
+        assert not torch.equal(noisy, data.corrupt_labels(clean, fraction, seed=4))
+        shifts = torch.bincount((noisy - clean)[changed] % 10, minlength=10)
+        expected = float(changed.sum()) / 9
+        assert shifts[0] == 0
+        assert (shifts[1:] - expected).abs().max() < 5 * expected**0.5
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_noise_refuses(fraction):
+    with pytest.raises(ValueError, match=r"Invalid fraction=.*Must be in \[0, 1\)"):
+        data.corrupt_labels(torch.zeros(4, dtype=torch.int64), fraction, seed=0)
+
+
+def make_batches(shift: int, *, flip: bool) -> tuple[data.Images, data.Batches]:
+    images = torch.randint(1, 256, (10, 28, 28), dtype=torch.uint8)
+    train_set = data.Images(images, torch.arange(10))
+    return train_set, data.Batches(train_set, 4, shift=shift, flip=flip, seed=1, device=torch.device("cpu"))
+
+
+def test_batches_without_augmentation_are_the_images():
+    train_set, batches = make_batches(0, flip=False)
+    epoch = list(batches.epoch(0))
+    assert [len(labels) for _, labels in epoch] == [4, 4]
+    for images, labels in epoch:
+        assert torch.equal(images, data.normalise(train_set.images[labels], batches.mean, batches.std))
+
+
+def test_batches_shift_and_flip():
+    train_set, batches = make_batches(2, flip=True)
+    variants = set()
+    for images, labels in batches.epoch(0):
+        for image, label in zip(images, labels):
+            pixels = ((image[0] * batches.std + batches.mean) * 255).round().to(torch.uint8)
+            padded = torch.nn.functional.pad(train_set.images[label], (2,) * 4)
+            windows = {
+                (top, left, mirrored): window.flip(1) if mirrored else window
+                for top in range(5)
+                for left in range(5)
+                for mirrored in (False, True)
+                for window in [padded[top : top + 28, left : left + 28]]
+            }
+            found = [key for key, window in windows.items() if torch.equal(window, pixels)]
+            assert len(found) == 1
+            variants.add(found[0])
+    assert len(variants) > 4
+
+
+def test_epochs_differ_and_repeat():
+    _, batches = make_batches(2, flip=True)
+    first, again, second = (torch.cat([x for x, _ in batches.epoch(e)]) for e in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+# whole jobs
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    timed = ("date", "seconds", "step_ms", "optimizer_ms")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def test_job_ends_with_table_picture_and_rows(nowhere, capsys):
+    out = nowhere / "out"
+    assert train.main([*TINY, "--label-noise", "0.4", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "using scikit-learn's digits" in shown.lower()
+    assert "SGD 4 epochs x 3 steps x 1 pass = SAM 2 epochs x 3 steps x 2 passes" in shown
+    assert "optimizer" in shown
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    sgd, sam = rows_of(out)
+    assert (sgd["optimizer"], sam["optimizer"]) == ("sgd", "sam")
+    assert sam["rho"] == 0.2
+    for row in (sgd, sam):
+        assert row["kind"] == "train"
+        assert row["job"] == "digits-noise40"
+        assert row["test_error_final"] == row["history"][-1]["test_error"]
+        assert 0 < row["optimizer_ms"] < row["step_ms"]
+    assert [p["passes"] for p in sgd["history"]] == [p["passes"] for p in sam["history"]] == [2, 4]
+
+
+@pytest.mark.parametrize("measured", [1, 3], ids=["in SGD", "in SAM"])
+def test_resumed_job_equals_uninterrupted_job(nowhere, monkeypatch, measured):
+    flags = [*TINY, "--no-plot", "--out"]
+    assert train.main([*flags, str(nowhere / "whole")]) == 0
+
+    calls = []
+
+    def interrupted(*args: object) -> float:
+        if len(calls) == measured:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return error_rate(*args)
+
+    error_rate = training.error_rate
+    monkeypatch.setattr(training, "error_rate", interrupted)
+    assert train.main([*flags, str(nowhere / "halved")]) == 130
+    monkeypatch.setattr(training, "error_rate", error_rate)
+    assert train.main([*flags, str(nowhere / "halved"), "--resume"]) == 0
+    assert without_times(rows_of(nowhere / "halved")) == without_times(rows_of(nowhere / "whole"))
+
+
+def test_resume_refuses_other_values_and_missing_checkpoints(nowhere, capsys):
+    flags = [*TINY, "--no-plot", "--optimizer", "sgd", "--out", str(nowhere / "out")]
+    assert train.main([*flags, "--resume"]) == 1
+    assert "No checkpoint to resume from" in capsys.readouterr().out
+    assert train.main(flags) == 0
+    assert train.main([*flags, "--resume", "--lr", "0.2"]) == 1
+    assert "Invalid lr=0.2. Must be 0.1 as in" in capsys.readouterr().out
+
+
+def test_non_finite_loss_stops_the_job(nowhere, capsys):
+    flags = [*TINY, "--no-plot", "--optimizer", "sgd", "--lr", "1e30", "--out", str(nowhere / "out")]
+    assert train.main(flags) == 1
+    shown = capsys.readouterr().out
+    assert "Training stopped: loss is" in shown
+    assert "of epoch 1 of SGD, seed 0" in shown
+
+
+def test_several_seeds(nowhere, capsys):
+    assert train.main([*TINY, "--seeds", "0", "1", "--out", str(nowhere / "out")]) == 0
+    assert capsys.readouterr().out.count("±") >= 4
+    assert [(r["optimizer"], r["seed"]) for r in rows_of(nowhere / "out")] == [
+        ("sgd", 0), ("sam", 0), ("sgd", 1), ("sam", 1),
+    ]  # fmt: skip
+
+
+def test_record_refuses_digits(nowhere, capsys):
+    assert train.main([*TINY, "--record"]) == 1
+    assert "Must be Fashion-MNIST" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backend", "none"], "Invalid backend='none'"),
+        (["--batch-size", "500"], r"Must be <= 192, the training images"),
+        (["--data-dir", "nowhere"], "No train-images-idx3-ubyte.gz or train-images-idx3-ubyte in nowhere"),
+    ],
+)
+def test_job_refuses(nowhere, capsys, flags, message):
+    assert train.main([*TINY, *flags]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_full_is_the_papers_net_and_other_flags_win():
+    args = train.parse_args(["--full", "--epochs", "3"])
+    assert (args.blocks, args.width, args.train_size, args.batch_size) == (4, 10, 60_000, 256)
+    assert (args.epochs, args.rho) == (3, 0.05)
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--label-noise", "1"], ["--shift", "-1"], ["--lr", "fast"]])
+def test_invalid_flags(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(flags)
+    assert flags[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
