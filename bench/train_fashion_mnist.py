@@ -76,7 +76,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--width", type=int, default=2, help="the stages have 16, 32 and 64 times this many channels")
     add("--stem-stride", type=int, default=2, help="stride of the first convolution")
     add("--optimizer", choices=("both", *PASSES), default="both", help="which runs")
-    add("--rho", type=float, help="radius of the perturbation (default: 0.05; 0.2 with label noise)")
+    add("--rho", type=float, help="radius of the perturbation (default: 0.05; 0.1 with label noise)")
     add("--adaptive", action="store_true", help="adaptive SAM")
     add("--lr", type=float, default=0.1, help="first learning rate of the cosine schedule")
     add("--momentum", type=float, default=0.9, help="of both runs")
@@ -103,7 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**FULL)
     args = parser.parse_args(argv)
     if args.rho is None:
-        args.rho = 0.2 if args.label_noise else 0.05
+        args.rho = 0.1 if args.label_noise else 0.05
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("train_size", "epochs", "batch_size", "stem_stride"):

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "python/gather.h"
 #include "python/tensor_view.h"
+#include "python/torch_api.h"
 
 namespace py = pybind11;
 using namespace fused_sam;
@@ -103,6 +104,7 @@ void stream_copy(const py::object& dst, const py::object& src, int threads) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  TorchApi::get();  // here, where no other thread can wait for it
   m.doc() = "Compiled kernels of FusedSAM. Private: use fused_sam.ops, which checks its arguments.";
   m.def("isa", &cpu::isa_name);
   m.def("get_grads", &get_grads);

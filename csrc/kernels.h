@@ -59,8 +59,7 @@ void restore(const Tensor* tensors, size_t count, int threads);
 // in the operation order and with the fused multiply-adds of torch.optim.SGD(foreach=False). The scaled gradient is
 // written back when grad_multiplier != 1 (a GradScaler's users read unscaled gradients after the step).
 // Tensors without a gradient are restored only.
-void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier,
-                int threads);
+void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads);
 
 // dst <- src with non-temporal stores: the memory-speed yardstick of the benchmarks.
 void stream_copy(void* dst, const void* src, int64_t bytes, int threads);

@@ -246,7 +246,7 @@ class FusedSAM(Optimizer):
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 

@@ -259,7 +259,7 @@ def test_job_ends_with_table_picture_and_rows(nowhere, capsys):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     sgd, sam = rows_of(out)
     assert (sgd["optimizer"], sam["optimizer"]) == ("sgd", "sam")
-    assert sam["rho"] == 0.2
+    assert sam["rho"] == 0.1
     for row in (sgd, sam):
         assert row["kind"] == "train"
         assert row["job"] == "digits-noise40"

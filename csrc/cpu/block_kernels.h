@@ -26,12 +26,12 @@ struct BlockKernels {
   void (*stream_copy)(void* dst, const void* src, int64_t bytes);
 };
 
-#define FUSED_SAM_DECLARE_ISA(isa)                                                                   \
-  namespace isa {                                                                                    \
-  double sum_of_squares(const Tensor&, int64_t begin, int64_t count, bool adaptive);                 \
-  void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);      \
-  void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);      \
-  void stream_copy(void* dst, const void* src, int64_t bytes);                                       \
+#define FUSED_SAM_DECLARE_ISA(isa)                                                              \
+  namespace isa {                                                                               \
+  double sum_of_squares(const Tensor&, int64_t begin, int64_t count, bool adaptive);            \
+  void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream); \
+  void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream); \
+  void stream_copy(void* dst, const void* src, int64_t bytes);                                  \
   }
 FUSED_SAM_DECLARE_ISA(portable)
 FUSED_SAM_DECLARE_ISA(avx2)

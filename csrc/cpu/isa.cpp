@@ -24,9 +24,7 @@ const Isa kIsas[] = {
      },
      {avx512::sum_of_squares, avx512::perturb, avx512::sgd_update, avx512::stream_copy}},
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      {avx2::sum_of_squares, avx2::perturb, avx2::sgd_update, avx2::stream_copy}},
 #endif
     {"portable",
@@ -53,8 +51,12 @@ const Isa& chosen() {
 
 }  // namespace
 
-const BlockKernels& block_kernels() { return chosen().kernels; }
+const BlockKernels& block_kernels() {
+  return chosen().kernels;
+}
 
-const char* isa_name() { return chosen().name; }
+const char* isa_name() {
+  return chosen().name;
+}
 
 }  // namespace fused_sam::cpu

@@ -112,7 +112,9 @@ bool exceeds_cache(int64_t bytes) {
   return bytes > cache;
 }
 
-bool has_grad(const Tensor& t) { return t.grad != nullptr; }
+bool has_grad(const Tensor& t) {
+  return t.grad != nullptr;
+}
 
 AscentScalars scalars_of(const AscentGroup& group, double norm, DType dtype) {
   const double scale = group.rho / norm;

@@ -17,9 +17,7 @@ struct VecF {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
-  static VecF load(const f16* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-  }
+  static VecF load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void stream(float* p) const { _mm256_stream_ps(p, v); }
   void store(bf16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16()); }
@@ -59,9 +57,17 @@ struct VecD {
   void stream(double* p) const { _mm256_stream_pd(p, v); }
 };
 
-static inline VecF mul(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
-static inline VecD mul(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
-static inline VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-static inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+static inline VecF mul(VecF a, VecF b) {
+  return {_mm256_mul_ps(a.v, b.v)};
+}
+static inline VecD mul(VecD a, VecD b) {
+  return {_mm256_mul_pd(a.v, b.v)};
+}
+static inline VecF fma(VecF a, VecF b, VecF c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+static inline VecD fma(VecD a, VecD b, VecD c) {
+  return {_mm256_fmadd_pd(a.v, b.v, c.v)};
+}
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

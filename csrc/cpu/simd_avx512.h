@@ -17,9 +17,7 @@ struct VecF {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
   }
-  static VecF load(const f16* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-  }
+  static VecF load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void stream(float* p) const { _mm512_stream_ps(p, v); }
   void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16()); }
@@ -58,9 +56,17 @@ struct VecD {
   void stream(double* p) const { _mm512_stream_pd(p, v); }
 };
 
-static inline VecF mul(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
-static inline VecD mul(VecD a, VecD b) { return {_mm512_mul_pd(a.v, b.v)}; }
-static inline VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-static inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+static inline VecF mul(VecF a, VecF b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+static inline VecD mul(VecD a, VecD b) {
+  return {_mm512_mul_pd(a.v, b.v)};
+}
+static inline VecF fma(VecF a, VecF b, VecF c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+static inline VecD fma(VecD a, VecD b, VecD c) {
+  return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+}
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

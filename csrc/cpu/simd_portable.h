@@ -19,8 +19,12 @@ static inline uint32_t to_bits(float x) {
   return u;
 }
 
-static inline float to_float(float x) { return x; }
-static inline float to_float(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+static inline float to_float(float x) {
+  return x;
+}
+static inline float to_float(bf16 x) {
+  return from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
 static inline float to_float(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
@@ -32,7 +36,9 @@ static inline float to_float(f16 x) {
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
 }
 
-static inline void from_float(float* p, float x) { *p = x; }
+static inline void from_float(float* p, float x) {
+  *p = x;
+}
 static inline void from_float(bf16* p, float x) {
   const uint32_t u = to_bits(x);
   const uint32_t rounded = u + 0x7fff + (u >> 16 & 1);

@@ -69,7 +69,8 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
   }
   if (i < count) {
     const int64_t n = count - i;
-    Tail<T> tail_w(source + i, n), tail_source(source + i, n), tail_g(g + i, n), tail_m(m && !sgd.first ? m + i : g + i, n);
+    Tail<T> tail_w(source + i, n), tail_source(source + i, n), tail_g(g + i, n),
+        tail_m(m && !sgd.first ? m + i : g + i, n);
     sgd.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data);
     tail_w.store(w + i, n);
     if (sgd.scaled) tail_g.store(g + i, n);

@@ -45,7 +45,9 @@ bool is_negated(PyObject* tensor) {
 constexpr int64_t kSmallBytes = 4096;
 constexpr int64_t kAlignment = 64;
 
-int64_t bytes_of(const Tensor& t) { return t.numel * size_of(t.dtype); }
+int64_t bytes_of(const Tensor& t) {
+  return t.numel * size_of(t.dtype);
+}
 
 // Reads an operand that must match the parameter element by element in memory.
 bool read_operand(PyObject* object, const TensorView& param, void** data) {
@@ -239,8 +241,8 @@ void Batch::set_backups(const py::list& backups) {
 const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
   const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
   if (total != count_ || std::any_of(sizes.begin(), sizes.end(), [](int64_t size) { return size < 0; })) {
-    throw py::value_error("Invalid group sizes: their sum is " + std::to_string(total) + ". Must be len(params)=" +
-                          std::to_string(count_) + ".");
+    throw py::value_error("Invalid group sizes: their sum is " + std::to_string(total) +
+                          ". Must be len(params)=" + std::to_string(count_) + ".");
   }
   if (!odd_.empty()) {
     throw py::value_error("Invalid tensor at index " + std::to_string(odd_.front()) +

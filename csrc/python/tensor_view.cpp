@@ -15,11 +15,16 @@ PyObject* attribute(PyObject* object, const char* name) {
 }
 
 bool to_dtype(uint8_t code, uint8_t bits, DType* dtype) {
-  if (code == dlpack::kFloat && bits == 32) *dtype = DType::f32;
-  else if (code == dlpack::kFloat && bits == 64) *dtype = DType::f64;
-  else if (code == dlpack::kBfloat && bits == 16) *dtype = DType::bf16;
-  else if (code == dlpack::kFloat && bits == 16) *dtype = DType::f16;
-  else return false;
+  if (code == dlpack::kFloat && bits == 32)
+    *dtype = DType::f32;
+  else if (code == dlpack::kFloat && bits == 64)
+    *dtype = DType::f64;
+  else if (code == dlpack::kBfloat && bits == 16)
+    *dtype = DType::bf16;
+  else if (code == dlpack::kFloat && bits == 16)
+    *dtype = DType::f16;
+  else
+    return false;
   return true;
 }
 
@@ -49,7 +54,8 @@ bool read_described(PyObject* object, TensorView* view) {
 }
 
 bool read_sizes(PyObject* sequence, int64_t* out, int* count) {
-  if (sequence == nullptr || !PyTuple_Check(sequence) || PyTuple_GET_SIZE(sequence) > TensorView::kMaxDims) return false;
+  if (sequence == nullptr || !PyTuple_Check(sequence) || PyTuple_GET_SIZE(sequence) > TensorView::kMaxDims)
+    return false;
   *count = static_cast<int>(PyTuple_GET_SIZE(sequence));
   for (int i = 0; i < *count; ++i) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sequence, i));
   return PyErr_Occurred() == nullptr;
