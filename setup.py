@@ -33,6 +33,8 @@ class CMakeBuild(build_ext):
     def _build(self, library: Path) -> None:
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # It may name a compiler, a ninja or a pybind11 of an isolated build environment that is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = shutil.which("cmake") or "cmake"
         configure = [cmake, "-S", str(Path(__file__).resolve().parent), "-B", str(build)]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import http.client
 import os
 import urllib.request
 import zlib
@@ -111,7 +112,7 @@ def download(folder: Path, opener: Opener = urllib.request.urlopen) -> None:
     """Fetch the four files; each gets its name only once its checksum is right.
 
     Raises:
-        OSError: the server cannot be reached.
+        OSError, http.client.HTTPException: the server cannot be reached, or breaks off.
         ValueError: a file has another checksum than published.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def load(data_dir: Path | None = None, say: Callable[[str], None] = print) -> Da
     try:
         say(f"Downloading Fashion-MNIST to {CACHE_DIR}")
         download(CACHE_DIR)
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         say(
             f"Fashion-MNIST is not installed (Debian: dataset-fashion-mnist) and not downloaded: {error}\n"
             "Using scikit-learn's digits instead: the figures say nothing about Fashion-MNIST."

@@ -304,17 +304,17 @@ def prepare(args: argparse.Namespace, console: Console) -> Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; 0 when it finished."""
     args = parse_args(argv)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     try:
         job = prepare(args, console)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True, markup=False)
+        console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
         return 1
     describe(job, console)
     try:
         job.run()
     except FloatingPointError as error:
-        console.print(str(error), style="red", soft_wrap=True, markup=False)
+        console.print(str(error), style="red", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("Interrupted. The same command with --resume goes on.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import struct
@@ -160,6 +161,17 @@ def test_download(monkeypatch, tmp_path):
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(served)
     data.download(tmp_path / "cache", opener)
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), http.client.IncompleteRead(b"", 9), ValueError("sha256")])
+def test_failed_download_falls_back_to_digits(nowhere, monkeypatch, error):
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(data, "download", fail)
+    said: list[str] = []
+    assert data.load(say=said.append).name == "digits"
+    assert str(error) in said[-1]
 
 
 def test_download_with_wrong_checksum_leaves_nothing(tmp_path):
