@@ -230,35 +230,29 @@ def title(job: Job) -> str:
     return f"{config.dataset}, {config.train_size:,} training images, {labels}"
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean, and the standard deviation over several seeds."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def table(job: Job) -> Table:
     """One line per optimizer."""
     out = Table(title=title(job), caption=budget(job), title_justify="left", caption_justify="left")
     out.add_column("run")
-    for heading in (
-        "epochs",
-        "error %\nfinal",
-        "error %\nbest",
-        "step\nms",
-        "optimizer\n% of step",
-        "total\ns",
-    ):
-        out.add_column(heading, justify="right")
+    headings = ("epochs", "test error %\nfinal", "test error %\nbest", "step\nms", "optimizer\n% of step", "run\ns")
+    for heading in headings:
+        out.add_column(heading, justify="right", no_wrap=True)
     for kind in job.kinds:
         runs = [r for r in job.finished if r["optimizer"] == kind]
         out.add_row(
             runs[0]["label"],
             str(runs[0]["run_epochs"]),
-            spread([r["test_error_final"] for r in runs], 2),
-            spread([r["test_error_best"] for r in runs], 2),
-            spread([r["step_ms"] for r in runs], 1),
-            spread([100 * r["optimizer_ms"] / r["step_ms"] for r in runs], 1),
-            spread([r["seconds"] for r in runs], 0),
+            spread([r["test_error_final"] for r in runs]),
+            spread([r["test_error_best"] for r in runs]),
+            f"{statistics.fmean(r['step_ms'] for r in runs):.1f}",
+            f"{statistics.fmean(100 * r['optimizer_ms'] / r['step_ms'] for r in runs):.1f}",
+            f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
         )
     return out
 
@@ -282,7 +276,8 @@ def report(job: Job, console: Console) -> None:
     console.print(table(job))
     if not job.args.no_plot:
         picture = records.RESULTS / f"train_{job.name}.png" if job.args.record else job.out / "curves.png"
-        curves.plot(job.finished, title(job), budget(job), picture)
+        seeds = f"; mean of seeds {job.args.seeds}" if len(job.args.seeds) > 1 else ""
+        curves.plot(job.finished, title(job), budget(job) + seeds, picture)
         console.print(f"Picture: {picture}", soft_wrap=True)
     recorded = records.RESULTS / "train_fashion_mnist.jsonl" if job.args.record else job.out / "results.jsonl"
     path = job.args.results or recorded
