@@ -46,7 +46,10 @@ class CMakeBuild(build_ext):
         self._run([cmake, "--build", str(build), "--parallel", jobs])
         (built,) = build.glob("_native*.so")
         library.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built, library)
+        # Written aside and renamed: overwriting a library in place crashes the processes that have it loaded.
+        aside = library.with_suffix(f".{os.getpid()}.part")
+        shutil.copy2(built, aside)
+        os.replace(aside, library)
 
     def _run(self, command: list[str]) -> None:
         """Quiet unless it fails: then the compiler's words are what the user needs."""

@@ -107,3 +107,34 @@ def test_the_report_says_when_the_backend_asked_for_is_not_there() -> None:
     done = run_python("import sys; from fused_sam.__main__ import main; sys.exit(main([]))", FUSED_SAM_BACKEND="nativ")
     assert done.returncode == 1
     assert "Invalid backend='nativ'" in done.stdout
+
+
+OLDER_TORCH = """
+import torch, sys
+del torch.Tensor.__dlpack_c_exchange_api__
+del torch._C._storage_Use_Count
+import fused_sam
+from fused_sam.__main__ import step_error
+assert step_error("native") < 1e-6, step_error("native")
+base = torch.randn(4, 6)
+for make in (lambda: torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last), lambda: base[:, ::2].detach()):
+    p = make().requires_grad_()
+    w, optimizer = p.detach().clone(), fused_sam.FusedSAM([p], lr=0.5, rho=0.1, backend="native")
+    p.grad = torch.full(p.shape, 2.0)
+    optimizer.first_step(zero_grad=True)
+    assert torch.allclose(p, w + 0.1 / p.numel() ** 0.5), "ascent"
+    p.grad = torch.full(p.shape, 3.0)
+    optimizer.step()
+    assert torch.allclose(p, w - 1.5), "update"
+try:
+    p.grad = torch.zeros(4, 3).to_sparse()
+    optimizer.first_step()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_torch_without_the_exchange_protocol_is_read_through_its_attributes() -> None:
+    done = run_python(OLDER_TORCH)
+    assert done.returncode == 0, done.stderr
+    assert "layout torch.sparse_coo is not supported" in done.stdout

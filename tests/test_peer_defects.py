@@ -1,4 +1,4 @@
-"""Defects found in other SAM implementations, one test each, numbered as in the survey of them that this project began with.
+"""Defects found in other SAM implementations, one test each, numbered as in a survey made before this project.
 
 Not here: B1 (m-sharpness under DistributedDataParallel), B12 (LookSAM), B13 in its FriendlySAM and BSAM parts
 and B26 (factor_sam), all algorithms or settings this package does not have, and B29 (argument parsing of an

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <string>
 
 namespace fused_sam::cpu {
 namespace {
@@ -15,9 +16,11 @@ using ParallelEntry = void (*)(void (*body)(void*), void* context, unsigned thre
 
 std::atomic<bool> forked{false};
 
-int find_torch(dl_phdr_info* info, size_t, void* handle) {
+// Only the path is taken here: opening a library while the loader's list is held could wait for another thread's
+// dlopen.
+int find_torch(dl_phdr_info* info, size_t, void* path) {
   if (info->dlpi_name == nullptr || std::strstr(info->dlpi_name, "libtorch_cpu.so") == nullptr) return 0;
-  *static_cast<void**>(handle) = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  *static_cast<std::string*>(path) = info->dlpi_name;
   return 1;
 }
 
@@ -25,8 +28,9 @@ int find_torch(dl_phdr_info* info, size_t, void* handle) {
 // wheel may vendor one under a name of its own).
 ParallelEntry find_entry() {
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  void* torch = nullptr;
-  dl_iterate_phdr(find_torch, &torch);
+  std::string path;
+  dl_iterate_phdr(find_torch, &path);
+  void* torch = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   return torch ? reinterpret_cast<ParallelEntry>(dlsym(torch, "GOMP_parallel")) : nullptr;
 }
 
