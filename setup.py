@@ -40,7 +40,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
-        configure += [arg for arg in os.environ.get("CMAKE_ARGS", "").split() if arg]
+        configure += os.environ.get("CMAKE_ARGS", "").split()
         self._run(configure)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self._run([cmake, "--build", str(build), "--parallel", jobs])

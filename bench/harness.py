@@ -45,7 +45,7 @@ PRELOAD = ["torch._dynamo", "fused_sam", "pytorch_optimizer", "bench.harness"]
 
 
 class Task(NamedTuple):
-    """What one process measures: `repeats` steps a visit, whose mean counts."""
+    """What one process measures: `repeats` steps a visit; the mean of all but the first fifth counts."""
 
     variant: str
     shapes: Sequence[Shape]
