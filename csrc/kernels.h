@@ -20,7 +20,8 @@ struct Tensor {
   void* backup;    // [numel] w, kept between the two passes; null: param holds w itself
   void* momentum;  // [numel] momentum buffer of the base step; null without momentum
   int64_t numel;
-  DType dtype;
+  DType dtype;       // of param, backup and momentum
+  DType grad_dtype;  // can_mix(dtype, grad_dtype)
   int32_t group;
 };
 
@@ -45,7 +46,8 @@ namespace cpu {
 // *out = ||T g||_2 over all tensors, accumulated in fp64.
 void norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double* out, int threads);
 
-// backup <- w, param <- w + e. `backup == grad` swaps in place: the first gradient's storage then holds w.
+// backup <- w, param <- w + e. `backup == grad` swaps in place: the first gradient's storage, of the parameter's dtype,
+// then holds w.
 // A norm that is zero or not finite, and rho = 0, mean e = 0 exactly (backup is still written).
 void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double norm, int threads);
 

@@ -1,4 +1,4 @@
-// Data types of the tensors the kernels work on, and the type each is computed in.
+// Data types of the tensors the kernels work on.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,11 @@ struct f16 {
 
 constexpr int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// Whether a parameter of one type can have a gradient of the other: the same, or fp32 beside a 16-bit type.
+constexpr bool can_mix(DType param, DType grad) {
+  return param == grad || (param == DType::f32 && size_of(grad) == 2) || (grad == DType::f32 && size_of(param) == 2);
 }
 
 }  // namespace fused_sam

@@ -79,7 +79,7 @@ def _sgd_groups(param_groups: list[dict], fresh: set[int]) -> list[ops.SGDGroup]
             groups.append(
                 ops.SGDGroup(
                     length,
-                    float(group["lr"]),
+                    ops.host_number(group["lr"]),
                     group["momentum"],
                     group["dampening"],
                     float(group["weight_decay"]),

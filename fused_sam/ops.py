@@ -31,24 +31,48 @@ Journal: TypeAlias = list[Any]
 
 
 class AscentGroup(NamedTuple):
-    """How far the next ``size`` tensors are displaced."""
+    """How far the next ``size`` tensors are displaced. ``rho`` may be a tensor of one element, read on the device."""
 
     size: int
-    rho: float
+    rho: float | Tensor
     adaptive: bool
+
+    def on(self, device: torch.device, size: int) -> AscentGroup:
+        """The same for ``size`` tensors on a device."""
+        if size == self.size and not isinstance(self.rho, Tensor):
+            return self
+        return self._replace(size=size, rho=_scalar_on(device, self.rho))
 
 
 class SGDGroup(NamedTuple):
-    """torch.optim.SGD's hyperparameters for the next ``size`` tensors; ``first``: their buffers hold nothing yet."""
+    """torch.optim.SGD's hyperparameters for the next ``size`` tensors; ``first``: their buffers hold nothing yet.
+
+    ``lr`` may be a tensor of one element, read on the device.
+    """
 
     size: int
-    lr: float
+    lr: float | Tensor
     momentum: float
     dampening: float
     weight_decay: float
     nesterov: bool
     maximize: bool
     first: bool
+
+    def on(self, device: torch.device, size: int) -> SGDGroup:
+        """The same for ``size`` tensors on a device."""
+        if size == self.size and not isinstance(self.lr, Tensor):
+            return self
+        return self._replace(size=size, lr=_scalar_on(device, self.lr))
+
+
+def _scalar_on(device: torch.device, value: float | Tensor) -> float | Tensor:
+    return value.detach().reshape(()).to(device) if isinstance(value, Tensor) else value
+
+
+def host_number(value: Any) -> float | Tensor:
+    """A number, or the tensor itself where reading it would wait for its device."""
+    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 class Ascent:
@@ -72,7 +96,7 @@ class Ascent:
         """||T g||_2 as a float64 tensor of shape [] on the device of the first gradient."""
         norms = []
         for part in self._parts:
-            batch = part.batch or part.backend.Batch(
+            batch = part.batch or part.backend.batch(
                 contiguous(part.take(self.params)), contiguous(part.take(self.grads))
             )
             norms.append(batch.norm(part.regroup(self.groups)))
@@ -102,7 +126,7 @@ class Ascent:
             p, g = part.take(self.params), part.take(self.grads)
             journal.append(_Copies(p, kept or [None if x is None else torch.empty_like(w) for w, x in zip(p, g)]))
             with stand_ins(p) as p_:
-                batch = part.backend.Batch(p_, contiguous(g))
+                batch = part.backend.batch(p_, contiguous(g))
                 batch.make_backups(owned=False)
                 batch.perturb(*scalars, [])
         _bump_versions(self.params, self.grads)
@@ -224,7 +248,7 @@ def sgd_update(
             continue
         m = part.take_any(momentum_buffers)
         with stand_ins(part.take(params)) as p_, stand_ins(m) as m_, stand_ins(part.take(grads)) as g_:
-            part.backend.Batch(p_, g_, None, m_).sgd_update(part.regroup(groups), *scalars, journal)
+            part.backend.batch(p_, g_, None, m_).sgd_update(part.regroup(groups), *scalars, journal)
     _bump_versions(params, *written)
 
 

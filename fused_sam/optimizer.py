@@ -180,7 +180,7 @@ class FusedSAM(Optimizer):
         groups = []
         for group in self.param_groups:
             _check_rho(group["rho"])
-            groups.append(ops.AscentGroup(len(group["params"]), float(group["rho"]), bool(group["adaptive"])))
+            groups.append(ops.AscentGroup(len(group["params"]), ops.host_number(group["rho"]), bool(group["adaptive"])))
         try:
             ascent = ops.Ascent(params, grads, groups, self._backend)
         except ops.InvalidTensor as error:
@@ -280,9 +280,10 @@ class FusedSAM(Optimizer):
 
 
 def _check_rho(rho: Any) -> None:
-    if not isinstance(rho, numbers.Real | Tensor):
-        raise TypeError(f"Invalid {rho=}. Must be a number.")
-    if not 0.0 <= float(rho) < math.inf:
+    if not isinstance(rho, numbers.Real | Tensor) or (isinstance(rho, Tensor) and rho.numel() != 1):
+        raise TypeError(f"Invalid {rho=}. Must be a number, or a tensor of one element.")
+    number = ops.host_number(rho)  # what is on another device is not waited for
+    if isinstance(number, float) and not 0.0 <= number < math.inf:
         raise ValueError(f"Invalid {rho=}. Must be >= 0 and finite.")
 
 

@@ -15,7 +15,8 @@ from fused_sam import backends
 
 TensorList: TypeAlias = list[Any]  # of Tensor | None
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT)
 
 
 class InvalidTensor(ValueError):
@@ -51,13 +52,12 @@ class Part:
         return self.take(tensors) if isinstance(tensors, list) else None
 
     def regroup(self, groups: list[Any]) -> list[Any]:
-        """The groups with the sizes they have within this part."""
-        if self.index is None:
-            return groups
+        """The groups with the sizes they have within this part, and what is a tensor on its device."""
         regrouped: list[Any] = []
         start = 0
         for group in groups:
-            regrouped.append(group._replace(size=sum(start <= i < start + group.size for i in self.index)))
+            size = group.size if self.index is None else sum(start <= i < start + group.size for i in self.index)
+            regrouped.append(group.on(self.device, size))
             start += group.size
         return regrouped
 
@@ -84,7 +84,7 @@ def route(
         return []
     device = params[0].device
     first = backends.for_device(device.type, backend)
-    batch = first.Batch(params, grads, backups, buffers)
+    batch = first.batch(params, grads, backups, buffers)
     odd = set(batch.odd)
     if not odd:
         return [Part(first, device, batch)]
@@ -92,10 +92,10 @@ def route(
     for i, param in enumerate(params):
         stage = False
         if i in odd:
-            operands = [x[i] for x in lists if x[i] is not None]
             if not any(isinstance(x, list) and x[i] is not None for x in (grads, backups)):
                 continue
-            _require_supported(i, param, operands)
+            written = [x[i] for x in (backups, buffers) if isinstance(x, list) and x[i] is not None]
+            _require_supported(i, param, grads[i] if grads else None, written)
             stage = first.NEEDS_DENSE
         module = backends.for_device(param.device.type, backend)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
@@ -108,7 +108,7 @@ def route(
     for (module, on_device, stage), index in members.items():
         part = Part(module, on_device, None, index)
         if not stage:
-            part.batch = module.Batch(*map(part.take_any, (params, grads, backups, buffers)))
+            part.batch = module.batch(*map(part.take_any, (params, grads, backups, buffers)))
         parts.append(part)
     return parts
 
@@ -208,7 +208,12 @@ def _steps(x: Tensor) -> list[tuple[int, int]]:
     return sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1)
 
 
-def _require_supported(index: int, param: Tensor, operands: list[Any]) -> None:
+def can_mix(param: torch.dtype, grad: torch.dtype) -> bool:
+    """Whether a parameter of one dtype can have a gradient of the other: the same, or fp32 beside a 16-bit type."""
+    return param == grad or {param, grad} in ({torch.float32, x} for x in SIXTEEN_BIT)
+
+
+def _require_supported(index: int, param: Tensor, grad: Any, written: list[Any]) -> None:
     if param.dtype not in DTYPES:
         raise InvalidTensor(index, f"dtype {param.dtype} is not supported, must be one of {list(DTYPES)}")
     if param.layout != torch.strided:
@@ -217,13 +222,19 @@ def _require_supported(index: int, param: Tensor, operands: list[Any]) -> None:
         raise InvalidTensor(
             index, f"the parameter overlaps itself in memory (shape {list(param.shape)}, strides {param.stride()})"
         )
-    for x in operands:
-        if not isinstance(x, Tensor):
-            raise InvalidTensor(index, f"{type(x).__name__} is not a tensor")
-        if x.layout != torch.strided:
-            raise InvalidTensor(index, f"layout {x.layout} is not supported (a sparse gradient?), must be strided")
-        for name in ("dtype", "device", "shape"):
-            if getattr(x, name) != getattr(param, name):
-                raise InvalidTensor(
-                    index, f"{name} {getattr(x, name)} does not match the parameter's {getattr(param, name)}"
-                )
+    if grad is not None:
+        _require_match(index, param, grad, isinstance(grad, Tensor) and can_mix(param.dtype, grad.dtype))
+    for x in written:
+        _require_match(index, param, x)
+
+
+def _require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:
+    if not isinstance(x, Tensor):
+        raise InvalidTensor(index, f"{type(x).__name__} is not a tensor")
+    if x.layout != torch.strided:
+        raise InvalidTensor(index, f"layout {x.layout} is not supported (a sparse gradient?), must be strided")
+    for name in ("device", "shape") if any_dtype else ("dtype", "device", "shape"):
+        if getattr(x, name) != getattr(param, name):
+            raise InvalidTensor(
+                index, f"{name} {getattr(x, name)} does not match the parameter's {getattr(param, name)}"
+            )

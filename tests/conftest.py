@@ -29,8 +29,8 @@ def _targets() -> list[object]:
 @pytest.fixture(params=_targets())
 def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(backend, device); skipped with the backend's own reason where it does not work."""
-    backend, _ = request.param
-    state = backends.available().get(backend, "not part of this build")
+    backend, device = request.param
+    state = backends.available(device).get(backend, "not part of this build")
     if state != "ok":
         pytest.skip(f"backend {backend}: {state}")
     return request.param

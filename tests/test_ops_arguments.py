@@ -99,6 +99,8 @@ def test_a_tensor_unlike_its_parameter_is_refused(
 ) -> None:
     kwargs = arguments(op, device)
     spoilt = kwargs[key][position] = spoil(kwargs[key][position])
+    if isinstance(spoilt, torch.Tensor) and spoilt.dtype == torch.bfloat16 and (key == "grads" or op == "norm"):
+        pytest.skip("a gradient may be of another precision: test_mixed_dtypes.py")
     if not isinstance(spoilt, torch.Tensor):
         assert_refused(op, kwargs, backend, NO_TENSOR)
     elif spoilt.device.type != device:  # a backend may say that it does not support the device

@@ -1,17 +1,9 @@
 // What each instruction set provides: one function per op that works on one block of one tensor.
 #pragma once
 
-#include "../kernels.h"
+#include "../arithmetic.h"
 
 namespace fused_sam::cpu {
-
-// e = post * (pre * g), or w * (post * (w * (pre * g))) when adaptive. pre is a power of two that keeps `post` in the
-// range of fp32 where rho / norm itself is not (norms near the smallest or largest number).
-struct AscentScalars {
-  double pre, post;
-  bool adaptive;
-  bool active;  // false: e = 0, only the backup is written
-};
 
 struct SgdScalars {
   SgdGroup group;

@@ -116,20 +116,6 @@ bool has_grad(const Tensor& t) {
   return t.grad != nullptr;
 }
 
-AscentScalars scalars_of(const AscentGroup& group, double norm, DType dtype) {
-  const double scale = group.rho / norm;
-  AscentScalars s{1.0, scale, group.adaptive, group.rho != 0.0 && norm > 0.0 && std::isfinite(norm)};
-  const bool is_double = dtype == DType::f64;
-  const int limit = is_double ? 900 : 100, shift = is_double ? 512 : 64;
-  if (scale > std::ldexp(1.0, limit) || scale < std::ldexp(1.0, -limit)) {
-    const int exponent = scale > 1.0 ? shift : -shift;
-    s.pre = std::ldexp(1.0, exponent);
-    // rho / norm overflows in fp64 when the norm is subnormal, so the norm is scaled, not the quotient.
-    s.post = group.rho / std::ldexp(norm, exponent);
-  }
-  return s;
-}
-
 }  // namespace
 
 void norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double* out, int threads) {
@@ -152,8 +138,8 @@ void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, dou
   for (size_t i = 0; i < count; ++i) {
     const auto group = static_cast<size_t>(tensors[i].group);
     for (size_t k = scalars[0].size(); k <= group; ++k) {
-      scalars[0].push_back(scalars_of(groups[k], norm, DType::f32));
-      scalars[1].push_back(scalars_of(groups[k], norm, DType::f64));
+      scalars[0].push_back(ascent_scalars(groups[k].rho, groups[k].adaptive, norm, false));
+      scalars[1].push_back(ascent_scalars(groups[k].rho, groups[k].adaptive, norm, true));
     }
   }
   // Descending: the cache still holds the gradients that the norm read last.
@@ -187,7 +173,7 @@ void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, dou
 }
 
 void stream_copy(void* dst, const void* src, int64_t bytes, int threads) {
-  const Tensor whole{dst, const_cast<void*>(src), nullptr, nullptr, (bytes + 1) / 2, DType::bf16, 0};
+  const Tensor whole{dst, const_cast<void*>(src), nullptr, nullptr, (bytes + 1) / 2, DType::bf16, DType::bf16, 0};
   const Partition partition(&whole, 1, has_grad);
   const auto kernel = block_kernels().stream_copy;
   for_each_block(partition, threads, Order::ascending, [&](const Tensor&, int64_t begin, int64_t n, int64_t) {

@@ -9,8 +9,8 @@ namespace fused_sam::cpu::FUSED_SAM_ISA {
 constexpr int kLanes = 32;
 constexpr int kVectors = kLanes / VecD::width;
 
-template <class T, bool kAdaptive>
-static double sum_of_squares(const T* g, const T* w, int64_t count) {
+template <class T, class G, bool kAdaptive>
+static double sum_of_squares(const G* g, const T* w, int64_t count) {
   VecD sum[kVectors];
   for (VecD& s : sum) s = VecD::set(0.0);
   int64_t i = 0;
@@ -23,7 +23,8 @@ static double sum_of_squares(const T* g, const T* w, int64_t count) {
   }
   alignas(64) double lanes[kLanes];
   if (i < count) {
-    T g_tail[kLanes] = {}, w_tail[kLanes] = {};
+    G g_tail[kLanes] = {};
+    T w_tail[kLanes] = {};
     for (int64_t k = 0; i + k < count; ++k) {
       g_tail[k] = g[i + k];
       if (kAdaptive) w_tail[k] = w[i + k];
@@ -41,21 +42,18 @@ static double sum_of_squares(const T* g, const T* w, int64_t count) {
   return lanes[0];
 }
 
-template <class T>
+template <class T, class G>
 static double sum_of_squares_as(const Tensor& t, int64_t begin, int64_t count, bool adaptive) {
-  const T* g = static_cast<const T*>(t.grad) + begin;
+  const G* g = static_cast<const G*>(t.grad) + begin;
   const T* w = static_cast<const T*>(t.param) + begin;
-  return adaptive ? sum_of_squares<T, true>(g, w, count) : sum_of_squares<T, false>(g, w, count);
+  return adaptive ? sum_of_squares<T, G, true>(g, w, count) : sum_of_squares<T, G, false>(g, w, count);
 }
 
 double sum_of_squares(const Tensor& t, int64_t begin, int64_t count, bool adaptive) {
-  switch (t.dtype) {
-    case DType::f32: return sum_of_squares_as<float>(t, begin, count, adaptive);
-    case DType::f64: return sum_of_squares_as<double>(t, begin, count, adaptive);
-    case DType::bf16: return sum_of_squares_as<bf16>(t, begin, count, adaptive);
-    case DType::f16: return sum_of_squares_as<f16>(t, begin, count, adaptive);
-  }
-  return 0.0;
+  double sum = 0.0;
+  dispatch(t.dtype, t.grad_dtype,
+           [&](auto p, auto g) { sum = sum_of_squares_as<decltype(p), decltype(g)>(t, begin, count, adaptive); });
+  return sum;
 }
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

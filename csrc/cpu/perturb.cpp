@@ -9,19 +9,15 @@ namespace fused_sam::cpu::FUSED_SAM_ISA {
 template <class T>
 struct Ascent {
   using Vec = typename Compute<T>::Vec;
-  using Scalar = typename Compute<T>::Scalar;
-  Vec pre, post;
-  bool adaptive;
+  AscentMath<Vec> math;
 
-  explicit Ascent(const AscentScalars& s)
-      : pre(Vec::set(static_cast<Scalar>(s.pre))), post(Vec::set(static_cast<Scalar>(s.post))), adaptive(s.adaptive) {}
+  explicit Ascent(const AscentScalars& s) : math(s) {}
 
   // g is read before backup is written: they are the same memory when swapping in place.
-  template <bool kStream>
-  void operator()(T* param, const T* grad, T* backup) const {
+  template <bool kStream, class G>
+  void operator()(T* param, const G* grad, T* backup) const {
     const Vec w = Vec::load(param);
-    const Vec g = mul(Vec::load(grad), pre);
-    const Vec perturbed = adaptive ? fma(w, mul(mul(w, g), post), w) : fma(g, post, w);
+    const Vec perturbed = math(w, Vec::load(grad));
     perturbed.store(param);
     if (kStream) {
       w.stream(backup);
@@ -31,10 +27,10 @@ struct Ascent {
   }
 };
 
-template <class T>
+template <class T, class G>
 static void perturb_as(const Tensor& t, int64_t begin, int64_t count, const AscentScalars& s, bool stream) {
   T* w = static_cast<T*>(t.param) + begin;
-  const T* g = static_cast<const T*>(t.grad) + begin;
+  const G* g = static_cast<const G*>(t.grad) + begin;
   T* b = static_cast<T*>(t.backup) + begin;
   if (!s.active) {
     memcpy(b, w, static_cast<size_t>(count) * sizeof(T));
@@ -50,7 +46,8 @@ static void perturb_as(const Tensor& t, int64_t begin, int64_t count, const Asce
   }
   if (i < count) {
     const int64_t n = count - i;
-    Tail<T> tail_w(w + i, n), tail_g(g + i, n), tail_b(w + i, n);
+    Tail<T> tail_w(w + i, n), tail_b(w + i, n);
+    const Tail<G> tail_g(g + i, n);
     ascent.template operator()<false>(tail_w.data, tail_g.data, tail_b.data);
     tail_w.store(w + i, n);
     tail_b.store(b + i, n);
@@ -58,12 +55,8 @@ static void perturb_as(const Tensor& t, int64_t begin, int64_t count, const Asce
 }
 
 void perturb(const Tensor& t, int64_t begin, int64_t count, const AscentScalars& s, bool stream) {
-  switch (t.dtype) {
-    case DType::f32: return perturb_as<float>(t, begin, count, s, stream);
-    case DType::f64: return perturb_as<double>(t, begin, count, s, stream);
-    case DType::bf16: return perturb_as<bf16>(t, begin, count, s, stream);
-    case DType::f16: return perturb_as<f16>(t, begin, count, s, stream);
-  }
+  dispatch(t.dtype, t.grad_dtype,
+           [&](auto p, auto g) { perturb_as<decltype(p), decltype(g)>(t, begin, count, s, stream); });
 }
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

@@ -21,12 +21,10 @@ namespace fused_sam::cpu::FUSED_SAM_ISA {
 // The type a storage type is computed in: fp64 for fp64, fp32 for everything else.
 template <class T>
 struct Compute {
-  using Scalar = float;
   using Vec = VecF;
 };
 template <>
 struct Compute<double> {
-  using Scalar = double;
   using Vec = VecD;
 };
 

@@ -8,6 +8,7 @@
 namespace fused_sam::cpu::FUSED_SAM_ISA {
 
 struct VecF {
+  using Scalar = float;
   static constexpr int width = 8;
   __m256 v;
 
@@ -40,6 +41,7 @@ struct VecF {
 };
 
 struct VecD {
+  using Scalar = double;
   static constexpr int width = 4;
   __m256d v;
 

@@ -8,6 +8,7 @@
 namespace fused_sam::cpu::FUSED_SAM_ISA {
 
 struct VecF {
+  using Scalar = float;
   static constexpr int width = 16;
   __m512 v;
 
@@ -39,6 +40,7 @@ struct VecF {
 };
 
 struct VecD {
+  using Scalar = double;
   static constexpr int width = 8;
   __m512d v;
 

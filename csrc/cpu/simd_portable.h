@@ -63,6 +63,7 @@ static inline void from_float(f16* p, float x) {
 }
 
 struct VecF {
+  using Scalar = float;
   static constexpr int width = 8;
   float v[width];
 
@@ -88,6 +89,7 @@ struct VecF {
 };
 
 struct VecD {
+  using Scalar = double;
   static constexpr int width = 4;
   double v[width];
 

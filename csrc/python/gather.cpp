@@ -59,6 +59,16 @@ bool read_operand(PyObject* object, const TensorView& param, void** data) {
   return true;
 }
 
+// Reads a gradient, which may be of another dtype than its parameter.
+bool read_grad(PyObject* object, const TensorView& param, Tensor* out) {
+  if (object == nullptr) return true;
+  TensorView view;
+  if (!read_cpu_tensor(object, &view) || !can_mix(param.dtype, view.dtype) || !same_layout(view, param)) return false;
+  out->grad = view.data;
+  out->grad_dtype = view.dtype;
+  return !is_negated(object);
+}
+
 // Reads a parameter the kernels can take, into what of the descriptor is the parameter's.
 bool read_dense_param(PyObject* object, TensorView* view, Tensor* out) {
   if (!read_cpu_tensor(object, view) || !is_dense(*view)) return false;
@@ -140,8 +150,8 @@ bool Batch::describe(Py_ssize_t index, Tensor* out) {
   TensorView param;
   if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), &param, out)) return false;
   layouts_[static_cast<size_t>(index)] = layout_key(param);
-  return read_operand(grad, param, &out->grad) && read_operand(backup, param, &out->backup) &&
-         read_operand(item(momentum_, index), param, &out->momentum) && (grad == nullptr || !is_negated(grad));
+  return read_grad(grad, param, out) && read_operand(backup, param, &out->backup) &&
+         read_operand(item(momentum_, index), param, &out->momentum);
 }
 
 // A parameter that the ascent moved and that has no gradient now takes part too: it is restored.
@@ -215,7 +225,7 @@ void Batch::make_backups(bool owned) {
     if (bytes_of(t) < kSmallBytes) {
       t.backup = pool;
       pool += (bytes_of(t) / kAlignment + 1) * kAlignment;
-    } else if (owned && is_sole_owner(item(grads_, i), 2)) {
+    } else if (owned && t.grad_dtype == t.dtype && is_sole_owner(item(grads_, i), 2)) {
       t.backup = t.grad;
     } else {
       t.backup = data_of(torch.attr("empty_like")(py::handle(PyTuple_GET_ITEM(params_.ptr(), i))));
@@ -229,7 +239,7 @@ void Batch::set_backups(const py::list& backups) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     PyObject* backup = item(backups_, i);
     if (t.grad == nullptr && backup == nullptr) continue;
-    if (backup != nullptr && backup == item(grads_, i)) {
+    if (backup != nullptr && backup == item(grads_, i) && t.grad_dtype == t.dtype) {
       t.backup = t.grad;
     } else if (backup == nullptr || !describe(i, &t)) {
       throw py::value_error("Invalid backup at index " + std::to_string(i) +

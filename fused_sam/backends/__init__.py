@@ -1,8 +1,8 @@
 """The implementations of the op surface, and the choice among them.
 
-A backend is a module with the names of `fused_sam.backends.eager`: helpers over parameter lists, and a class `Batch`
-whose methods are the ops. An explicitly requested backend is used or raises; otherwise each device gets the first one
-of `REGISTRY` that loads and supports it.
+A backend is a module with the names of `fused_sam.backends.eager`: helpers over parameter lists, and `batch`, which
+makes an object whose methods are the ops. An explicitly requested backend is used or raises; otherwise each device gets
+the first one of `REGISTRY` that loads and takes it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,16 @@ def _load(backend: Backend) -> ModuleType | ImportError:
         return error
 
 
-def available() -> dict[str, str]:
-    """State of every known backend: ``"ok"``, or why it cannot be used."""
-    return {b.name: "ok" if isinstance(m := _load(b), ModuleType) else f"{m} (to get it: {b.remedy})" for b in REGISTRY}
+def available(device_type: str | None = None) -> dict[str, str]:
+    """State of every known backend, for tensors of a device type if given: ``"ok"``, or why it cannot be used."""
+    return {backend.name: _state(backend, device_type) for backend in REGISTRY}
+
+
+def _state(backend: Backend, device_type: str | None) -> str:
+    module = _load(backend)
+    if isinstance(module, ImportError):
+        return f"{module} (to get it: {backend.remedy})"
+    return (device_type and module.why_not(device_type)) or "ok"
 
 
 def requested(name: str | None = None) -> str | None:
@@ -77,14 +84,18 @@ def for_device(device_type: str, name: str | None = None) -> ModuleType:
     """The backend for tensors of a device type such as ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        RuntimeError: if the requested backend does not support the device.
+        RuntimeError: if the requested backend cannot take tensors of the device; the message says why.
     """
     for backend in REGISTRY:
         if name is not None and backend.name != name:
             continue
-        module = _load(backend)
-        if isinstance(module, ModuleType) and module.supports(device_type):
+        if _state(backend, device_type) == "ok":
             if name is None:
                 logger.info("backend %r chosen for %s tensors", backend.name, device_type)
+            module = _load(backend)
+            assert isinstance(module, ModuleType)
             return module
-    raise RuntimeError(f"backend={name!r} was asked for but does not support {device_type} tensors.")
+    raise RuntimeError(
+        f"backend={name!r} was asked for but cannot take {device_type} tensors: "
+        f"{available(device_type).get(name or '', 'there is no such backend')}"
+    )

@@ -1,6 +1,7 @@
 """The op surface in plain torch: any device, any strides, no compiler. Never synchronises with the device.
 
-It is also the interface that every backend has: `Batch` holds the tensors of one op, and its methods are the ops.
+It is also the interface that every backend has: `batch` gathers the tensors of one op, and the methods of what it
+returns are the ops.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def lookup(state: dict[Tensor, dict[str, Any]], params: TensorList, key: str) ->
     return [state[p].get(key) if p in state else None for p in params]
 
 
-def supports(device_type: str) -> bool:
-    """Whether this backend takes tensors of a device type."""
-    return True
+def why_not(device_type: str) -> str | None:
+    """Why this backend cannot take tensors of a device type; None where it can."""
+    return None
 
 
 class Batch:
@@ -122,19 +123,24 @@ class Batch:
                 index += 1
 
 
+batch = Batch
+
+
 def _wide(x: Tensor) -> Tensor:
     """fp32 for 16-bit tensors, others as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _ascent_factors(rho: float, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(pre, post, active): e = post * (pre * g) where active, with pre a power of two that keeps post representable."""
     limit, shift = (900.0, 512.0) if dtype == torch.float64 else (100.0, 64.0)
     active = torch.isfinite(norm) & (norm > 0) & (rho != 0)
     exponent = torch.log2(norm)
     far = torch.where(exponent < -limit, shift, torch.where(exponent > limit, -shift, 0.0)).double()
     pre = torch.exp2(far)
-    return pre.to(dtype), (rho / (norm * pre)).to(dtype), active
+    # A number divided by a tensor is rounded twice: torch multiplies by the reciprocal.
+    radius = rho if isinstance(rho, Tensor) else torch.scalar_tensor(rho, dtype=torch.float64)
+    return pre.to(dtype), (radius / (norm * pre)).to(dtype), active
 
 
 def _sgd_tensor(
@@ -161,4 +167,9 @@ def _sgd_tensor(
         m = d if group.first else (_wide(buffer) * group.momentum).add(d, alpha=1 - group.dampening)
         d = d.add(m, alpha=group.momentum) if group.nesterov else m
         write(buffer, m)
-    write(param, w.add(d, alpha=-group.lr))
+    if isinstance(group.lr, Tensor):
+        # Rounded once, like the fused multiply-add that alpha= stands for, which takes no tensor.
+        lr = group.lr.to(w.dtype).double()
+        write(param, (w.double() - d.double() * lr).to(w.dtype))
+    else:
+        write(param, w.add(d, alpha=-group.lr))

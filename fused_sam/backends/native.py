@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 NEEDS_DENSE = True
 
 
-def supports(device_type: str) -> bool:
-    return device_type == "cpu"
+def why_not(device_type: str) -> str | None:
+    return None if device_type == "cpu" else f"the native kernels are not for {device_type} tensors"
 
 
 get_grads = _native.get_grads
@@ -71,3 +71,6 @@ class Batch:
         # The reciprocal in fp64, rounded once, is what torch.amp.GradScaler multiplies by.
         multiplier = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
         self._batch.sgd_update(groups, multiplier, torch.get_num_threads(), journal)
+
+
+batch = Batch

@@ -1,0 +1,118 @@
+// The arithmetic of one element, shared by all kernels: a CPU vector and a CUDA thread differ in `Vec` alone. Every
+// product and every fused multiply-add is written out, so that no compiler decides where to round.
+#pragma once
+
+#include "kernels.h"
+
+#if defined(__CUDACC__)
+#define FUSED_SAM_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_SAM_HD inline
+#endif
+
+namespace fused_sam {
+
+// The type a tensor's elements are computed in.
+template <class T>
+struct Computed {
+  using type = float;
+};
+template <>
+struct Computed<double> {
+  using type = double;
+};
+
+// Calls f(P{}, G{}) with the storage types of a parameter and its gradient, which can_mix.
+template <class F>
+FUSED_SAM_HD void dispatch(DType param, DType grad, const F& f) {
+  if (param == DType::f64) {
+    f(double{}, double{});
+  } else if (param == DType::f32) {
+    if (grad == DType::f32) f(float{}, float{});
+    if (grad == DType::bf16) f(float{}, bf16{});
+    if (grad == DType::f16) f(float{}, f16{});
+  } else if (param == DType::bf16) {
+    if (grad == DType::f32) f(bf16{}, float{});
+    if (grad == DType::bf16) f(bf16{}, bf16{});
+  } else {
+    if (grad == DType::f32) f(f16{}, float{});
+    if (grad == DType::f16) f(f16{}, f16{});
+  }
+}
+
+// e = post * (pre * g), or w * (post * (w * (pre * g))) when adaptive. pre is a power of two that keeps `post` in the
+// range of fp32 where rho / norm itself is not (norms near the smallest or largest number).
+struct AscentScalars {
+  double pre, post;
+  bool adaptive;
+  bool active;  // false: e = 0, only the backup is written
+};
+
+FUSED_SAM_HD AscentScalars ascent_scalars(double rho, bool adaptive, double norm, bool is_double) {
+  const double largest = 1.7976931348623157e308;
+  const double scale = rho / norm;
+  AscentScalars s{1.0, scale, adaptive, rho != 0.0 && norm > 0.0 && norm <= largest};
+  const double limit = is_double ? 0x1p900 : 0x1p100;
+  if (scale > limit || scale < 1.0 / limit) {
+    const double shift = is_double ? 0x1p512 : 0x1p64;
+    s.pre = scale > 1.0 ? shift : 1.0 / shift;
+    // rho / norm overflows in fp64 when the norm is subnormal, so the norm is scaled, not the quotient.
+    s.post = rho / (norm * s.pre);
+  }
+  return s;
+}
+
+template <class Vec>
+struct AscentMath {
+  Vec pre, post;
+  bool adaptive;
+
+  FUSED_SAM_HD explicit AscentMath(const AscentScalars& s)
+      : pre(Vec::set(static_cast<typename Vec::Scalar>(s.pre))),
+        post(Vec::set(static_cast<typename Vec::Scalar>(s.post))),
+        adaptive(s.adaptive) {}
+
+  // w + e
+  FUSED_SAM_HD Vec operator()(Vec w, Vec g) const {
+    g = mul(g, pre);
+    return adaptive ? fma(w, mul(mul(w, g), post), w) : fma(g, post, w);
+  }
+};
+
+// The operations of torch.optim.SGD's for-loop, in its order: `x.add(y, alpha=a)` is fma(y, a, x) there.
+template <class Vec>
+struct SgdMath {
+  Vec multiplier, sign, weight_decay, momentum, undamped, minus_lr;
+  bool scaled, decays, has_momentum, first, nesterov;
+
+  static FUSED_SAM_HD Vec set(double x) { return Vec::set(static_cast<typename Vec::Scalar>(x)); }
+
+  FUSED_SAM_HD SgdMath(const SgdGroup& group, double grad_multiplier)
+      : multiplier(set(grad_multiplier)),
+        sign(set(group.maximize ? -1.0 : 1.0)),
+        weight_decay(set(group.weight_decay)),
+        momentum(set(group.momentum)),
+        undamped(set(1.0 - group.dampening)),
+        minus_lr(set(-group.lr)),
+        scaled(grad_multiplier != 1.0),
+        decays(group.weight_decay != 0.0),
+        has_momentum(group.momentum != 0.0),
+        first(group.first),
+        nesterov(group.nesterov) {}
+
+  FUSED_SAM_HD bool reads_buffer() const { return has_momentum && !first; }
+
+  // The new w. `g` comes out unscaled where it came in scaled, `m` as the new buffer where there is momentum.
+  FUSED_SAM_HD Vec operator()(Vec w, Vec* g, Vec* m) const {
+    if (scaled) *g = mul(*g, multiplier);
+    Vec d = mul(*g, sign);
+    if (decays) d = fma(w, weight_decay, d);
+    if (has_momentum) {
+      *m = first ? d : fma(d, undamped, mul(*m, momentum));
+      d = nesterov ? fma(*m, momentum, d) : *m;
+    }
+    return fma(d, minus_lr, w);
+  }
+};
+
+}  // namespace fused_sam

@@ -1,0 +1,73 @@
+"""lr and rho as tensors: read where the parameters are, so that nothing waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    FEW_SIZES,
+    HYPER,
+    Lists,
+    ascent_groups,
+    assert_same_bits,
+    ids,
+    leaves,
+    quadratic,
+    scalar,
+    sgd_groups,
+    snapshot,
+)
+
+from fused_sam import FusedSAM, ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=ids)
+def test_ops_give_the_same_bits_for_tensors_and_numbers(
+    dtype: torch.dtype, kind: torch.dtype, backend: str, device: str
+) -> None:
+    rho, lr = (torch.tensor(x, dtype=kind, device=device) for x in (0.07, 0.13))
+    results = []
+    for rho_, lr_ in ((rho, lr), (rho.item(), lr.item())):
+        torch.manual_seed(0)
+        lists = Lists(FEW_SIZES, dtype, device)
+        norm = scalar(2.9, device)
+        ops.perturb(lists.params, lists.grads, lists.backups, norm, ascent_groups(len(FEW_SIZES), rho_), backend)
+        displaced = snapshot(lists.params)
+        groups = sgd_groups(len(FEW_SIZES), **{**HYPER, "lr": lr_})
+        ops.sgd_update(lists.params, lists.grads, lists.backups, lists.momentum, groups, backend=backend)
+        results.append((displaced, snapshot(lists.params), snapshot(lists.momentum)))
+    if backend == "eager" and dtype == torch.float64:
+        # The eager backend has no fused multiply-add with a tensor for a factor.
+        assert results[0][0] == results[1][0]
+        return
+    assert results[0] == results[1]
+
+
+def test_a_tensor_is_read_anew_at_every_step(backend: str, device: str) -> None:
+    start = torch.randn(9, device=device)
+    params = [[start.clone().requires_grad_()] for _ in range(2)]
+    rho, lr = torch.tensor(0.05, device=device), torch.tensor(0.1, device=device)
+    by_tensor = FusedSAM(params[0], rho=rho, lr=lr, momentum=0.9, backend=backend, foreach=False)
+    by_number = FusedSAM(params[1], rho=0.05, lr=0.1, momentum=0.9, backend=backend)
+    for k in (1.0, 0.5, 0.25):
+        rho.fill_(0.05 * k), lr.fill_(0.1 * k)
+        for group in by_number.param_groups:
+            group["rho"], group["lr"] = rho.item(), lr.item()
+        for optimizer, p in zip((by_tensor, by_number), params, strict=True):
+            optimizer.step(quadratic(p))
+        assert_same_bits(params[0], params[1], "weight")
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0), "0.05"], ids=["two", "none", "text"])
+def test_only_one_number_is_taken(bad: Any, backend: str, device: str) -> None:
+    with pytest.raises(TypeError, match=r"Invalid rho=.*Must be a number, or a tensor of one element"):
+        FusedSAM(leaves(3, device=device), rho=bad, lr=0.1, backend=backend)
+
+
+def test_values_out_of_range_are_refused_on_the_host(backend: str, device: str) -> None:
+    with pytest.raises(ValueError, match="Invalid rho="):
+        FusedSAM(leaves(3, device=device), rho=torch.tensor(-1.0), lr=0.1, backend=backend)
