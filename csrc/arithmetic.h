@@ -4,12 +4,6 @@
 
 #include "kernels.h"
 
-#if defined(__CUDACC__)
-#define FUSED_SAM_HD __host__ __device__ __forceinline__
-#else
-#define FUSED_SAM_HD inline
-#endif
-
 namespace fused_sam {
 
 // The type a tensor's elements are computed in.

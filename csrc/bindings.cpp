@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "python/cuda_ops.h"
 #include "python/gather.h"
 #include "python/tensor_view.h"
 #include "python/torch_api.h"
@@ -18,13 +19,6 @@ namespace {
 // Field order of fused_sam.ops.AscentGroup and fused_sam.ops.SGDGroup.
 using AscentTuple = std::tuple<int64_t, double, bool>;
 using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool>;
-
-template <class Tuple>
-std::vector<int64_t> sizes_of(const std::vector<Tuple>& groups) {
-  std::vector<int64_t> sizes;
-  for (const Tuple& group : groups) sizes.push_back(std::get<0>(group));
-  return sizes;
-}
 
 std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
   std::vector<AscentGroup> converted;
@@ -40,8 +34,13 @@ std::vector<SgdGroup> sgd_groups(const std::vector<SgdTuple>& groups) {
   return converted;
 }
 
+const std::vector<Tensor>& on_cpu(Batch& batch, const std::vector<int64_t>& sizes) {
+  if (batch.device().cuda) throw py::value_error("Invalid tensors. Must be on the CPU.");
+  return batch.gather(sizes);
+}
+
 double norm(Batch& batch, const std::vector<AscentTuple>& groups, int threads) {
-  const auto& tensors = batch.gather(sizes_of(groups));
+  const auto& tensors = on_cpu(batch, sizes_of(groups));
   const auto converted = ascent_groups(groups);
   double result = 0.0;
   py::gil_scoped_release unlocked;
@@ -53,12 +52,8 @@ double norm(Batch& batch, const std::vector<AscentTuple>& groups, int threads) {
 // it returns: an interrupt can then never come between the two.
 void perturb(Batch& batch, double norm, const std::vector<AscentTuple>& groups, int threads, py::list journal,
              const py::object& entry) {
-  const auto& tensors = batch.gather(sizes_of(groups));
-  for (const Tensor& t : tensors) {
-    if (t.grad != nullptr && t.backup == nullptr) {
-      throw py::value_error("Invalid backups. A parameter with a gradient must have one.");
-    }
-  }
+  const auto& tensors = on_cpu(batch, sizes_of(groups));
+  require_backups(tensors);
   const auto converted = ascent_groups(groups);
   {
     py::gil_scoped_release unlocked;
@@ -70,20 +65,16 @@ void perturb(Batch& batch, double norm, const std::vector<AscentTuple>& groups, 
 
 void restore(Batch& batch, Py_ssize_t size, int threads) {
   batch.refresh();
-  const auto& tensors = batch.gather({size});
+  const auto& tensors = on_cpu(batch, {size});
   py::gil_scoped_release unlocked;
   cpu::restore(tensors.data(), tensors.size(), threads);
 }
 
 void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_multiplier, int threads,
                 py::list journal) {
-  const auto& tensors = batch.gather(sizes_of(groups));
+  const auto& tensors = on_cpu(batch, sizes_of(groups));
   const auto converted = sgd_groups(groups);
-  for (const Tensor& t : tensors) {
-    if (t.grad != nullptr && t.momentum == nullptr && converted[static_cast<size_t>(t.group)].momentum != 0.0) {
-      throw py::value_error("Invalid momentum_buffers. A group with momentum must have one for every gradient.");
-    }
-  }
+  require_momentum(tensors, [&](size_t group) { return converted[group].momentum; });
   {
     py::gil_scoped_release unlocked;
     cpu::sgd_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads);
@@ -93,7 +84,8 @@ void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_m
 
 void stream_copy(const py::object& dst, const py::object& src, int threads) {
   TensorView to, from;
-  if (!read_cpu_tensor(dst.ptr(), &to) || !read_cpu_tensor(src.ptr(), &from) || !is_dense(to) ||
+  const Device cpu{false, -1};
+  if (!read_tensor(dst.ptr(), cpu, &to) || !read_tensor(src.ptr(), cpu, &from) || !is_dense(to) ||
       !same_layout(to, from) || to.dtype != from.dtype) {
     throw py::value_error("Invalid dst, src. Must be dense CPU tensors of one floating dtype, shape and layout.");
   }
@@ -111,7 +103,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("clear_grads", &clear_grads);
   m.def("lookup", &lookup);
   py::class_<Batch>(m, "Batch")
-      .def(py::init<const py::list&, const py::object&, const py::object&, const py::object&>())
+      .def(py::init<const py::list&, const py::object&, const py::object&, const py::object&, int>())
       .def_property_readonly("odd", &Batch::odd)
       .def_property_readonly("kept", &Batch::kept)
       .def("make_backups", &Batch::make_backups)
@@ -121,4 +113,5 @@ PYBIND11_MODULE(_native, m) {
       .def("restore", &restore)
       .def("sgd_update", &sgd_update);
   m.def("stream_copy", &stream_copy);
+  bind_cuda(m);
 }

@@ -4,6 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FUSED_SAM_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_SAM_HD inline
+#endif
+
 namespace fused_sam {
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
@@ -16,12 +22,12 @@ struct f16 {
   uint16_t bits;
 };
 
-constexpr int64_t size_of(DType dtype) {
+FUSED_SAM_HD constexpr int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
 // Whether a parameter of one type can have a gradient of the other: the same, or fp32 beside a 16-bit type.
-constexpr bool can_mix(DType param, DType grad) {
+FUSED_SAM_HD constexpr bool can_mix(DType param, DType grad) {
   return param == grad || (param == DType::f32 && size_of(grad) == 2) || (grad == DType::f32 && size_of(param) == 2);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import zlib
 from collections.abc import Iterator
@@ -11,8 +12,14 @@ import torch
 
 from fused_sam import backends
 
+with contextlib.suppress(ImportError):  # where the native core is not built
+    from interpreted import BACKEND as INTERPRETED
+
+    # Last: it must never be anybody's choice.
+    backends.REGISTRY = (*backends.REGISTRY, INTERPRETED)
+
 # A backend and a device it serves. Where there is no GPU, one placeholder stands for all GPU targets.
-CPU_TARGETS = [("native", "cpu"), ("eager", "cpu")]
+CPU_TARGETS = [("native", "cpu"), ("interpreted", "cpu"), ("eager", "cpu")]
 CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
 
 

@@ -50,28 +50,29 @@ int64_t bytes_of(const Tensor& t) {
 }
 
 // Reads an operand that must match the parameter element by element in memory.
-bool read_operand(PyObject* object, const TensorView& param, void** data) {
+bool read_operand(PyObject* object, Device device, const TensorView& param, void** data) {
   *data = nullptr;
   if (object == nullptr) return true;
   TensorView view;
-  if (!read_cpu_tensor(object, &view) || view.dtype != param.dtype || !same_layout(view, param)) return false;
+  if (!read_tensor(object, device, &view) || view.dtype != param.dtype || !same_layout(view, param)) return false;
   *data = view.data;
   return true;
 }
 
 // Reads a gradient, which may be of another dtype than its parameter.
-bool read_grad(PyObject* object, const TensorView& param, Tensor* out) {
+bool read_grad(PyObject* object, Device device, const TensorView& param, Tensor* out) {
   if (object == nullptr) return true;
   TensorView view;
-  if (!read_cpu_tensor(object, &view) || !can_mix(param.dtype, view.dtype) || !same_layout(view, param)) return false;
+  if (!read_tensor(object, device, &view) || !can_mix(param.dtype, view.dtype) || !same_layout(view, param))
+    return false;
   out->grad = view.data;
   out->grad_dtype = view.dtype;
   return !is_negated(object);
 }
 
 // Reads a parameter the kernels can take, into what of the descriptor is the parameter's.
-bool read_dense_param(PyObject* object, TensorView* view, Tensor* out) {
-  if (!read_cpu_tensor(object, view) || !is_dense(*view)) return false;
+bool read_dense_param(PyObject* object, Device device, TensorView* view, Tensor* out) {
+  if (!read_tensor(object, device, view) || !is_dense(*view)) return false;
   out->param = view->data;
   out->numel = view->numel;
   out->dtype = view->dtype;
@@ -127,8 +128,10 @@ py::list lookup(const py::dict& state, const py::list& params, const py::str& ke
   return values;
 }
 
-Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::object& momentum)
-    : count_(static_cast<Py_ssize_t>(params.size())),
+Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::object& momentum,
+             int cuda_index)
+    : device_{cuda_index >= 0, cuda_index},
+      count_(static_cast<Py_ssize_t>(params.size())),
       params_(checked(params, count_, "params")),
       grads_(checked(grads, count_, "grads")),
       momentum_(checked(momentum, count_, "momentum_buffers")),
@@ -148,22 +151,23 @@ bool Batch::describe(Py_ssize_t index, Tensor* out) {
   *out = Tensor{};
   if (grad == nullptr && backup == nullptr) return true;
   TensorView param;
-  if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), &param, out)) return false;
+  if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), device_, &param, out)) return false;
   layouts_[static_cast<size_t>(index)] = layout_key(param);
-  return read_grad(grad, param, out) && read_operand(backup, param, &out->backup) &&
-         read_operand(item(momentum_, index), param, &out->momentum);
+  return read_grad(grad, device_, param, out) && read_operand(backup, device_, param, &out->backup) &&
+         read_operand(item(momentum_, index), device_, param, &out->momentum);
 }
 
 // A parameter that the ascent moved and that has no gradient now takes part too: it is restored.
 void Batch::adopt_backups(const Batch& ascent) {
-  if (ascent.count_ > count_) throw py::value_error("Invalid backups. Must be of the same parameters.");
+  if (ascent.count_ > count_ || ascent.device_.index != device_.index)
+    throw py::value_error("Invalid backups. Must be of the same parameters.");
   for (Py_ssize_t i = 0; i < ascent.count_; ++i) {
     const auto k = static_cast<size_t>(i);
     if (ascent.tensors_[k].backup == nullptr) continue;
     PyObject* object = PyTuple_GET_ITEM(params_.ptr(), i);
     TensorView param;
     const bool taking_part = tensors_[k].param != nullptr;
-    const bool fits = taking_part || read_dense_param(object, &param, &tensors_[k]);
+    const bool fits = taking_part || read_dense_param(object, device_, &param, &tensors_[k]);
     if (fits && !taking_part) layouts_[k] = layout_key(param);
     if (!fits || object != PyTuple_GET_ITEM(ascent.params_.ptr(), i) || layouts_[k] != ascent.layouts_[k]) {
       throw changed(i);
@@ -177,7 +181,7 @@ void Batch::refresh() {
     const auto k = static_cast<size_t>(i);
     if (tensors_[k].backup == nullptr) continue;
     TensorView param;
-    if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), i), &param, &tensors_[k]) ||
+    if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), i), device_, &param, &tensors_[k]) ||
         layout_key(param) != layouts_[k]) {
       throw changed(i);
     }
@@ -217,7 +221,9 @@ void Batch::make_backups(bool owned) {
   };
   char* pool = nullptr;
   if (pool_bytes > 0) {
-    pool = static_cast<char*>(data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"))));
+    const py::object device = py::str(device_.cuda ? "cuda:" + std::to_string(device_.index) : "cpu");
+    pool = static_cast<char*>(
+        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"), py::arg("device") = device)));
   }
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
@@ -256,8 +262,8 @@ const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
   }
   if (!odd_.empty()) {
     throw py::value_error("Invalid tensor at index " + std::to_string(odd_.front()) +
-                          ". Parameter, gradient, backup and momentum buffer must be dense CPU tensors of one "
-                          "floating dtype, shape and memory layout.");
+                          ". Parameter, gradient, backup and momentum buffer must be dense tensors of one "
+                          "device, floating dtype, shape and memory layout.");
   }
   size_t i = 0;
   for (size_t group = 0; group < sizes.size(); ++group) {

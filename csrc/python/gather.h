@@ -3,9 +3,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <tuple>
 #include <vector>
 
 #include "../kernels.h"
+#include "tensor_view.h"
 
 namespace fused_sam {
 
@@ -23,9 +25,12 @@ pybind11::list lookup(const pybind11::dict& state, const pybind11::list& params,
 class Batch {
  public:
   // `backups` is a list, None, or the batch of the ascent whose backups are to be used.
+  // `cuda_index` is the CUDA device that the tensors are on; negative: they are on the CPU.
   // Throws ValueError unless all lists have the length of `params`.
   Batch(const pybind11::list& params, const pybind11::object& grads, const pybind11::object& backups,
-        const pybind11::object& momentum);
+        const pybind11::object& momentum, int cuda_index);
+
+  Device device() const { return device_; }
 
   // Indices of the tensors that take part in the op but that the kernels cannot take as they lie in memory.
   const std::vector<Py_ssize_t>& odd() const { return odd_; }
@@ -56,6 +61,7 @@ class Batch {
   void adopt_backups(const Batch& ascent);
   void require_disjoint() const;
 
+  Device device_;
   Py_ssize_t count_;
   pybind11::tuple params_, grads_, backups_, momentum_;
   pybind11::list memory_;  // what make_backups allocated
@@ -63,5 +69,32 @@ class Batch {
   std::vector<uint64_t> layouts_;  // of the parameters that take part
   std::vector<Py_ssize_t> odd_;
 };
+
+// The first members of groups given as tuples: how many tensors each covers.
+template <class Tuple>
+std::vector<int64_t> sizes_of(const std::vector<Tuple>& groups) {
+  std::vector<int64_t> sizes;
+  for (const Tuple& group : groups) sizes.push_back(std::get<0>(group));
+  return sizes;
+}
+
+// Throws ValueError unless every tensor with a gradient has a backup.
+inline void require_backups(const std::vector<Tensor>& tensors) {
+  for (const Tensor& t : tensors) {
+    if (t.grad != nullptr && t.backup == nullptr) {
+      throw pybind11::value_error("Invalid backups. A parameter with a gradient must have one.");
+    }
+  }
+}
+
+// Throws ValueError unless every tensor with a gradient has a buffer in groups for which momentum_of(group) != 0.
+template <class MomentumOf>
+void require_momentum(const std::vector<Tensor>& tensors, const MomentumOf& momentum_of) {
+  for (const Tensor& t : tensors) {
+    if (t.grad != nullptr && t.momentum == nullptr && momentum_of(static_cast<size_t>(t.group)) != 0.0) {
+      throw pybind11::value_error("Invalid momentum_buffers. A group with momentum must have one for every gradient.");
+    }
+  }
+}
 
 }  // namespace fused_sam

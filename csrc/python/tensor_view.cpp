@@ -38,13 +38,17 @@ bool count_elements(TensorView* view) {
   return view->numel == 0 || (view->data != nullptr && reinterpret_cast<uintptr_t>(view->data) % item == 0);
 }
 
-bool read_described(PyObject* object, TensorView* view) {
+bool read_described(PyObject* object, Device device, TensorView* view) {
   dlpack::Description d;
   if (TorchApi::get().describe(object, &d) != 0) {
     PyErr_Clear();
     return false;
   }
-  if (d.device.type != dlpack::kCpu || d.dtype.lanes != 1 || d.byte_offset != 0) return false;
+  if (d.device.type != (device.cuda ? dlpack::kCuda : dlpack::kCpu) ||
+      (device.cuda && d.device.index != device.index)) {
+    return false;
+  }
+  if (d.dtype.lanes != 1 || d.byte_offset != 0) return false;
   if (!to_dtype(d.dtype.code, d.dtype.bits, &view->dtype)) return false;
   view->data = d.data;
   view->ndim = d.ndim;
@@ -61,17 +65,27 @@ bool read_sizes(PyObject* sequence, int64_t* out, int* count) {
   return PyErr_Occurred() == nullptr;
 }
 
+bool is_on(PyObject* tensor, Device device) {
+  PyObject* answer = attribute(tensor, device.cuda ? "is_cuda" : "is_cpu");
+  const bool kind = answer == Py_True;
+  Py_XDECREF(answer);
+  if (!kind || !device.cuda) return kind;
+  PyObject* index = PyObject_CallMethod(tensor, "get_device", nullptr);
+  const bool same = index != nullptr && PyLong_AsLong(index) == device.index;
+  Py_XDECREF(index);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return same;
+}
+
 // For torch before 2.10: the same through Python attributes.
-bool read_attributes(PyObject* object, TensorView* view) {
+bool read_attributes(PyObject* object, Device device, TensorView* view) {
   PyObject* dtype = attribute(object, "dtype");
   const auto& dtypes = TorchApi::get().dtypes;
   const auto known = std::find(dtypes.begin(), dtypes.end(), dtype);
   PyObject* layout = attribute(object, "layout");
-  PyObject* on_cpu = attribute(object, "is_cpu");
-  bool ok = dtype != nullptr && known != dtypes.end() && layout == TorchApi::get().strided && on_cpu == Py_True;
+  bool ok = dtype != nullptr && known != dtypes.end() && layout == TorchApi::get().strided && is_on(object, device);
   Py_XDECREF(dtype);
   Py_XDECREF(layout);
-  Py_XDECREF(on_cpu);
   if (!ok) return false;
   view->dtype = static_cast<DType>(known - dtypes.begin());
 
@@ -93,11 +107,11 @@ bool read_attributes(PyObject* object, TensorView* view) {
 
 }  // namespace
 
-bool read_cpu_tensor(PyObject* object, TensorView* view) {
+bool read_tensor(PyObject* object, Device device, TensorView* view) {
   // A real subtype, not what the metaclass would also accept as an instance.
   const TorchApi& api = TorchApi::get();
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(api.tensor_type))) return false;
-  const bool read = api.describe ? read_described(object, view) : read_attributes(object, view);
+  const bool read = api.describe ? read_described(object, device, view) : read_attributes(object, device, view);
   return read && count_elements(view);
 }
 

@@ -9,6 +9,12 @@
 
 namespace fused_sam {
 
+// Where a tensor lies. CUDA devices count from 0.
+struct Device {
+  bool cuda;
+  int32_t index;
+};
+
 // What a kernel needs to know of a tensor. shape and strides belong to the tensor (or to `owned`).
 struct TensorView {
   static constexpr int kMaxDims = 64;
@@ -22,9 +28,9 @@ struct TensorView {
   int64_t owned[2 * kMaxDims];
 };
 
-// Reads a tensor that kernels can take by pointer: strided, on the CPU, of one of the four dtypes. False for any other
-// object or tensor; a Python error is never left behind.
-bool read_cpu_tensor(PyObject* object, TensorView* view);
+// Reads a tensor that kernels can take by pointer: strided, on the device, of one of the four dtypes. False for any
+// other object or tensor; a Python error is never left behind.
+bool read_tensor(PyObject* object, Device device, TensorView* view);
 
 // Distinct elements have distinct addresses and no address between the first and the last is unused.
 bool is_dense(const TensorView& view);

@@ -1,7 +1,8 @@
-"""The compiled kernels (``csrc/``), for CPU tensors."""
+"""The compiled kernels (``csrc/``), for CPU and CUDA tensors."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,28 +16,57 @@ if TYPE_CHECKING:
 
 NEEDS_DENSE = True
 
-
-def why_not(device_type: str) -> str | None:
-    return None if device_type == "cpu" else f"the native kernels are not for {device_type} tensors"
-
-
 get_grads = _native.get_grads
 clear_grads = _native.clear_grads
 lookup = _native.lookup
 
 
-class Batch:
+def why_not(device_type: str) -> str | None:
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"the native kernels are not for {device_type} tensors"
+    if torch.version.hip:
+        return "this torch is a ROCm build, and the native kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return _native.cuda.why_not(-1) or "torch sees no CUDA device"
+    return _why_not_device(torch.cuda.current_device())
+
+
+@functools.cache
+def _why_not_device(index: int) -> str | None:
+    with torch.cuda.device(index):  # torch's own idea of the current device stays what it was
+        return _native.cuda.why_not(index) or None
+
+
+def batch(
+    params: TensorList,
+    grads: TensorList | None = None,
+    backups: TensorList | CPUBatch | None = None,
+    momentum_buffers: TensorList | None = None,
+) -> CPUBatch:
+    device = params[0].device
+    if device.type == "cpu":
+        return CPUBatch(device, params, grads, backups, momentum_buffers)
+    if reason := _why_not_device(device.index):
+        raise RuntimeError(f"FusedSAM's CUDA kernels cannot be used: {reason}.")
+    return CUDABatch(device, params, grads, backups, momentum_buffers)
+
+
+class CPUBatch:
     def __init__(
         self,
+        device: torch.device,
         params: TensorList,
-        grads: TensorList | None = None,
-        backups: TensorList | Batch | None = None,
-        momentum_buffers: TensorList | None = None,
+        grads: TensorList | None,
+        backups: TensorList | CPUBatch | None,
+        momentum_buffers: TensorList | None,
     ) -> None:
+        self.device = device
         self.params = params
-        self._batch: _native.Batch
-        kept = backups._batch if isinstance(backups, Batch) else backups
-        self._batch = _native.Batch(params, grads, kept, momentum_buffers)
+        kept = backups._batch if isinstance(backups, CPUBatch) else backups
+        cuda_index = device.index if device.type == "cuda" else -1
+        self._batch = _native.Batch(params, grads, kept, momentum_buffers, cuda_index)
 
     @property
     def odd(self) -> list[int]:
@@ -73,4 +103,56 @@ class Batch:
         self._batch.sgd_update(groups, multiplier, torch.get_num_threads(), journal)
 
 
-batch = Batch
+class CUDABatch(CPUBatch):
+    """The ops as kernels on the current stream of the tensors' device. None of them waits for it.
+
+    On CPU tensors, which `batch` never gives it, the same kernels are interpreted: the tests run them so.
+    """
+
+    def norm(self, groups: list[AscentGroup]) -> Tensor:
+        partials = _native.cuda.norm_partials(self._batch, groups)
+        workspace = torch.empty(1 + partials, dtype=torch.float64, device=self.device)
+        with self._launching() as stream:
+            _native.cuda.norm(self._batch, groups, workspace, stream)
+        return workspace[0]
+
+    def perturb(self, norm: Tensor, groups: list[AscentGroup], journal: Journal) -> None:
+        with self._launching() as stream:
+            _native.cuda.perturb(self._batch, norm.double(), groups, stream, journal, self)
+
+    def restore(self) -> None:
+        with self._launching() as stream:
+            _native.cuda.restore(self._batch, len(self.params), stream)
+
+    def sgd_update(
+        self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
+    ) -> None:
+        scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
+        with self._launching() as stream:
+            _native.cuda.sgd_update(self._batch, groups, scale, skip, stream, journal)
+
+    def _launching(self) -> _Launching:
+        return _Launching(self.device)
+
+
+class _Launching:
+    """The current stream of a device, as an integer. The device is the thread's current one inside the context.
+
+    The kernels' own CUDA runtime sets the device; torch's is told only where it has another one, which saves time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.guard: torch.cuda.device | None = None
+
+    def __enter__(self) -> int:
+        if self.device.type == "cpu":
+            return 0
+        if torch.cuda.current_device() != self.device.index:
+            self.guard = torch.cuda.device(self.device)
+            self.guard.__enter__()
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def __exit__(self, *error: object) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*error)

@@ -1,0 +1,64 @@
+// The kernels lane by lane on host memory, with the same slices, units and sums.
+#include <cmath>
+#include <memory>
+
+#include "ops.h"
+
+namespace fused_sam::cuda::interpreted {
+namespace {
+
+// Calls visit(unit, group) for every unit, through arguments of the size a device would get.
+template <int kBytes, class Group, class Visit>
+void visit_units(const Slice<Group>& slice, int shift, const Visit& visit) {
+  const auto arguments = std::make_unique<Arguments<Group, kBytes>>();
+  slice.fill(arguments.get(), shift);
+  for (uint32_t i = 0; i < arguments->units; ++i) {
+    const Unit unit = arguments->walk().locate(i);
+    visit(i, unit, arguments->group(unit.entry->group()));
+  }
+}
+
+template <class Group, class Visit>
+void visit_units(const Slice<Group>& slice, int shift, const Visit& visit) {
+  if (slice.bytes() <= kSmallPayload) {
+    visit_units<kSmallPayload>(slice, shift, visit);
+  } else {
+    visit_units<kLargePayload>(slice, shift, visit);
+  }
+}
+
+}  // namespace
+
+size_t capacity() {
+  return kLargePayload;
+}
+
+void norm(const Target&, const Slice<AscentTerms>& slice, int shift, const NormTerms& terms) {
+  visit_units(slice, shift, [&](uint32_t i, const Unit& unit, const AscentTerms& group) {
+    double sums[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) sums[lane] = norm_unit(unit, group.adaptive, lane);
+    terms.partials[terms.first_partial + i] = add_pairwise(sums, kWarp);
+  });
+  if (!terms.last) return;
+  double sums[kThreads] = {};
+  for (uint32_t i = 0; i < terms.total; ++i) sums[i % kThreads] += terms.partials[i];
+  *terms.out = std::sqrt(add_pairwise(sums, kThreads));
+}
+
+void clear(const Target&, double* out) {
+  *out = 0.0;
+}
+
+void perturb(const Target&, const Slice<AscentTerms>& slice, int shift, const PerturbTerms& terms) {
+  visit_units(slice, shift, [&](uint32_t, const Unit& unit, const AscentTerms& group) {
+    for (int lane = 0; lane < kWarp; ++lane) perturb_unit(unit, group, *terms.norm, lane);
+  });
+}
+
+void sgd_update(const Target&, const Slice<SgdTerms>& slice, int shift, const SgdUpdateTerms& terms) {
+  visit_units(slice, shift, [&](uint32_t, const Unit& unit, const SgdTerms& group) {
+    for (int lane = 0; lane < kWarp; ++lane) sgd_unit(unit, group, terms.multiplier(), terms.skip(), lane);
+  });
+}
+
+}  // namespace fused_sam::cuda::interpreted

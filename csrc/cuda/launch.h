@@ -1,0 +1,46 @@
+// The CUDA entry points, for callers without CUDA headers. Every op cuts its tensors into as few launches as kernel
+// arguments allow, enqueues them on a stream and returns; nothing waits for the device and nothing is allocated.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "unit_kernels.h"
+
+namespace fused_sam::cuda {
+
+// Where to run: a stream (cudaStream_t) of a device, or, with device < 0, the interpreter: the same functions called
+// lane by lane on host memory, which is how the tests run the kernels where there is no GPU.
+struct Target {
+  int device;
+  void* stream;
+};
+
+// Why the kernels cannot run on a device, in one sentence; empty where they can. `device` < 0 asks without touching
+// any device: only whether this build and the driver go together.
+std::string why_not(int device);
+
+// "sm_75, sm_80, ...", or empty in a build without CUDA.
+const char* architectures();
+
+// How many fp64 numbers `norm` needs to work in.
+int64_t norm_partials(const std::vector<Tensor>& tensors);
+
+// *out = ||T g||_2, on the device. `partials` holds norm_partials() numbers; one per unit, which are added in an order
+// that depends on the sizes alone.
+void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups,
+          double* partials, double* out);
+
+// As cpu::perturb, with the norm read on the device.
+void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups,
+             const double* norm);
+
+// As cpu::restore.
+void restore(const Target& target, const std::vector<Tensor>& tensors);
+
+// As cpu::sgd_update. Gradients are multiplied by 1 / *grad_scale where that is not null; where found_inf is not null
+// and not zero on the device, parameters are only restored.
+void sgd_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups,
+                const float* grad_scale, const float* found_inf);
+
+}  // namespace fused_sam::cuda

@@ -1,0 +1,27 @@
+#include "table.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace fused_sam::cuda {
+
+Entry::Entry(const Tensor& tensor, int group, uint32_t first_unit, int shift) : first_unit_(first_unit) {
+  const void* addresses[4] = {tensor.param, tensor.grad, tensor.backup, tensor.momentum};
+  for (int i = 0; i < 4; ++i) {
+    const auto address = reinterpret_cast<uintptr_t>(addresses[i]);
+    if (address >> 48 != 0) throw std::out_of_range("Invalid tensor address. Must have at most 48 bits.");
+    low_[i] = static_cast<uint32_t>(address);
+    high_[i] = static_cast<uint16_t>(address >> 32);
+  }
+  const int64_t whole = (units_of(tensor.numel, shift) - 1) << shift;
+  packed_ = static_cast<uint32_t>(tensor.numel - whole - 1) | static_cast<uint32_t>(tensor.dtype) << 14 |
+            static_cast<uint32_t>(tensor.grad_dtype) << 16 | static_cast<uint32_t>(group) << 18;
+}
+
+int shift_for(int64_t elements, int64_t units) {
+  int shift = kMinShift;
+  while (shift < kMaxShift && elements >> shift > units) ++shift;
+  return shift;
+}
+
+}  // namespace fused_sam::cuda

@@ -1,0 +1,220 @@
+// What a lane does to its share of a unit. Plain functions: CUDA threads call them, and so does the interpreter that
+// the tests use where there is no GPU.
+#pragma once
+
+#include "lane.h"
+
+namespace fused_sam::cuda {
+
+// A hyperparameter: a number, or where the device finds it.
+struct Scalar {
+  double number;
+  const void* device;  // null: `number` holds
+  DType dtype;
+
+  FUSED_SAM_HD double read() const {
+    if (device == nullptr) return number;
+    switch (dtype) {
+      case DType::f32: return *static_cast<const float*>(device);
+      case DType::f64: return *static_cast<const double*>(device);
+      case DType::bf16: return widen(*static_cast<const bf16*>(device));
+      case DType::f16: return widen(*static_cast<const f16*>(device));
+    }
+    return number;
+  }
+};
+
+struct AscentTerms {
+  Scalar rho;
+  bool adaptive;
+};
+
+struct SgdTerms {
+  SgdGroup group;
+  Scalar lr;  // instead of group.lr
+};
+
+// This lane's part of the sum of squares of T g, over elements that depend on the sizes alone.
+template <class P, class G, bool kAdaptive>
+FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, int count, int lane) {
+  constexpr int V = kAdaptive ? pack_width<P, G>() : pack_width<G>();
+  constexpr int kUnroll = kAdaptive ? 2 : 4;
+  const bool aligned = misalignment<V>(g) == 0 && (!kAdaptive || misalignment<V>(w) == 0);
+  double sums[kUnroll] = {};
+  const auto add = [&](int k, G gradient, P weight) {
+    double x = widen(gradient);
+    if (kAdaptive) x *= static_cast<double>(widen(weight));
+    sums[k] = ::fma(x, x, sums[k]);
+  };
+  const int packs = count / V;
+  FUSED_SAM_ROLLED
+  for (int j = lane; j < packs; j += kWarp * kUnroll) {
+    Pack<G, V> gradients[kUnroll];
+    Pack<P, V> weights[kUnroll];
+    FUSED_SAM_UNROLL
+    for (int k = 0; k < kUnroll; ++k) {
+      const int i = (j + k * kWarp) * V;
+      if (j + k * kWarp >= packs) break;
+      if (aligned) {
+        gradients[k] = load<V>(g + i);
+        if (kAdaptive) weights[k] = load<V>(w + i);
+      } else {
+        for (int e = 0; e < V; ++e) gradients[k].v[e] = g[i + e];
+        for (int e = 0; kAdaptive && e < V; ++e) weights[k].v[e] = w[i + e];
+      }
+    }
+    FUSED_SAM_UNROLL
+    for (int k = 0; k < kUnroll; ++k) {
+      if (j + k * kWarp >= packs) break;
+      for (int e = 0; e < V; ++e) add(k, gradients[k].v[e], kAdaptive ? weights[k].v[e] : P{});
+    }
+  }
+  const int i = packs * V + lane;
+  if (i < count) add(0, g[i], kAdaptive ? w[i] : P{});
+  for (int half = kUnroll / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0];
+}
+
+// to <- from
+template <class T>
+struct Copy {
+  static constexpr int kUnroll = 4;
+  T* to;
+  const T* from;
+
+  template <int V>
+  using Regs = Pack<T, V>;
+  template <int V>
+  FUSED_SAM_HD Pack<T, V> load(int i) const {
+    return cuda::load<V>(from + i);
+  }
+  template <int V>
+  FUSED_SAM_HD void finish(int i, const Pack<T, V>& pack) const {
+    cuda::store<V>(to + i, pack);
+  }
+};
+
+// backup <- w, w <- w + e. backup may be grad: a lane reads its elements before it writes them.
+template <class P, class G>
+struct Perturb {
+  static constexpr int kUnroll = 2;
+  P* w;
+  const G* g;
+  P* backup;
+  AscentMath<Lane<typename Computed<P>::type>> math;
+
+  template <int V>
+  struct Regs {
+    Pack<P, V> w;
+    Pack<G, V> g;
+  };
+  template <int V>
+  FUSED_SAM_HD Regs<V> load(int i) const {
+    return {cuda::load<V>(w + i), cuda::load<V>(g + i)};
+  }
+  template <int V>
+  FUSED_SAM_HD void finish(int i, const Regs<V>& regs) const {
+    Pack<P, V> perturbed;
+    for (int e = 0; e < V; ++e) narrow(&perturbed.v[e], math({widen(regs.w.v[e])}, {widen(regs.g.v[e])}).v);
+    cuda::store<V>(backup + i, regs.w);
+    cuda::store<V>(w + i, perturbed);
+  }
+};
+
+// Restore and SGD step; m is null without momentum.
+template <class P, class G>
+struct Sgd {
+  static constexpr int kUnroll = pack_width<P, G>() > 4 ? 1 : 2;  // eight elements at a time fill the registers
+  using Vec = Lane<typename Computed<P>::type>;
+  P* w;
+  const P* source;
+  G* g;
+  P* m;
+  SgdMath<Vec> math;
+
+  template <int V>
+  struct Regs {
+    Pack<P, V> w;
+    Pack<G, V> g;
+    Pack<P, V> m;
+  };
+  template <int V>
+  FUSED_SAM_HD Regs<V> load(int i) const {
+    Regs<V> regs;
+    regs.w = cuda::load<V>(source + i);
+    regs.g = cuda::load<V>(g + i);
+    regs.m = math.reads_buffer() ? cuda::load<V>(m + i) : regs.w;
+    return regs;
+  }
+  template <int V>
+  FUSED_SAM_HD void finish(int i, Regs<V> regs) const {
+    for (int e = 0; e < V; ++e) {
+      Vec gradient{widen(regs.g.v[e])}, buffer{widen(regs.m.v[e])};
+      narrow(&regs.w.v[e], math({widen(regs.w.v[e])}, &gradient, &buffer).v);
+      narrow(&regs.g.v[e], gradient.v);
+      narrow(&regs.m.v[e], buffer.v);
+    }
+    cuda::store<V>(w + i, regs.w);
+    if (math.scaled) cuda::store<V>(g + i, regs.g);
+    if (math.has_momentum) cuda::store<V>(m + i, regs.m);
+  }
+};
+
+template <class T>
+FUSED_SAM_HD void copy(T* to, const T* from, int count, int lane) {
+  constexpr int V = pack_width<T>();
+  walk<V>(Copy<T>{to, from}, count, head_of<V>(count, to, from), lane);
+}
+
+FUSED_SAM_HD double norm_unit(const Unit& u, bool adaptive, int lane) {
+  double sum = 0.0;
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    const P* w = static_cast<const P*>(u.entry->param()) + u.begin;
+    const G* gradient = static_cast<const G*>(u.entry->grad()) + u.begin;
+    sum = adaptive ? sum_of_squares<P, G, true>(w, gradient, u.count, lane)
+                   : sum_of_squares<P, G, false>(w, gradient, u.count, lane);
+  });
+  return sum;
+}
+
+FUSED_SAM_HD void perturb_unit(const Unit& u, const AscentTerms& terms, double norm, int lane) {
+  const AscentScalars s = ascent_scalars(terms.rho.read(), terms.adaptive, norm, u.entry->dtype() == DType::f64);
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    constexpr int V = pack_width<P, G>();
+    P* w = static_cast<P*>(u.entry->param()) + u.begin;
+    P* backup = static_cast<P*>(u.entry->backup()) + u.begin;
+    const G* gradient = static_cast<const G*>(u.entry->grad()) + u.begin;
+    if (!s.active) return copy(backup, w, u.count, lane);
+    const Perturb<P, G> op{w, gradient, backup, AscentMath<Lane<typename Computed<P>::type>>(s)};
+    walk<V>(op, u.count, head_of<V>(u.count, w, gradient, backup), lane);
+  });
+}
+
+// With `skip`, or without a gradient, the parameter is only restored.
+FUSED_SAM_HD void sgd_unit(const Unit& u, const SgdTerms& terms, float grad_multiplier, bool skip, int lane) {
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    constexpr int V = pack_width<P, G>();
+    P* w = static_cast<P*>(u.entry->param()) + u.begin;
+    const P* source = u.entry->backup() != nullptr ? static_cast<const P*>(u.entry->backup()) + u.begin : w;
+    if (skip || u.entry->grad() == nullptr) {
+      if (source != w) copy(w, source, u.count, lane);
+      return;
+    }
+    SgdGroup group = terms.group;
+    group.lr = terms.lr.read();
+    G* gradient = static_cast<G*>(u.entry->grad()) + u.begin;
+    P* m = group.momentum != 0.0 ? static_cast<P*>(u.entry->momentum()) + u.begin : w;  // w: aligned like any other
+    const Sgd<P, G> op{w, source, gradient, m, SgdMath<Lane<typename Computed<P>::type>>(group, grad_multiplier)};
+    walk<V>(op, u.count, head_of<V>(u.count, w, source, gradient, m), lane);
+  });
+}
+
+}  // namespace fused_sam::cuda

@@ -1,0 +1,119 @@
+#include "cuda_ops.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "../cuda/launch.h"
+#include "gather.h"
+
+namespace py = pybind11;
+
+namespace fused_sam {
+namespace {
+
+// As in bindings.cpp, but rho and lr may be tensors on the device.
+using AscentTuple = std::tuple<int64_t, py::object, bool>;
+using SgdTuple = std::tuple<int64_t, py::object, double, double, double, bool, bool, bool>;
+
+// Batches of CPU tensors are interpreted.
+cuda::Target target_of(const Batch& batch, uintptr_t stream) {
+  return batch.device().cuda ? cuda::Target{batch.device().index, reinterpret_cast<void*>(stream)}
+                             : cuda::Target{-1, nullptr};
+}
+
+cuda::Scalar scalar_of(const py::object& value, Device device, const char* name) {
+  if (PyNumber_Check(value.ptr()) && !py::hasattr(value, "data_ptr"))
+    return {value.cast<double>(), nullptr, DType::f64};
+  TensorView view;
+  if (!read_tensor(value.ptr(), device, &view) || view.numel != 1) {
+    throw py::value_error(std::string("Invalid ") + name +
+                          ". Must be a number, or a floating tensor of one element on the device of the parameters.");
+  }
+  return {0.0, view.data, view.dtype};
+}
+
+std::vector<cuda::AscentTerms> ascent_terms(const std::vector<AscentTuple>& groups, Device device) {
+  std::vector<cuda::AscentTerms> terms;
+  for (const auto& [size, rho, adaptive] : groups) terms.push_back({scalar_of(rho, device, "rho"), adaptive});
+  return terms;
+}
+
+std::vector<cuda::SgdTerms> sgd_terms(const std::vector<SgdTuple>& groups, Device device) {
+  std::vector<cuda::SgdTerms> terms;
+  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first] : groups) {
+    const SgdGroup group{0.0, momentum, dampening, weight_decay, nesterov, maximize, first};
+    terms.push_back({group, scalar_of(lr, device, "lr")});
+  }
+  return terms;
+}
+
+// Of a device scalar of one dtype; null for None.
+template <class T>
+T* pointer_of(const py::object& tensor, Device device, DType dtype, const char* name) {
+  if (tensor.is_none()) return nullptr;
+  TensorView view;
+  if (!read_tensor(tensor.ptr(), device, &view) || view.dtype != dtype || view.numel != 1) {
+    throw py::value_error(std::string("Invalid ") + name + ". Must be a tensor of one " +
+                          (dtype == DType::f64 ? "float64" : "float32") + " on the device of the parameters.");
+  }
+  return static_cast<T*>(view.data);
+}
+
+// `workspace`: float64 of 1 + norm_partials() elements; the first comes to hold the norm.
+void norm(Batch& batch, const std::vector<AscentTuple>& groups, const py::object& workspace, uintptr_t stream) {
+  const auto& tensors = batch.gather(sizes_of(groups));
+  TensorView view;
+  if (!read_tensor(workspace.ptr(), batch.device(), &view) || view.dtype != DType::f64 ||
+      view.numel < 1 + cuda::norm_partials(tensors) || !is_dense(view)) {
+    throw py::value_error("Invalid workspace. Must hold 1 + norm_partials() float64 on the device of the parameters.");
+  }
+  auto* numbers = static_cast<double*>(view.data);
+  cuda::norm(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), numbers + 1, numbers);
+}
+
+int64_t norm_partials(Batch& batch, const std::vector<AscentTuple>& groups) {
+  return cuda::norm_partials(batch.gather(sizes_of(groups)));
+}
+
+void perturb(Batch& batch, const py::object& norm, const std::vector<AscentTuple>& groups, uintptr_t stream,
+             py::list journal, const py::object& entry) {
+  const auto& tensors = batch.gather(sizes_of(groups));
+  require_backups(tensors);
+  const auto* value = pointer_of<const double>(norm, batch.device(), DType::f64, "norm");
+  if (value == nullptr) throw py::value_error("Invalid norm=None. Must be a tensor.");
+  cuda::perturb(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), value);
+  batch.keep_backups();
+  journal.append(entry);
+}
+
+void restore(Batch& batch, Py_ssize_t size, uintptr_t stream) {
+  batch.refresh();
+  cuda::restore(target_of(batch, stream), batch.gather({size}));
+}
+
+void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, const py::object& grad_scale,
+                const py::object& found_inf, uintptr_t stream, py::list journal) {
+  const auto& tensors = batch.gather(sizes_of(groups));
+  const auto terms = sgd_terms(groups, batch.device());
+  require_momentum(tensors, [&](size_t group) { return terms[group].group.momentum; });
+  const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, "grad_scale");
+  const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, "found_inf");
+  cuda::sgd_update(target_of(batch, stream), tensors, terms, scale, inf);
+  journal.attr("clear")();
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  py::module_ m = module.def_submodule("cuda", "The CUDA kernels; on CPU tensors they are interpreted.");
+  m.def("why_not", &cuda::why_not);
+  m.def("architectures", &cuda::architectures);
+  m.def("norm_partials", &norm_partials);
+  m.def("norm", &norm);
+  m.def("perturb", &perturb);
+  m.def("restore", &restore);
+  m.def("sgd_update", &sgd_update);
+}
+
+}  // namespace fused_sam

@@ -1,0 +1,31 @@
+"""The CUDA kernels as a backend for CPU tensors: the functions that CUDA threads call, called lane by lane.
+
+Everything but the launch itself is what a GPU runs: the cutting of tensor lists into launches, units and packs, the
+arithmetic, the order of the sums.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fused_sam.backends import Backend, native
+from fused_sam.backends.native import CUDABatch, clear_grads, get_grads, lookup
+from fused_sam.routing import TensorList
+
+__all__ = ["BACKEND", "NEEDS_DENSE", "batch", "clear_grads", "get_grads", "lookup", "why_not"]
+
+NEEDS_DENSE = native.NEEDS_DENSE
+BACKEND = Backend("interpreted", "interpreted", "nothing: it is for the tests only")
+
+
+def why_not(device_type: str) -> str | None:
+    return None if device_type == "cpu" else "the interpreter is for CPU tensors"
+
+
+def batch(
+    params: TensorList,
+    grads: TensorList | None = None,
+    backups: TensorList | CUDABatch | None = None,
+    momentum_buffers: TensorList | None = None,
+) -> CUDABatch:
+    return CUDABatch(torch.device("cpu"), params, grads, backups, momentum_buffers)
