@@ -80,7 +80,7 @@ class Values:
 
     def make_all(self) -> list[Tensor]:
         """Fresh copies of all tensors, in one operation: a device would wait for a loop of them."""
-        return torch._foreach_mul(self.views, 1.0)
+        return list(torch._foreach_mul(self.views, 1.0))
 
 
 class Subject:
