@@ -42,7 +42,6 @@ ROUNDS, FEWEST_ROUNDS, WARM_UP_ROUNDS = 30, 5, 2
 # The compiler takes longer for more tensors, and other sets would show nothing else.
 COMPILED_SETS = ("resnet50", "resnet20")
 COMPILE_SECONDS = 120.0
-REASON_LENGTH = 160
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -135,7 +134,7 @@ class Job:
             work()
         except Exception as error:
             self.subjects.pop(name, None)
-            self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:REASON_LENGTH]
+            self.failed[name] = records.reason(error)
 
     def measure(self, rounds: int, deadline: float, tick: Callable[[], None]) -> None:
         """Rounds in an order drawn anew, fewer past the deadline."""
@@ -288,21 +287,14 @@ def run(
             if path and not options.dry_run:
                 records.write_rows(new, path)
             rows += new
-            _release(job)
+            job.subjects.clear()
+            gpu_timing.collect(options.device)
     return rows
 
 
 def _tick(progress: Progress, bar: Any) -> None:
     progress.advance(bar)
     progress.refresh()
-
-
-def _release(job: Job) -> None:
-    """Give the memory of parameters and graphs back before the next set."""
-    job.subjects.clear()
-    gc.collect()
-    if job.device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

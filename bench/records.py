@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 UNKNOWN_CACHE_BYTES = 32 << 20
+REASON_LENGTH = 160
 
 Row = dict[str, Any]
 
@@ -101,6 +102,11 @@ def gpu_header(kind: str) -> Row:
 def header(kind: str) -> Row:
     """The part that rows of every kind have."""
     return {"kind": kind, "date": today(), "machine": hardware(), "versions": versions()}
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line, for a row."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:REASON_LENGTH]
 
 
 def today() -> str:

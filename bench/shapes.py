@@ -51,7 +51,7 @@ def wrn28_10() -> list[Shape]:
 
 
 def _vit(depth: int, width: int, patch: int) -> list[Shape]:
-    """At 224 x 224 for ImageNet, as in timm."""
+    """At 224 x 224 for ImageNet, as in torchvision."""
     patches = (224 // patch) ** 2
     shapes: list[Shape] = [(1, 1, width), *_conv(3, width, patch), (width,), (1, patches + 1, width)]
     for _ in range(depth):
