@@ -207,13 +207,20 @@ class Job:
                 break
             shuffle(names)
             for name in names:
-                self.seen[name].append(self.trainers[name].visit(self.iterations))
+                if name in self.failed:
+                    continue
+                try:
+                    self.seen[name].append(self.trainers[name].visit(self.iterations))
+                except Exception as error:
+                    self.failed[name] = records.reason(error)
 
     def rows(self) -> list[Row]:
         """One per variant, those that failed included."""
         header = records.gpu_header(KIND) if self.device == "cuda" else records.header("smoke")
         common = header | {"model": self.model, "batch": self.size, "image": self.image, "dtype": "bf16 autocast"}
         failed = [common | {"variant": name, "failed": reason} for name, reason in self.failed.items()]
+        for name in self.failed:
+            self.seen.pop(name, None)
         return [common | self._figures(name) for name in self.seen] + failed
 
     def _figures(self, name: str) -> Row:

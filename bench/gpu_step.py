@@ -34,7 +34,7 @@ from bench.gpu_subjects import (
 )
 from bench.harness import DTYPES, FLOOR, Values
 from bench.records import Row, Spread
-from bench.shapes import GPU_SETS, TITLES, Shape, parameter_count
+from bench.shapes import GPU_SETS, Shape, parameter_count
 
 KIND = "gpu_step"
 DEFAULT_DTYPES = ("fp32", "bf16")
@@ -113,7 +113,7 @@ class Job:
     def _why_not(self, variant: GpuVariant) -> str:
         if self.mode == GRAPH and variant.not_captured:
             return variant.not_captured
-        if variant.compiled and self.name in TITLES and self.name not in COMPILED_SETS:
+        if variant.compiled and self.name not in COMPILED_SETS:
             return "not compiled for this set"
         return ""
 
@@ -146,10 +146,14 @@ class Job:
                 break
             shuffle(names)
             for name in names:
-                sample = self.subjects[name].visit()
-                if number >= 0:
-                    self.samples[name].append(sample)
+                if name not in self.failed:
+                    self._attempt(name, lambda n=name, counts=number >= 0: self._sample(n, counts))
             tick()
+
+    def _sample(self, name: str, counts: bool) -> None:
+        sample = self.subjects[name].visit()
+        if counts:
+            self.samples[name].append(sample)
 
     def count(self) -> None:
         """Launches and waits of a step of each, which nobody times."""
@@ -176,7 +180,9 @@ class Job:
             "copies": self.copies,
         }
         failed = [common | {"variant": name, "failed": reason} for name, reason in self.failed.items()]
-        return [common | self._figures(name) for name in self.samples if name not in self.failed] + failed
+        for name in self.failed:
+            self.samples.pop(name, None)
+        return [common | self._figures(name) for name in self.samples] + failed
 
     def _figures(self, name: str) -> Row:
         own, counts = self.samples[name], self.counts.get(name)

@@ -90,8 +90,10 @@ def gpu_hardware() -> Row:
 @functools.cache
 def gpu_versions() -> Row:
     """`versions`, and those of what compiles and launches kernels."""
+    from fused_sam import __version__
+
     toolkit = {"cuda": torch.version.cuda, "triton": _distribution("triton")}
-    return versions() | toolkit | {"fused_sam": _distribution("fused-sam")}
+    return versions() | toolkit | {"fused_sam": __version__}
 
 
 def gpu_header(kind: str) -> Row:
