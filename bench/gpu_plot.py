@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.gpu_iteration import STAGES, TWICE
 from bench.gpu_rivals import EAGER, GRAPH, MODES, OURS
-from bench.gpu_tables import ITERATION_TITLES, iteration_rows, step_rows, title
+from bench.gpu_tables import ITERATION_TITLES, digits, iteration_rows, step_rows, title
 from bench.harness import FLOOR
 from bench.records import Row
 from bench.shapes import TITLES
@@ -17,6 +17,7 @@ from bench.step_plot import INK
 MODE_COLOURS = {EAGER: "#1f5fa8", GRAPH: "#e0903a"}
 STAGE_COLOURS = {"forward": "#cfd8e3", "backward": "#9db2c9", "optimizer": "#1f5fa8"}
 COLUMNS = 2
+INCHES_PER_LINE, INCHES_PER_PANEL, INCHES_OF_TITLE = 0.27, 0.7, 0.8
 
 
 def draw_steps(rows: Sequence[Row], path: Path) -> bool:
@@ -36,7 +37,13 @@ def draw_iterations(rows: Sequence[Row], path: Path) -> bool:
     for row in shown:
         panels.setdefault(f"{TITLES[row['model']]}, batch {row['batch']}", []).append(row)
     words = "Iterations on a GPU, bf16 autocast: milliseconds of forward, backward and optimizer"
-    return _draw(panels, _iteration_panel, words, "Dashed: SGD with two passes", path)
+    return _draw(
+        panels,
+        _iteration_panel,
+        words,
+        "Light to dark: forward, backward, optimizer; dashed: SGD with two passes",
+        path,
+    )
 
 
 def _draw(
@@ -51,7 +58,8 @@ def _draw(
 
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}):
         lines = -(-len(panels) // COLUMNS)
-        size = (11.5, 3.0 * lines + 0.8)
+        most = max(len({row["variant"] for row in rows}) for rows in panels.values())
+        size = (11.5, lines * (most * INCHES_PER_LINE + INCHES_PER_PANEL) + INCHES_OF_TITLE)
         figure, grid = plt.subplots(lines, COLUMNS, figsize=size, dpi=150, squeeze=False)
         for axes, (name, shown) in zip(grid.flat, panels.items(), strict=False):
             panel(axes, shown)
@@ -84,7 +92,7 @@ def _step_panel(axes: Any, rows: list[Row]) -> None:
         for place, value, row in zip(places, middle, shown, strict=True):
             bold = "bold" if row["variant"] in OURS.values() else "normal"
             text = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-            axes.annotate(f"{value:.3g}", (1e6 * row["p80_s"], place), fontweight=bold, **text)
+            axes.annotate(digits(value), (1e6 * row["p80_s"], place), fontweight=bold, **text)
     for row in rows:
         if row["variant"] == FLOOR:
             axes.axvline(1e6 * row["median_s"], color=INK, linestyle="--", linewidth=0.9)
@@ -101,7 +109,7 @@ def _iteration_panel(axes: Any, rows: list[Row]) -> None:
             left += width
         text = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         bold = "bold" if row["variant"] in OURS.values() else "normal"
-        axes.annotate(f"{1e3 * row['median_s']:.1f}", (left, place), fontweight=bold, **text)
+        axes.annotate(digits(1e3 * row["median_s"]), (left, place), fontweight=bold, **text)
         if row["variant"] == TWICE:
             axes.axvline(1e3 * row["median_s"], color=INK, linestyle="--", linewidth=0.9)
     axes.set_yticks(range(len(rows)), [ITERATION_TITLES[row["variant"]] for row in rows])

@@ -206,7 +206,7 @@ class Job:
             "ratio_to_floor": None,
         }
         if name in gpu_rivals.OURS.values():
-            others = [n for n in self.samples if n in gpu_rivals.RIVALS]
+            others = [other for other in self.samples if other not in (name, FLOOR)]
             row["ratio_to_rival"] = {other: self._ratio(other, name).rounded() for other in others}
         if row["bytes"] and FLOOR in self.samples:
             share = row["bytes"] / self.moved_bytes(FLOOR)

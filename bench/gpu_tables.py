@@ -12,7 +12,7 @@ from bench.harness import FLOOR
 from bench.records import Row
 from bench.shapes import GPU_SETS
 from bench.shapes import TITLES as SET_TITLES
-from bench.tables import DTYPE_ORDER, WRONG, latest, milliseconds, table, times
+from bench.tables import DTYPE_ORDER, WRONG, latest, table, times
 
 NOTHING_YET = "No row from a GPU has been recorded yet."
 STEP_PICTURE, ITERATION_PICTURE = "step_gpu.png", "iteration_gpu.png"
@@ -41,9 +41,19 @@ def title(name: str) -> str:
     return "copy of as many bytes" if name == FLOOR else TITLES[name]
 
 
+def digits(value: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def microseconds(seconds: float) -> str:
-    """Three digits, whole from 100 on."""
-    return f"{1e6 * seconds:.3g}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
+    """In that unit."""
+    return digits(1e6 * seconds)
+
+
+def milliseconds(row: Row) -> str:
+    """A time with its spread."""
+    return "{} ({} to {})".format(*(digits(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s")))
 
 
 def step_rows(rows: Iterable[Row]) -> list[Row]:
