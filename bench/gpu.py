@@ -36,6 +36,12 @@ SELECTION = (
     "native-cuda and (float32 or bfloat16) and (test_norm_matches or test_norm_of_strided or test_perturb_matches or "
     "test_perturb_of_strided or test_restore_returns or test_sgd_update_without_backup or test_sgd_update_of_strided)"
 )
+STATES = """
+from fused_sam import backends
+states = backends.available("cuda")
+print(", ".join(f"{name}: {state}" for name, state in states.items()))
+raise SystemExit(states["native"] != "ok")
+"""
 # A benchmark ends by itself, this long before it would be stopped.
 SLACK_S = {"step": 25, "iteration": 45}
 
@@ -135,6 +141,12 @@ def verdict(name: str, code: int | None, seconds: float, note: str = "") -> Outc
     )
 
 
+def last_line(output: str) -> str:
+    """Of what a command said."""
+    lines = output.strip().splitlines()
+    return lines[-1].strip("= ") if lines else ""
+
+
 def build(runner: Runner, seconds: float) -> Outcome:
     """Install in place without isolation and network; where pip or its metadata fail, only the library."""
     begin = time.monotonic()
@@ -156,10 +168,14 @@ def build(runner: Runner, seconds: float) -> Outcome:
 
 
 def selfcheck(runner: Runner, seconds: float) -> Outcome:
-    """python -m fused_sam."""
+    """python -m fused_sam, and whether the kernels that were asked for are there: their tests would only be skipped."""
     begin = time.monotonic()
     code, _ = runner.run([sys.executable, "-m", "fused_sam"], "build.log", seconds)
-    return verdict("selfcheck", code, time.monotonic() - begin)
+    if code == 0:
+        left = seconds - (time.monotonic() - begin)
+        code, output = runner.run([sys.executable, "-c", STATES], "build.log", left)
+        return verdict("selfcheck", code, time.monotonic() - begin, last_line(output))
+    return verdict("selfcheck", code, time.monotonic() - begin, "see build.log")
 
 
 def tests(runner: Runner, seconds: float) -> Outcome:
@@ -167,8 +183,10 @@ def tests(runner: Runner, seconds: float) -> Outcome:
     begin = time.monotonic()
     options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={runner.out / 'tests.xml'}"]
     code, output = runner.run([sys.executable, "-m", "pytest", *options], "tests.log", seconds)
-    lines = output.strip().splitlines()
-    return verdict("tests", code, time.monotonic() - begin, lines[-1].strip("= ") if lines else "")
+    seconds = time.monotonic() - begin
+    if code == 0 and " passed" not in last_line(output):
+        return Outcome("tests", FAILED, seconds, f"no test passed: {last_line(output)}")
+    return verdict("tests", code, seconds, last_line(output))
 
 
 def sanitize(tool: str) -> Callable[[Runner, float], Outcome]:
@@ -219,6 +237,7 @@ def benchmark(name: str, *options: str) -> Callable[[Runner, float], Outcome]:
         code, output = runner.run(command, "bench.log", seconds)
         late = sum("not measured" in line for line in output.splitlines())
         note = f"{late} not measured, out of time" if late else ""
+        note = note if code == 0 else last_line(output)
         return verdict(name, code, time.monotonic() - begin, note)
 
     return run

@@ -127,3 +127,13 @@ def test_the_sanitized_tests_exist():
     assert selected
     for name in selected:
         assert f"def {name}" in tests
+
+
+@pytest.mark.parametrize(
+    ("said", "state"), [("5 passed, 3 skipped in 1s", gpu.OK), ("8 skipped in 1s", gpu.FAILED), ("", gpu.FAILED)]
+)
+def test_tests_that_were_all_skipped_are_no_success(monkeypatch, tmp_path, said, state):
+    monkeypatch.setattr(gpu.Runner, "run", lambda self, *arguments, **environment: (0, f"$ pytest\n{said}\n"))
+    outcome = gpu.tests(gpu.Runner(tmp_path, {}), 10)
+    assert outcome.state == state
+    assert said in outcome.note
