@@ -1,6 +1,7 @@
 # make train   set up, and train SGD and FusedSAM on Fashion-MNIST (the main job; FULL=1 for the long run)
 # make test    set up, and run every check: lint, types, tests
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
+# make gpu     on a machine with a GPU, without network: build, tests, sanitizers, benchmarks; OUT=folder for logs and rows
 # make help    this list
 
 PYTHON ?= python3
@@ -9,8 +10,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 ARGS   ?=
+OUT    ?= runs/gpu
 
-.PHONY: help train test bench lint clean fashion-mnist
+.PHONY: help train test bench gpu lint clean fashion-mnist
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +47,10 @@ bench: $(READY)
 	$(BIN)/python -m bench.host_time
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.report
+
+# With the interpreter that has torch for the GPU, not one of ours. ARGS="--steps ..." for a part, --help for all.
+gpu:
+	$(PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info fused_sam/_native*.so $(READY)

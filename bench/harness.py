@@ -69,15 +69,18 @@ class Sample(NamedTuple):
 class Values:
     """Tensors cut from one block of random numbers: gradients cost little to make and no memory to keep."""
 
-    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, scale: float) -> None:
-        self.shapes = shapes
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, scale: float, device: str = "cpu") -> None:
         largest = max(parameter_count([shape]) for shape in shapes)
-        self.block = torch.randn(largest, generator=torch.Generator().manual_seed(0)).mul_(scale).to(dtype)
+        block = torch.randn(largest, generator=torch.Generator().manual_seed(0)).mul_(scale).to(device, dtype)
+        self.views = [block[: parameter_count([shape])].view(shape) for shape in shapes]
 
     def make(self, index: int) -> Tensor:
         """A fresh copy of the tensor for parameter `index`."""
-        shape = self.shapes[index]
-        return self.block[: parameter_count([shape])].view(shape).clone()
+        return self.views[index].clone()
+
+    def make_all(self) -> list[Tensor]:
+        """Fresh copies of all tensors, in one operation: a device would wait for a loop of them."""
+        return list(torch._foreach_mul(self.views, 1.0))
 
 
 class Subject:

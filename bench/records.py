@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 UNKNOWN_CACHE_BYTES = 32 << 20
+REASON_LENGTH = 160
 
 Row = dict[str, Any]
 
@@ -72,9 +73,42 @@ def versions() -> Row:
     }
 
 
+@functools.cache
+def gpu_hardware() -> Row:
+    """The current CUDA device and its driver, beside the machine that drives it."""
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "sms": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        **{name: hardware()[name] for name in ("cpu", "cores", "system")},
+    }
+
+
+@functools.cache
+def gpu_versions() -> Row:
+    """`versions`, and those of what compiles and launches kernels."""
+    from fused_sam import __version__
+
+    toolkit = {"cuda": torch.version.cuda, "triton": _distribution("triton")}
+    return versions() | toolkit | {"fused_sam": __version__}
+
+
+def gpu_header(kind: str) -> Row:
+    """`header` for rows from the current CUDA device."""
+    return {"kind": kind, "date": today(), "machine": gpu_hardware(), "versions": gpu_versions()}
+
+
 def header(kind: str) -> Row:
     """The part that rows of every kind have."""
     return {"kind": kind, "date": today(), "machine": hardware(), "versions": versions()}
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line, for a row."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:REASON_LENGTH]
 
 
 def today() -> str:
@@ -150,7 +184,10 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit measured; "+" where the package or the kernels differ from it."""
+    """The commit measured; "+" where the package or the kernels differ from it.
+
+    A copy of the sources without their history is told by FUSED_SAM_COMMIT.
+    """
     commit = _output("git", "rev-parse", "--short", "HEAD")
     changed = _output("git", "status", "--porcelain", "--", "fused_sam", "csrc", "CMakeLists.txt")
-    return f"{commit}+" if commit and changed else commit
+    return f"{commit}+" if commit and changed else commit or os.environ.get("FUSED_SAM_COMMIT")

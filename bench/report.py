@@ -1,8 +1,8 @@
 """Write measured rows into README.md and docs/benchmarks.md as tables, and draw them: python -m bench.report
 
-A block stands between <!-- NAME:start --> and <!-- NAME:end -->; bench/tables.py lists the names. Only the
-newest row of each measured thing counts. Absent files and blocks, and blocks without rows, are left as they
-are.
+A block stands between <!-- NAME:start --> and <!-- NAME:end -->; bench/tables.py and bench/gpu_tables.py list the
+names. Only the newest row of each measured thing counts. Absent files and blocks, and blocks without text, are left as
+they are.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import records, step_plot
-from bench.tables import BLOCKS, latest
+from bench import gpu_plot, gpu_tables, records, step_plot, tables
+from bench.tables import latest
 
 PAGES = ("README.md", "docs/benchmarks.md")
-PLOT = "docs/step_cpu.png"
+BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS
+PLOTS = {
+    "docs/step_cpu.png": step_plot.draw,
+    f"docs/{gpu_tables.STEP_PICTURE}": gpu_plot.draw_steps,
+    f"docs/{gpu_tables.ITERATION_PICTURE}": gpu_plot.draw_iterations,
+}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,8 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             path.write_text(after, encoding="utf-8")
             print(f"wrote {name}")
-    if not options.check and step_plot.draw(rows, options.root / PLOT):
-        print(f"wrote {PLOT}")
+    if not options.check:
+        for name, draw in PLOTS.items():
+            if draw(rows, options.root / name):
+                print(f"wrote {name}")
     return 1 if options.check and stale else 0
 
 

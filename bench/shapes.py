@@ -1,4 +1,4 @@
-"""Parameter shapes of four vision models, in the order of `model.parameters()`: sizes without the models."""
+"""Parameter shapes of vision models, in the order of `model.parameters()`: sizes without the models."""
 
 from __future__ import annotations
 
@@ -50,15 +50,25 @@ def wrn28_10() -> list[Shape]:
     return shapes + _norm(channels) + _linear(channels, 10)
 
 
-def vit_b16() -> list[Shape]:
-    """ViT-B/16 at 224 x 224 for ImageNet (Dosovitskiy et al., 2021): 152 tensors, 86 567 656 parameters."""
-    width, patches = 768, (224 // 16) ** 2
-    shapes: list[Shape] = [(1, 1, width), *_conv(3, width, 16), (width,), (1, patches + 1, width)]
-    for _ in range(12):
+def _vit(depth: int, width: int, patch: int) -> list[Shape]:
+    """At 224 x 224 for ImageNet, as in torchvision."""
+    patches = (224 // patch) ** 2
+    shapes: list[Shape] = [(1, 1, width), *_conv(3, width, patch), (width,), (1, patches + 1, width)]
+    for _ in range(depth):
         attention = _linear(width, 3 * width) + _linear(width, width)
         mlp = _linear(width, 4 * width) + _linear(4 * width, width)
         shapes += _norm(width) + attention + _norm(width) + mlp
     return shapes + _norm(width) + _linear(width, 1000)
+
+
+def vit_b16() -> list[Shape]:
+    """ViT-B/16 (Dosovitskiy et al., 2021): 152 tensors, 86 567 656 parameters."""
+    return _vit(depth=12, width=768, patch=16)
+
+
+def vit_l16() -> list[Shape]:
+    """ViT-L/16 (Dosovitskiy et al., 2021): 296 tensors, 304 326 632 parameters."""
+    return _vit(depth=24, width=1024, patch=16)
 
 
 def resnet20() -> list[Shape]:
@@ -80,7 +90,21 @@ SETS: dict[str, Callable[[], list[Shape]]] = {
     "vit_b16": vit_b16,
     "resnet20": resnet20,
 }
-TITLES = {"resnet50": "ResNet-50", "wrn28_10": "WRN-28-10", "vit_b16": "ViT-B/16", "resnet20": "ResNet-20"}
+# ViT-L/16 would take a CPU seconds a step.
+GPU_SETS: dict[str, Callable[[], list[Shape]]] = {
+    "resnet50": resnet50,
+    "wrn28_10": wrn28_10,
+    "vit_b16": vit_b16,
+    "vit_l16": vit_l16,
+    "resnet20": resnet20,
+}
+TITLES = {
+    "resnet50": "ResNet-50",
+    "wrn28_10": "WRN-28-10",
+    "vit_b16": "ViT-B/16",
+    "vit_l16": "ViT-L/16",
+    "resnet20": "ResNet-20",
+}
 
 
 def parameter_count(shapes: list[Shape]) -> int:

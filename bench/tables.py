@@ -15,14 +15,20 @@ WRONG = "†"
 SHORT = ("eager_sgd", "foreach_sgd_fused", "pytorch_optimizer")
 DTYPE_ORDER = ("fp32", "bf16", "fp16")
 Key = tuple[object, ...]
+# What makes two rows of a kind the same measurement.
+STEP_KEY = ("set", "dtype", "threads", "variant")
+KEYS = {
+    "train": ("job", "optimizer", "seed"),
+    "gpu_step": ("set", "dtype", "mode", "variant"),
+    "gpu_iteration": ("model", "batch", "variant"),
+}
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """The newest row of every measured thing; `rows` is sorted by date."""
     newest: dict[Key, Row] = {}
     for row in rows:
-        what = ("job", "optimizer", "seed") if row["kind"] == "train" else ("set", "dtype", "threads", "variant")
-        newest[(row["kind"], *(row.get(name) for name in what))] = row
+        newest[(row["kind"], *(row.get(name) for name in KEYS.get(row["kind"], STEP_KEY)))] = row
     return list(newest.values())
 
 
