@@ -35,6 +35,10 @@ class FusedSGD:
             buffers = host.lookup(optimizer.state, params, "momentum_buffer")
             if not ops.all_present(buffers):
                 fresh = _make_buffers(optimizer.param_groups, params, grads, buffers)
+        if fresh and ops.is_capturing(params):
+            raise RuntimeError(
+                "A momentum buffer would be made in every replay: step once before capturing a CUDA graph."
+            )
         if fresh and found_inf is not None and bool(found_inf):
             # A buffer that is skipped must not come into being, and only the host can see to that.
             ops.undo(journal)

@@ -70,6 +70,11 @@ def _scalar_on(device: torch.device, value: float | Tensor) -> float | Tensor:
     return value.detach().reshape(()).to(device) if isinstance(value, Tensor) else value
 
 
+def is_capturing(params: TensorList) -> bool:
+    """Whether what is launched now for these parameters goes into a CUDA graph."""
+    return bool(params) and params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def host_number(value: Any) -> float | Tensor:
     """A number, or the tensor itself where reading it would wait for its device."""
     return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)

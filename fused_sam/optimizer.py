@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -55,6 +56,9 @@ class FusedSAM(Optimizer):
         adaptive: elementwise scale-invariant perturbation.
         backend: ``"native"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else the best.
         replay_rng: in the closure form, start both passes from the same random state (same dropout masks).
+        capturable: allow steps to be captured in a CUDA graph, after at least one step outside of it. Of ``rho`` and
+            ``lr``, tensors on the device are read at every replay and numbers are captured as they are. Also given to
+            base optimizers that have such an option.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
     Raises:
@@ -76,6 +80,7 @@ class FusedSAM(Optimizer):
         *,
         backend: str | None = None,
         replay_rng: bool = False,
+        capturable: bool = False,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
@@ -83,6 +88,9 @@ class FusedSAM(Optimizer):
         _check_rho(rho)
         self._backend = backends.requested(backend)
         self.replay_rng = replay_rng
+        self.capturable = capturable
+        if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
+            base_options["capturable"] = True
         self._ascent: _Ascent | None = None
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
@@ -175,6 +183,8 @@ class FusedSAM(Optimizer):
         if self._ascent is not None:
             raise RuntimeError("first_step() twice: the weights are perturbed already. Call step() or restore() first.")
         params = self._flat_params()
+        if not self.capturable and ops.is_capturing(params):
+            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
         host = self._host()
         grads = host.get_grads(params)
         groups = []
@@ -276,6 +286,7 @@ class FusedSAM(Optimizer):
             "_backend": self._backend,
             "_ascent": None,
             "replay_rng": self.replay_rng,
+            "capturable": self.capturable,
         }
 
 

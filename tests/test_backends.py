@@ -23,11 +23,11 @@ WITHOUT_NATIVE = "import sys; sys.modules['fused_sam._native'] = None; import to
 
 
 def test_every_backend_here_is_usable() -> None:
-    assert backends.available() == {"native": "ok", "eager": "ok"}
+    assert {"native": "ok", "eager": "ok"}.items() <= backends.available().items()
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"backend='cudnn'.*\['eager', 'native'\]"):
+    with pytest.raises(ValueError, match=r"backend='cudnn'.*'eager', .*'native'"):
         FusedSAM([torch.zeros(1)], backend="cudnn")
 
 

@@ -34,7 +34,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_SAM_")}
+    # Without CUDA unless a test is about it: its kernels take a minute.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_SAM_")} | {"FUSED_SAM_CUDA": "OFF"}
     # Any import of torch during the build fails.
     (source / "torch.py").write_text("raise ImportError('the build must not import torch')")
     env |= {"PYTHONPATH": str(source), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"} | environment
@@ -95,6 +96,50 @@ def test_a_misspelt_mode_is_refused(source: Path) -> None:
     assert "Invalid FUSED_SAM_NATIVE='MAYBE'" in built.stdout + built.stderr
 
 
+# A PATH with compilers and without nvcc.
+NO_NVCC = {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}/usr/bin{os.pathsep}/bin",
+    "CMAKE_ARGS": "-DFUSED_SAM_CUDA_PATHS=",
+    "CUDA_HOME": "",
+    "CUDA_PATH": "",
+}
+
+
+@needs_build_tools
+def test_cuda_on_without_nvcc_fails_with_one_sentence(source: Path) -> None:
+    built = build_wheel(source, FUSED_SAM_CUDA="ON", **NO_NVCC)
+    output = built.stdout + built.stderr
+    assert built.returncode != 0
+    assert "FUSED_SAM_CUDA=ON, but no nvcc was found" in output
+    assert "They need nvcc of a CUDA toolkit (on PATH, in CUDA_HOME, or named by CUDACXX)" in output
+
+
+@needs_build_tools
+def test_cuda_auto_without_nvcc_builds_the_cpu_part_silently(source: Path) -> None:
+    built = build_wheel(source, FUSED_SAM_CUDA="AUTO", FUSED_SAM_NATIVE="ON", **NO_NVCC)
+    output = built.stdout + built.stderr
+    assert built.returncode == 0, output
+    assert "warning: FusedSAM" not in output
+    assert has_library(contents(source))
+
+
+@needs_build_tools
+def test_cuda_auto_with_a_broken_nvcc_builds_the_cpu_part_and_says_so(source: Path) -> None:
+    built = build_wheel(source, FUSED_SAM_CUDA="AUTO", FUSED_SAM_NATIVE="ON", CUDACXX="/bin/false")
+    output = built.stdout + built.stderr
+    assert built.returncode == 0, output
+    assert output.count("warning: FusedSAM: the CUDA kernels could not be built, only those for the CPU.") == 1
+    assert has_library(contents(source))
+
+
+@needs_build_tools
+@pytest.mark.parametrize("variable", ["FUSED_SAM_CUDA_ARCHITECTURES", "TORCH_CUDA_ARCH_LIST"])
+def test_architectures_that_are_none_are_refused(source: Path, variable: str) -> None:
+    built = build_wheel(source, **{variable: "9.0 Hopper"})
+    assert built.returncode != 0
+    assert "Invalid CUDA architectures ['Hopper']. Must be compute capabilities" in built.stdout + built.stderr
+
+
 def test_the_library_uses_no_symbol_of_torch_or_of_an_openmp_runtime() -> None:
     """One binary serves every torch, and no second thread pool is loaded beside torch's."""
     spec = importlib.util.find_spec("fused_sam._native")
@@ -103,3 +148,4 @@ def test_the_library_uses_no_symbol_of_torch_or_of_an_openmp_runtime() -> None:
     linked = subprocess.run(["ldd", spec.origin], capture_output=True, text=True, check=True).stdout
     assert "torch" not in linked
     assert "omp" not in linked
+    assert "cuda" not in linked  # its runtime is inside, the driver is looked up when there is one

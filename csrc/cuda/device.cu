@@ -1,29 +1,20 @@
 // What this build and this machine can do.
 #include "kernels.cuh"
+#include "launch.h"
 
 namespace fused_sam::cuda {
 namespace {
 
 __global__ void probe() {}
 
-std::string version_name(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 int driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-std::string driver_why_not() {
-  const int driver = driver_version();
-  if (driver == 0) return "no NVIDIA driver is loaded on this machine";
-  // Any driver of the toolkit's major version runs its code.
-  if (driver / 1000 < CUDART_VERSION / 1000) {
-    return "the NVIDIA driver supports CUDA " + version_name(driver) + ", but the kernels were built with CUDA " +
-           version_name(CUDART_VERSION) + ": update the driver, or rebuild with an nvcc of CUDA " +
-           std::to_string(driver / 1000);
-  }
+std::string loaded_driver_why_not() {
+  const std::string reason = driver_why_not(driver_version(), CUDART_VERSION);
+  if (!reason.empty()) return reason;
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   return error == cudaSuccess ? "" : std::string("the NVIDIA driver says: ") + cudaGetErrorString(error);
@@ -36,7 +27,7 @@ const char* architectures() {
 }
 
 std::string why_not(int device) {
-  const std::string driver = driver_why_not();
+  const std::string driver = loaded_driver_why_not();
   if (!driver.empty() || device < 0) return driver;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaSetDevice(device);
@@ -49,9 +40,7 @@ std::string why_not(int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  const std::string arch = std::to_string(major) + std::to_string(minor);
-  return "the kernels were built for " + std::string(architectures()) + ", not for sm_" + arch + " of device " +
-         std::to_string(device) + ": reinstall with FUSED_SAM_CUDA_ARCHITECTURES=" + arch;
+  return architecture_why_not(architectures(), std::to_string(major) + std::to_string(minor), device);
 }
 
 size_t device::capacity() {

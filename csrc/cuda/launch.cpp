@@ -30,6 +30,47 @@ void run(const Target& target, const std::vector<Tensor>& tensors, const std::ve
 
 }  // namespace
 
+std::string driver_why_not(int driver, int toolkit) {
+  const auto name = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  if (driver == 0) return "no NVIDIA driver is loaded on this machine";
+  // Any driver of the toolkit's major version runs its code.
+  if (driver / 1000 >= toolkit / 1000) return "";
+  return "the NVIDIA driver supports CUDA " + name(driver) + ", but the kernels were built with CUDA " + name(toolkit) +
+         ": update the driver, or rebuild with an nvcc of CUDA " + std::to_string(driver / 1000);
+}
+
+std::string architecture_why_not(const std::string& built_for, const std::string& capability, int device) {
+  return "the kernels were built for " + built_for + ", not for sm_" + capability + " of device " +
+         std::to_string(device) + ": reinstall with FUSED_SAM_CUDA_ARCHITECTURES=" + capability;
+}
+
+std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped) {
+  std::vector<Tensor> tensors;
+  for (const int64_t numel : numels) {
+    // The address tells the tensor's number; nothing is read there.
+    auto* number = reinterpret_cast<void*>(tensors.size() + 1);
+    const auto group = grouped ? static_cast<int32_t>(tensors.size()) : 0;
+    tensors.push_back({number, number, number, nullptr, numel, DType::f32, DType::f32, group});
+  }
+  const std::vector<AscentTerms> groups(grouped ? tensors.size() : 1);
+  const int shift = shift_of(tensors, kMostUnits, has_grad);
+  std::vector<UnitPlace> places;
+  int64_t launch = 0;
+  for (const auto& slice : slices_of(tensors, groups, shift, interpreted::capacity(), has_grad)) {
+    const Walk walk{slice.entries.data(), static_cast<uint32_t>(slice.entries.size()),
+                    static_cast<uint32_t>(slice.units), shift};
+    for (uint32_t i = 0; i < walk.units; ++i) {
+      const Unit unit = walk.locate(i);
+      const auto tensor = static_cast<int64_t>(reinterpret_cast<uintptr_t>(unit.entry->param())) - 1;
+      places.push_back({launch, tensor, unit.begin, unit.count});
+    }
+    ++launch;
+  }
+  return places;
+}
+
 int64_t norm_partials(const std::vector<Tensor>& tensors) {
   const int shift = shift_of(tensors, kMostNormUnits, has_grad);
   int64_t units = 0;

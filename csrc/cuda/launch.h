@@ -20,8 +20,21 @@ struct Target {
 // any device: only whether this build and the driver go together.
 std::string why_not(int device);
 
+// The two sentences of it that depend on nothing else: versions as cudaDriverGetVersion() gives them (0: no driver),
+// and a compute capability without its dot.
+std::string driver_why_not(int driver, int toolkit);
+std::string architecture_why_not(const std::string& built_for, const std::string& capability, int device);
+
 // "sm_75, sm_80, ...", or empty in a build without CUDA.
 const char* architectures();
+
+// Elements [begin, begin + count) of tensor number `tensor`, worked on by one warp of the launch number `launch`.
+struct UnitPlace {
+  int64_t launch, tensor, begin, count;
+};
+
+// How `perturb` cuts fp32 tensors of those sizes, one group each if `grouped`, as a device finds them.
+std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped);
 
 // How many fp64 numbers `norm` needs to work in.
 int64_t norm_partials(const std::vector<Tensor>& tensors);

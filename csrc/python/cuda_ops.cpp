@@ -109,6 +109,15 @@ void bind_cuda(py::module_& module) {
   py::module_ m = module.def_submodule("cuda", "The CUDA kernels; on CPU tensors they are interpreted.");
   m.def("why_not", &cuda::why_not);
   m.def("architectures", &cuda::architectures);
+  m.def("driver_why_not", &cuda::driver_why_not);
+  m.def("architecture_why_not", &cuda::architecture_why_not);
+  m.def("units", [](const std::vector<int64_t>& numels, bool grouped) {
+    std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> places;
+    for (const auto& unit : cuda::units(numels, grouped)) {
+      places.emplace_back(unit.launch, unit.tensor, unit.begin, unit.count);
+    }
+    return places;
+  });
   m.def("norm_partials", &norm_partials);
   m.def("norm", &norm);
   m.def("perturb", &perturb);

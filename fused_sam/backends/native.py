@@ -66,7 +66,7 @@ class CPUBatch:
         self.params = params
         kept = backups._batch if isinstance(backups, CPUBatch) else backups
         cuda_index = device.index if device.type == "cuda" else -1
-        self._batch = _native.Batch(params, grads, kept, momentum_buffers, cuda_index)
+        self._batch: _native.Batch = _native.Batch(params, grads, kept, momentum_buffers, cuda_index)
 
     @property
     def odd(self) -> list[int]:

@@ -1,0 +1,64 @@
+"""The compiled CUDA code, for every architecture, on machines that need no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = {"75", "80", "86", "89", "90", "100", "120"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="pybind11 is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What ptxas says of a build for the default architectures."""
+    build = tmp_path_factory.mktemp("cuda")
+    # The same CUDA sources and flags as in the package; the library itself is linked by the install.
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFUSED_SAM_CUDA=ON"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v"]
+    for command in (configure, ["cmake", "--build", str(build), "--target", "fused_sam_cuda", "-v"]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def kernels(report: str) -> list[tuple[str, str, str]]:
+    """(kernel, architecture, what follows in the report) of every entry function."""
+    pieces = re.split(r"Compiling entry function '(\S+)' for '(sm_\d+)'", report)[1:]
+    return list(zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True))
+
+
+def test_every_kernel_is_compiled_for_every_architecture(report: str) -> None:
+    nvcc = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = ARCHITECTURES & {line.removeprefix("compute_") for line in nvcc.split()}
+    for name in ("norm_kernel", "perturb_kernel", "sgd_kernel"):
+        compiled = [arch.removeprefix("sm_") for kernel, arch, _ in kernels(report) if name in kernel]
+        assert sorted(compiled) == sorted([*known, *known]), name  # for short and for long lists
+    newest = max(known, key=int)
+    assert f"arch=compute_{newest},code=[compute_{newest}" in report or f"code=compute_{newest}" in report
+
+
+def test_no_kernel_spills_registers(report: str) -> None:
+    found = kernels(report)
+    assert len(found) > 3
+    for kernel, arch, said in found:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, (kernel, arch, said)
+
+
+def test_kernels_leave_registers_for_enough_warps(report: str) -> None:
+    """65536 registers: 128 a thread leave room for two blocks of 256, which hide the latency of memory."""
+    for kernel, arch, said in kernels(report):
+        (registers,) = re.findall(r"Used (\d+) registers", said)
+        assert int(registers) <= 128, (kernel, arch)
