@@ -23,22 +23,29 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in environment().items():
         print(f"{name:<12} {value}")
     print()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    failures = sum(report(device) for device in devices)
+    return 1 if failures else 0
+
+
+def report(device: str) -> int:
+    """Print what each backend does with tensors of a device type, and which is in use; the number of failures."""
     failures = 0
-    for name, state in backends.available().items():
+    for name, state in backends.available(device).items():
         if state == "ok":
-            error = step_error(name)
+            error = step_error(name, device)
             ok = error <= TOLERANCE
             failures += not ok
             state = f"ok, one step checked: largest error {error:.1e}" if ok else f"WRONG: error {error:.1e}"
-        print(f"{name:<12} {state}")
+        print(f"{device:<6}{name:<12} {state}")
     try:
         asked = backends.requested()
-        chosen = backends.for_device("cpu", asked).__name__.rpartition(".")[2]
-        print(f"\nIn use for CPU tensors: {chosen}{' (FUSED_SAM_BACKEND)' if asked else ''}")
+        chosen = backends.for_device(device, asked).__name__.rpartition(".")[2]
+        print(f"{device:<6}in use: {chosen}{' (FUSED_SAM_BACKEND)' if asked else ''}\n")
     except (RuntimeError, ValueError) as error:
         print(f"\n{error}")
         failures += 1
-    return 1 if failures else 0
+    return failures
 
 
 def environment() -> dict[str, str]:
@@ -51,19 +58,21 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "cuda": f"{torch.version.cuda or 'none'}, {torch.cuda.device_count()} devices",
     }
+    for index in range(torch.cuda.device_count()):
+        facts[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     if backends.available()["native"] == "ok":
         from fused_sam import _native
 
-        facts["kernels"] = _native.isa()
+        facts["kernels"] = f"{_native.isa()}; CUDA: {_native.cuda.architectures() or 'not built'}"
     return facts
 
 
-def step_error(backend: str) -> float:
+def step_error(backend: str, device: str = "cpu") -> float:
     """Largest deviation of the weights from the float64 reference after one SAM step on made-up gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def tensors() -> list[torch.Tensor]:
-        return [torch.randn(shape, generator=generator) for shape in [(257, 129), (16385,), (3, 5, 7), (1,)]]
+        return [torch.randn(shape, generator=generator).to(device) for shape in [(257, 129), (16385,), (3, 5, 7), (1,)]]
 
     weights, gradients = tensors(), [tensors(), tensors()]
     options: dict[str, Any] = {"rho": 0.05, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
