@@ -17,12 +17,12 @@ using namespace fused_sam;
 namespace {
 
 // Field order of fused_sam.ops.AscentGroup and fused_sam.ops.SGDGroup.
-using AscentTuple = std::tuple<int64_t, double, bool>;
+using AscentTuple = std::tuple<int64_t, double, bool, double>;
 using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool>;
 
 std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
   std::vector<AscentGroup> converted;
-  for (const auto& [size, rho, adaptive] : groups) converted.push_back({rho, adaptive});
+  for (const auto& [size, rho, adaptive, eta] : groups) converted.push_back({rho, adaptive, eta});
   return converted;
 }
 
@@ -39,25 +39,27 @@ const std::vector<Tensor>& on_cpu(Batch& batch, const std::vector<int64_t>& size
   return batch.gather(sizes);
 }
 
-double norm(Batch& batch, const std::vector<AscentTuple>& groups, int threads) {
+using NormTuple = std::tuple<double, double, double>;  // the fields of Norm
+
+NormTuple norm(Batch& batch, const std::vector<AscentTuple>& groups, double q, int threads) {
   const auto& tensors = on_cpu(batch, sizes_of(groups));
   const auto converted = ascent_groups(groups);
-  double result = 0.0;
   py::gil_scoped_release unlocked;
-  cpu::norm(tensors.data(), tensors.size(), converted.data(), &result, threads);
-  return result;
+  const Norm result = cpu::norm(tensors.data(), tensors.size(), converted.data(), q, threads);
+  return {result.value, result.tensor, result.element};
 }
 
 // Python handles a pending signal as soon as a call returns, so what a kernel has done is entered in the journal before
 // it returns: an interrupt can then never come between the two.
-void perturb(Batch& batch, double norm, const std::vector<AscentTuple>& groups, int threads, py::list journal,
-             const py::object& entry) {
+void perturb(Batch& batch, const NormTuple& norm, const std::vector<AscentTuple>& groups, double q, int threads,
+             py::list journal, const py::object& entry) {
   const auto& tensors = on_cpu(batch, sizes_of(groups));
   require_backups(tensors);
   const auto converted = ascent_groups(groups);
   {
     py::gil_scoped_release unlocked;
-    cpu::perturb(tensors.data(), tensors.size(), converted.data(), norm, threads);
+    const Norm given{std::get<0>(norm), std::get<1>(norm), std::get<2>(norm)};
+    cpu::perturb(tensors.data(), tensors.size(), converted.data(), q, given, threads);
   }
   batch.keep_backups();
   journal.append(entry);

@@ -1,9 +1,10 @@
 // Entry points of the torch-free core: raw pointers, element counts and scalars.
 //
-// Notation (Foret et al. 2021, Algorithm 1; Kwon et al. 2021 for the adaptive form):
+// Notation (Foret et al. 2021, Algorithm 1 and eq. 2; Kwon et al. 2021 for the adaptive form):
 //   w  parameter        g  gradient at w        g' gradient at w + e
-//   ||T g||  with T = |w| elementwise for adaptive groups, 1 otherwise
-//   e  = rho * T^2 g / ||T g||                  one norm over the tensors of all groups
+//   x  = T g  with T = |w| + eta elementwise for adaptive groups, 1 otherwise
+//   e  = rho * T sign(x) (|x| / ||x||_q)^(q-1)  with 1/p + 1/q = 1, so that ||e / T||_p = rho; one norm over all groups
+//        p = 2: rho * T^2 g / ||T g||_2;  p = inf: rho * T sign(g);  p = 1: all of rho T at the largest |x|
 //
 // Callers guarantee: every pointer is valid for `numel` elements of `dtype` (null only where said),
 // tensors that are written do not overlap one another, elements of one item correspond by index.
@@ -28,6 +29,13 @@ struct Tensor {
 struct AscentGroup {
   double rho;
   bool adaptive;
+  double eta;
+};
+
+// ||x||_q; for q = inf also where its largest element is: the tensor's number in the list, the element's in the tensor
+// (in the order of memory). Of equal elements it is the first.
+struct Norm {
+  double value, tensor, element;
 };
 
 struct SgdGroup {
@@ -43,13 +51,14 @@ constexpr int64_t kBlock = 16384;
 
 namespace cpu {
 
-// *out = ||T g||_2 over all tensors, accumulated in fp64.
-void norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double* out, int threads);
+// ||T g||_q over all tensors, accumulated in fp64. q > 1, possibly infinite.
+Norm norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, int threads);
 
 // backup <- w, param <- w + e. `backup == grad` swaps in place: the first gradient's storage, of the parameter's dtype,
 // then holds w.
 // A norm that is zero or not finite, and rho = 0, mean e = 0 exactly (backup is still written).
-void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double norm, int threads);
+// q >= 1; for q = 1 the norm is not used.
+void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, const Norm& norm, int threads);
 
 // param <- backup, where there is a backup.
 void restore(const Tensor* tensors, size_t count, int threads);

@@ -46,7 +46,7 @@ class FusedSGD:
         ops.sgd_update(
             params,
             grads,
-            ops.one_batch(journal),
+            ops.one_batch(journal, len(params)),
             buffers,
             _sgd_groups(optimizer.param_groups, fresh),
             grad_scale,

@@ -3,8 +3,9 @@
 All lists are parallel: entry i of each belongs to parameter i, and None in ``grads``, ``backups`` or
 ``momentum_buffers`` means that there is none. Groups cover the lists in order, ``size`` tensors each.
 
-    norm        ||T g||_2 over all groups, T = |w| elementwise in adaptive groups, 1 elsewhere
-    perturb     backup = w, w = w + rho_k T^2 g / ||T g||_2 for the tensors of group k       (Foret et al. 2021, eq. 2)
+    norm        ||T g||_q over all groups, T = |w| + eta elementwise in adaptive groups, 1 elsewhere; 1/p + 1/q = 1
+    perturb     backup = w, w = w + rho_k T sign(g) (|T g| / ||T g||_q)^(q-1) for the tensors of group k, which is
+                rho_k T^2 g / ||T g||_2 for p = 2                                            (Foret et al. 2021, eq. 2)
     restore     w = backup
     sgd_update  w = backup, then SGD with momentum at w with the gradient taken at w + e     (Algorithm 1)
 
@@ -14,6 +15,7 @@ fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +38,7 @@ class AscentGroup(NamedTuple):
     size: int
     rho: float | Tensor
     adaptive: bool
+    eta: float = 0.0
 
     def on(self, device: torch.device, size: int) -> AscentGroup:
         """The same for ``size`` tensors on a device."""
@@ -89,29 +92,33 @@ class Ascent:
     """
 
     def __init__(
-        self, params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None
+        self, params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None, p: float = 2
     ) -> None:
         _require_sizes(params, groups)
+        self.q = dual_exponent(p)
         self.params = params
         self.grads = grads
         self.groups = groups
         self._parts = route(backend, params, grads)
 
-    def norm(self) -> Tensor:
-        """||T g||_2 as a float64 tensor of shape [] on the device of the first gradient."""
+    def norm(self) -> Tensor | None:
+        """||T g||_q as a float64 tensor of shape [] on the device of the first gradient; None for p = inf, which needs
+        none. For p = 1 of shape [3]: the largest |T g|, the number of its tensor, and its place in that tensor."""
+        if self.q == 1:
+            return None
         norms = []
         for part in self._parts:
             batch = part.batch or part.backend.batch(
                 contiguous(part.take(self.params)), contiguous(part.take(self.grads))
             )
-            norms.append(batch.norm(part.regroup(self.groups)))
-        if len(norms) == 1:
-            return norms[0]
+            norms.append(part.globally(batch.norm(part.regroup(self.groups), self.q)))
         if not norms:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+            return torch.zeros(3 if self.q == math.inf else (), dtype=torch.float64)
+        return norms[0] if len(norms) == 1 else _joint_norm([n.to(norms[0].device) for n in norms], self.q)
 
-    def perturb(self, norm: Tensor, journal: Journal, backups: TensorList | None = None, owned: bool = False) -> None:
+    def perturb(
+        self, norm: Tensor | None, journal: Journal, backups: TensorList | None = None, owned: bool = False
+    ) -> None:
         """w = w + e in place, with w kept in ``backups``, or in memory found here.
 
         With ``owned``, the gradients are the caller's to give: one whose memory nothing else can reach comes to hold
@@ -119,7 +126,8 @@ class Ascent:
         constructor may refer to it then. Backups of small tensors share one allocation instead.
         """
         for part in self._parts:
-            scalars = norm.to(part.device), part.regroup(self.groups)
+            there = None if norm is None else part.locally(norm.to(part.device))
+            scalars = there, part.regroup(self.groups), self.q
             kept = part.take_any(backups)
             if part.batch is not None:
                 if kept is None:
@@ -135,6 +143,30 @@ class Ascent:
                 batch.make_backups(owned=False)
                 batch.perturb(*scalars, [])
         _bump_versions(self.params, self.grads)
+
+
+def dual_exponent(p: float) -> float:
+    """q of 1/p + 1/q = 1.
+
+    Raises:
+        ValueError: unless 1 <= p <= inf.
+    """
+    if not p >= 1:
+        raise ValueError(f"Invalid {p=}. Must be >= 1, possibly inf.")
+    return math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
+
+
+def _joint_norm(norms: list[Tensor], q: float) -> Tensor:
+    """The norm of all parts from those of each."""
+    values = torch.stack(norms)
+    if q == 2:
+        return torch.linalg.vector_norm(values)
+    if q == math.inf:
+        peak = values[:, 0].amax()
+        first = torch.where(values[:, 0] == peak, values[:, 1], math.inf).argmin()
+        return torch.cat([peak.reshape(1), values[first, 1:]])
+    peak = values.amax()
+    return torch.where(torch.isfinite(peak) & (peak > 0), peak * ((values / peak) ** q).sum() ** (1 / q), peak)
 
 
 class _Copies:
@@ -159,21 +191,24 @@ def _copy(sources: TensorList, targets: TensorList) -> None:
             target.copy_(source)
 
 
-def norm(params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None) -> Tensor:
-    """||T g||_2 over the gradients of all groups, accumulated in fp64. Returns and raises as `Ascent`."""
-    return Ascent(params, grads, groups, backend).norm()
+def norm(
+    params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None, p: float = 2
+) -> Any:
+    """||T g||_q over the gradients of all groups, accumulated in fp64. Returns and raises as `Ascent`."""
+    return Ascent(params, grads, groups, backend, p).norm()
 
 
 def perturb(
     params: TensorList,
     grads: TensorList,
     backups: TensorList,
-    norm: Tensor,
+    norm: Tensor | None,
     groups: list[AscentGroup],
     backend: str | None = None,
     journal: Journal | None = None,
+    p: float = 2,
 ) -> None:
-    """backup = w and w = w + rho_k T^2 g / norm, in place, for every parameter with a gradient.
+    """backup = w and w = w + e, in place, for every parameter with a gradient; ``norm`` is as `norm` returns it.
 
     A norm that is zero or not finite leaves w as it is (decided on the device). ``backups[i] is grads[i]`` swaps in
     place. ``journal`` receives an entry when, and as soon as, there is something to restore.
@@ -184,12 +219,14 @@ def perturb(
     route(backend, params, grads, backups)
     if any((g is None) != (b is None) for g, b in zip(grads, backups)):
         raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient.")
-    if norm.shape != ():
-        raise ValueError(f"Invalid norm of shape {list(norm.shape)}. Must be a scalar tensor, of shape [].")
+    shape = None if p == math.inf else (3,) if p == 1 else ()
+    if shape != (None if norm is None else norm.shape):
+        given = None if norm is None else f"of shape {list(norm.shape)}"
+        raise ValueError(f"Invalid norm {given} for {p=}. Must be what ops.norm returns.")
     others = {id(g): i for i, g in enumerate(grads) if g is not None}
     if any(others.get(id(b), i) != i for i, b in enumerate(backups)):
         raise ValueError("Invalid backups. A gradient may hold no parameter but its own.")
-    Ascent(params, grads, groups, backend).perturb(norm, [] if journal is None else journal, backups)
+    Ascent(params, grads, groups, backend, p).perturb(norm, [] if journal is None else journal, backups)
 
 
 def restore(params: TensorList, backups: TensorList, backend: str | None = None) -> None:
@@ -281,9 +318,10 @@ def all_present(tensors: TensorList) -> bool:
     return all(map(operator.is_not, tensors, itertools.repeat(None)))
 
 
-def one_batch(journal: Journal) -> Any | None:
-    """The backups that `sgd_update` can restore in its own pass; where several calls moved the weights, undoes them."""
-    if len(journal) == 1 and not isinstance(journal[0], _Copies):
+def one_batch(journal: Journal, count: int) -> Any | None:
+    """The backups that `sgd_update` of ``count`` parameters can restore in its own pass; where several calls moved the
+    weights, or one that was not given all of them, undoes them."""
+    if len(journal) == 1 and not isinstance(journal[0], _Copies) and len(journal[0].params) == count:
         return journal[0]
     undo(journal)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import numbers
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from fused_sam.backends import eager
 class _Ascent:
     """What is known between the passes. The weights are at w + e exactly where the journal says so."""
 
-    norm: Tensor
+    norm: Tensor | None
     journal: ops.Journal = field(default_factory=list)
 
 
@@ -32,12 +33,14 @@ class FusedSAM(Optimizer):
     A step evaluates the gradient twice: :math:`g = \nabla L(w)`, then at the perturbed weights,
 
     .. math::
-        \epsilon = \rho \, \frac{T^2 g}{\lVert T g \rVert_2}, \qquad
+        \epsilon = \rho \, T \, \mathrm{sign}(x) \left(\frac{|x|}{\lVert x \rVert_q}\right)^{q-1}, \quad
+        x = T g, \quad \frac1p + \frac1q = 1, \qquad
         w \leftarrow \mathrm{base\_step}\big(w, \nabla L(w + \epsilon)\big),
 
-    with :math:`T = 1` (eq. 2 of the paper for p = 2), or :math:`T = |w|` elementwise with ``adaptive`` (ASAM, Kwon et
-    al. 2021). The norm is one number over all parameter groups; the displacement of group k is scaled by its own
-    ``rho``, so groups with ``rho=0`` are not perturbed but count in the norm.
+    which is :math:`\rho \, T^2 g / \lVert T g \rVert_2` for p = 2 (eq. 2 of the paper). :math:`T = 1`, or
+    :math:`T = |w| + \eta` elementwise with ``adaptive`` (ASAM, Kwon et al. 2021). The norm is one number over all
+    parameter groups; the displacement of group k is scaled by its own ``rho``, so groups with ``rho=0`` are not
+    perturbed but count in the norm. Groups with ``perturb=False`` do neither, and cost nothing in the ascent.
 
     Drop-in for the two-call class that is in common use, and for :class:`torch.optim.SGD`::
 
@@ -49,11 +52,16 @@ class FusedSAM(Optimizer):
         optimizer.step()                          # back to w, then SGD with the gradient taken at w + e
 
     Args:
-        params: parameters, dicts of parameter groups (which may set ``rho`` and ``adaptive``), or named parameters.
+        params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``, ``eta``
+            and ``perturb``.
         base_optimizer: class of the base optimizer. ``torch.optim.SGD`` runs fused with the restore, any other class
             runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
-        adaptive: elementwise scale-invariant perturbation.
+        adaptive: elementwise scale-invariant perturbation; ``"weights"`` leaves tensors of fewer than two dimensions,
+            biases and the scales of normalisation layers, at T = 1.
+        p: 1 <= p <= inf, of the p-norm in which the perturbation has length rho. With inf no norm is taken, and an
+            element whose gradient is NaN stays; with 1 the largest element of T g alone moves, of equal ones the first.
+        eta: added to ``|w|`` in adaptive groups, >= 0.
         backend: ``"native"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else the best.
         replay_rng: in the closure form, start both passes from the same random state (same dropout masks).
         capturable: allow steps to be captured in a CUDA graph, after at least one step outside of it. Of ``rho`` and
@@ -76,8 +84,10 @@ class FusedSAM(Optimizer):
         params: Any,
         base_optimizer: type[Optimizer] = SGD,
         rho: float = 0.05,
-        adaptive: bool = False,
+        adaptive: bool | str = False,
         *,
+        p: float = 2.0,
+        eta: float = 0.0,
         backend: str | None = None,
         replay_rng: bool = False,
         capturable: bool = False,
@@ -85,7 +95,10 @@ class FusedSAM(Optimizer):
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise TypeError(f"Invalid {base_optimizer=}. Must be a subclass of torch.optim.Optimizer.")
-        _check_rho(rho)
+        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        _check_ascent(ascent)
+        ops.dual_exponent(p)
+        self.p = float(p)
         self._backend = backends.requested(backend)
         self.replay_rng = replay_rng
         self.capturable = capturable
@@ -95,7 +108,7 @@ class FusedSAM(Optimizer):
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
-        super().__init__(inner.param_groups, {**inner.defaults, "rho": rho, "adaptive": adaptive})
+        super().__init__(inner.param_groups, {**inner.defaults, **ascent})
 
     @property
     def perturbed(self) -> bool:
@@ -187,12 +200,9 @@ class FusedSAM(Optimizer):
             raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
         host = self._host()
         grads = host.get_grads(params)
-        groups = []
-        for group in self.param_groups:
-            _check_rho(group["rho"])
-            groups.append(ops.AscentGroup(len(group["params"]), ops.host_number(group["rho"]), bool(group["adaptive"])))
+        left_out = _take_out(self.param_groups, grads)
         try:
-            ascent = ops.Ascent(params, grads, groups, self._backend)
+            ascent = ops.Ascent(params, grads, _ascent_groups(self.param_groups), self._backend, self.p)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
         state = self._ascent = _Ascent(ascent.norm())
@@ -202,17 +212,17 @@ class FusedSAM(Optimizer):
             ascent.perturb(state.norm, state.journal, owned=take_grads)
         except BaseException:
             if not state.journal:  # else the gradients' memory has held w
-                for p, g in zip(params, grads):
-                    p.grad = g
+                for i, p in enumerate(params):
+                    p.grad = left_out.get(i, grads[i])
             self.restore()
             raise
         return state
 
     def _descend(self, ascent: _Ascent) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None:
+        if found_inf is not None and ascent.norm is not None:
             # The perturbation does not depend on the loss scale, so pass 1 is never unscaled: its norm is the check.
-            overflow = (~torch.isfinite(ascent.norm)).float()
+            overflow = (~torch.isfinite(ascent.norm.flatten()[0])).float()
             # The scaler sets a plain 0 where pass 2 left no gradient to look at.
             found_inf = (
                 overflow if not isinstance(found_inf, Tensor) else torch.maximum(found_inf, overflow.to(found_inf))
@@ -252,7 +262,7 @@ class FusedSAM(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_rho(group["rho"])
+            _check_ascent(group)
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])
@@ -287,7 +297,44 @@ class FusedSAM(Optimizer):
             "_ascent": None,
             "replay_rng": self.replay_rng,
             "capturable": self.capturable,
+            "p": self.p,
         }
+
+
+def _take_out(param_groups: list[dict], grads: list[Any]) -> dict[int, Any]:
+    """Take the gradients of the groups that stay at w out of the list; they by their place in it."""
+    taken: dict[int, Any] = {}
+    start = 0
+    for group in param_groups:
+        stop = start + len(group["params"])
+        if not group["perturb"]:
+            taken.update((i, grads[i]) for i in range(start, stop))
+            grads[start:stop] = [None] * (stop - start)
+        start = stop
+    return taken
+
+
+def _ascent_groups(param_groups: list[dict]) -> list[ops.AscentGroup]:
+    """Groups as the ops take them: runs of scaled and of unscaled tensors where only weights are adaptive."""
+    groups = []
+    for group in param_groups:
+        _check_ascent(group)
+        rho, eta, adaptive = ops.host_number(group["rho"]), float(group["eta"]), group["adaptive"]
+        if adaptive != "weights":
+            groups.append(ops.AscentGroup(len(group["params"]), rho, bool(adaptive), eta))
+            continue
+        for scaled, run in itertools.groupby(p.dim() > 1 for p in group["params"]):
+            groups.append(ops.AscentGroup(len(list(run)), rho, scaled, eta))
+    return groups
+
+
+def _check_ascent(group: dict) -> None:
+    _check_rho(group["rho"])
+    adaptive, eta = group["adaptive"], group["eta"]
+    if adaptive not in (False, True, "weights"):
+        raise ValueError(f"Invalid {adaptive=}. Must be True, False or 'weights'.")
+    if not 0.0 <= eta < math.inf:
+        raise ValueError(f"Invalid {eta=}. Must be >= 0 and finite.")
 
 
 def _check_rho(rho: Any) -> None:

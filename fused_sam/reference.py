@@ -7,6 +7,7 @@ code with the rest of the package, saves no memory and skips no work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,15 +15,44 @@ import torch
 from torch import Tensor
 
 
-def scaling(w: Tensor, adaptive: bool) -> Tensor:
-    """T_w: the elementwise scale of the neighbourhood, 1 (SAM) or |w| (ASAM, Kwon et al. 2021, eq. 4)."""
-    return w.abs() if adaptive else torch.ones_like(w)
+def scaling(w: Tensor, adaptive: bool, eta: float = 0.0) -> Tensor:
+    """T_w: the elementwise scale of the neighbourhood, 1 (SAM) or |w| + eta (ASAM, Kwon et al. 2021, eq. 4)."""
+    return w.abs() + eta if adaptive else torch.ones_like(w)
 
 
-def norm(params: Sequence[Tensor], grads: Sequence[Tensor | None], adaptive: Sequence[bool]) -> Tensor:
-    """||T g||_2 over all tensors that have a gradient; shape []."""
-    squares = [((scaling(w, a) * g) ** 2).sum() for w, g, a in zip(params, grads, adaptive) if g is not None]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+def dual_norm(xs: Sequence[Tensor], p: float) -> Tensor:
+    """||x||_q of all tensors together, 1/p + 1/q = 1; shape []."""
+    flat = torch.cat([x.flatten() for x in xs]) if xs else torch.zeros(1)
+    q = math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
+    return torch.linalg.vector_norm(flat, ord=q)
+
+
+def direction(xs: Sequence[Tensor], p: float) -> list[Tensor]:
+    """sign(x) |x|^(q-1) / (||x||_q^q)^(1/p): eq. 2 without rho, of length 1 in the p-norm.
+
+    p = 1 is the limit: all of it at the largest |x|, of equal ones at the first.
+    """
+    if p == math.inf:
+        return [x.sign() for x in xs]
+    if p > 1:
+        total, power = dual_norm(xs, p), 1 / (p - 1)  # q - 1
+        return [x.sign() * (x.abs() / total) ** power for x in xs]
+    flat = torch.cat([x.flatten() for x in xs])
+    at = flat.abs().argmax()
+    peak = torch.zeros_like(flat)
+    peak[at] = flat[at].sign()
+    return [piece.view_as(x) for piece, x in zip(peak.split([x.numel() for x in xs]), xs)]
+
+
+def norm(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    adaptive: Sequence[bool],
+    p: float = 2.0,
+    eta: float = 0.0,
+) -> Tensor:
+    """||T g||_q over all tensors that have a gradient; shape []."""
+    return dual_norm([scaling(w, a, eta) * g for w, g, a in zip(params, grads, adaptive) if g is not None], p)
 
 
 def perturb(
@@ -30,14 +60,22 @@ def perturb(
     grads: Sequence[Tensor | None],
     rho: Sequence[float],
     adaptive: Sequence[bool],
+    p: float = 2.0,
+    eta: float = 0.0,
 ) -> list[Tensor]:
-    """w + e with e = rho T^2 g / ||T g||_2: eq. 2 with p = 2 (footnote 2). A zero or non-finite norm gives e = 0."""
-    total = norm(params, grads, adaptive)
+    """w + e with e = rho T direction(T g), which is rho T^2 g / ||T g||_2 for p = 2 (eq. 2, footnote 2).
+
+    A zero or non-finite norm gives e = 0.
+    """
+    total = norm(params, grads, adaptive, p, eta)
     if not (torch.isfinite(total) and total > 0):
         return [w.clone() for w in params]
+    scales = [scaling(w, a, eta) for w, a in zip(params, adaptive)]
+    scaled = {i: scales[i] * g for i, g in enumerate(grads) if g is not None}
+    directions = dict(zip(scaled, direction(list(scaled.values()), p)))
     return [
-        w.clone() if g is None or r == 0 else w + r * scaling(w, a) ** 2 * (g / total)
-        for w, g, r, a in zip(params, grads, rho, adaptive)
+        w + r * t * directions[i] if i in directions and r != 0 else w.clone()
+        for i, (w, r, t) in enumerate(zip(params, rho, scales))
     ]
 
 
@@ -61,19 +99,28 @@ def sgd_update(
     return w - lr * (d + momentum * m if nesterov else m), m
 
 
+OWN_KEYS = ("params", "rho", "adaptive", "perturb")
+
+
 class ReferenceSAM:
-    """Algorithm 1 with SGD as the base step. Groups are as for `torch.optim.SGD`, plus ``rho`` and ``adaptive``."""
+    """Algorithm 1 with SGD as the base step. Groups are as for `torch.optim.SGD`, plus ``rho`` and ``adaptive``.
+
+    ``adaptive="weights"`` scales tensors of two and more dimensions only; groups with ``perturb=False`` are left out.
+    """
 
     def __init__(
         self,
         params: Iterable[Any],
         rho: float = 0.05,
-        adaptive: bool = False,
+        adaptive: bool | str = False,
+        p: float = 2.0,
+        eta: float = 0.0,
         **sgd_options: float | bool,
     ) -> None:
+        self.p, self.eta = p, eta
         items = list(params)
         groups = items if items and isinstance(items[0], dict) else [{"params": items}]
-        defaults = {"rho": rho, "adaptive": adaptive, "lr": 1e-3, **sgd_options}
+        defaults = {"rho": rho, "adaptive": adaptive, "perturb": True, "lr": 1e-3, **sgd_options}
         self.param_groups: list[dict[str, Any]] = [
             {**defaults, **group, "params": list(group["params"])} for group in groups
         ]
@@ -88,7 +135,9 @@ class ReferenceSAM:
         """w -> w + e (Algorithm 1, line 5)."""
         params = self._flat()
         self._w = [p.clone() for p in params]
-        perturbed = perturb(params, [p.grad for p in params], self._flat("rho"), self._flat("adaptive"))
+        grads = [p.grad if moves else None for p, moves in zip(params, self._flat("perturb"))]
+        adaptive = [p.dim() > 1 if a == "weights" else a for p, a in zip(params, self._flat("adaptive"))]
+        perturbed = perturb(params, grads, self._flat("rho"), adaptive, self.p, self.eta)
         for p, w_perturbed in zip(params, perturbed):
             p.copy_(w_perturbed)
             if zero_grad:
@@ -101,7 +150,7 @@ class ReferenceSAM:
             p.copy_(w)
         self._w = []
         for group in self.param_groups:
-            options = {key: value for key, value in group.items() if key not in ("params", "rho", "adaptive")}
+            options = {key: value for key, value in group.items() if key not in OWN_KEYS}
             for p in group["params"]:
                 if p.grad is not None:
                     w, m = sgd_update(p, p.grad, self.momentum_buffers.get(p), **options)

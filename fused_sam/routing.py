@@ -51,6 +51,20 @@ class Part:
         """`take` of a list; None for anything else."""
         return self.take(tensors) if isinstance(tensors, list) else None
 
+    def globally(self, norm: Tensor) -> Tensor:
+        """A norm of this part; a tensor's number in it becomes that in the whole list."""
+        if norm.dim() == 0 or self.index is None:
+            return norm
+        numbers = torch.tensor(self.index, dtype=torch.float64, device=norm.device)
+        return torch.stack([norm[0], numbers[norm[1].long().clamp(min=0)], norm[2]])
+
+    def locally(self, norm: Tensor) -> Tensor:
+        """The inverse: -1 for a tensor of another part."""
+        if norm.dim() == 0 or self.index is None:
+            return norm
+        found = torch.tensor(self.index, dtype=torch.float64, device=norm.device) == norm[1]
+        return torch.stack([norm[0], torch.where(found.any(), found.double().argmax(), -1).double(), norm[2]])
+
     def regroup(self, groups: list[Any]) -> list[Any]:
         """The groups with the sizes they have within this part, and what is a tensor on its device."""
         regrouped: list[Any] = []

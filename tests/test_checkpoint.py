@@ -68,7 +68,7 @@ def test_state_dict_is_that_of_the_base_plus_rho_and_adaptive(base: str, backend
     for index, entry in theirs["state"].items():
         assert ours["state"][index].keys() == entry.keys()
     for group, expected in zip(ours["param_groups"], theirs["param_groups"], strict=True):
-        assert group.keys() == expected.keys() | {"rho", "adaptive"}
+        assert group.keys() == expected.keys() | {"rho", "adaptive", "eta", "perturb"}
 
 
 @every_base

@@ -187,6 +187,23 @@ def test_none_gradients_in_either_pass_or_both(backend: str, device: str) -> Non
             assert (momentum_of(opt, p) is None) == (momentum_of(reference, w) is None)
 
 
+def test_one_pass_without_the_first_parameter_and_one_with_all(backend: str, device: str) -> None:
+    """The ascent then keeps fewer weights than the update sees."""
+    start = [torch.randn(n, dtype=torch.float64, device=device) for n in (7, 40, 7)]
+    ours, exact_ones = ([w.clone().requires_grad_() for w in start] for _ in range(2))
+    gradients = [torch.randn_like(w) for w in start]
+    for optimizer, params in (
+        (FusedSAM(ours, rho=RHO, **HYPER, backend=backend), ours),
+        (ReferenceSAM(exact_ones, rho=RHO, **HYPER), exact_ones),
+    ):
+        set_grads(params, [None, *gradients[1:]])
+        optimizer.first_step(zero_grad=True)
+        set_grads(params, gradients)
+        optimizer.second_step()
+    for a, b in zip(ours, exact_ones, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_parameter_without_any_gradient_keeps_its_bits(backend: str, device: str) -> None:
     params = leaves(9, 9, device=device)
     opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)

@@ -12,7 +12,7 @@ struct SgdScalars {
 
 // Elements [begin, begin + count) of a tensor. `stream`: write-only data bypasses the cache; the caller fences.
 struct BlockKernels {
-  double (*sum_of_squares)(const Tensor&, int64_t begin, int64_t count, bool adaptive);
+  double (*sum_of_squares)(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);
   void (*perturb)(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);
   void (*sgd_update)(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);
   void (*stream_copy)(void* dst, const void* src, int64_t bytes);
@@ -20,7 +20,7 @@ struct BlockKernels {
 
 #define FUSED_SAM_DECLARE_ISA(isa)                                                              \
   namespace isa {                                                                               \
-  double sum_of_squares(const Tensor&, int64_t begin, int64_t count, bool adaptive);            \
+  double sum_of_squares(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);       \
   void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream); \
   void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream); \
   void stream_copy(void* dst, const void* src, int64_t bytes);                                  \

@@ -9,12 +9,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "../kernels.h"
 #include "block_kernels.h"
 #include "isa.h"
 #include "parallel.h"
+#include "powers.h"
 
 namespace fused_sam::cpu {
 namespace {
@@ -118,33 +121,67 @@ bool has_grad(const Tensor& t) {
 
 }  // namespace
 
-void norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double* out, int threads) {
-  const Partition partition(tensors, count, has_grad);
+namespace {
+
+Norm two_norm(const Partition& partition, const AscentGroup* groups, int threads) {
   std::vector<double> partials(static_cast<size_t>(partition.blocks()));
   const auto kernel = block_kernels().sum_of_squares;
   for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
-    partials[static_cast<size_t>(block)] = kernel(t, begin, n, groups[t.group].adaptive);
+    partials[static_cast<size_t>(block)] = kernel(t, begin, n, groups[t.group]);
   });
-  double sum = 0.0;
-  for (const double partial : partials) sum += partial;
-  *out = std::sqrt(sum);
+  return {std::sqrt(std::accumulate(partials.begin(), partials.end(), 0.0)), -1.0, -1.0};
 }
 
-void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double norm, int threads) {
+Norm largest(const Partition& partition, const Tensor* tensors, const AscentGroup* groups, int threads) {
+  std::vector<std::pair<Peak, const Tensor*>> partials(static_cast<size_t>(partition.blocks()));
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
+    partials[static_cast<size_t>(block)] = {peak(t, begin, n, groups[t.group]), &t};
+  });
+  std::pair<Peak, const Tensor*> highest{Peak{}, tensors};
+  for (const auto& partial : partials) {
+    if (highest.first.is_below(partial.first.value)) highest = partial;
+  }
+  return {highest.first.value, static_cast<double>(highest.second - tensors),
+          static_cast<double>(highest.first.element)};
+}
+
+}  // namespace
+
+Norm norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, int threads) {
+  const Partition partition(tensors, count, has_grad);
+  if (q == 2.0) return two_norm(partition, groups, threads);
+  const Norm peak_of_all = largest(partition, tensors, groups, threads);
+  if (std::isinf(q) || !(peak_of_all.value > 0.0) || std::isinf(peak_of_all.value)) return peak_of_all;
+  std::vector<double> partials(static_cast<size_t>(partition.blocks()));
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
+    partials[static_cast<size_t>(block)] = sum_of_powers(t, begin, n, groups[t.group], q, peak_of_all.value);
+  });
+  const double sum = std::accumulate(partials.begin(), partials.end(), 0.0);
+  return {peak_of_all.value * std::pow(sum, 1.0 / q), -1.0, -1.0};
+}
+
+void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, const Norm& norm, int threads) {
   const Partition partition(tensors, count, has_grad);
   const bool stream = exceeds_cache(partition.bytes());
+  const bool power = q != 1.0 && q != 2.0;
   const auto kernel = block_kernels().perturb;
   std::vector<AscentScalars> scalars[2];  // per group; fp64 tensors have their own
   for (size_t i = 0; i < count; ++i) {
     const auto group = static_cast<size_t>(tensors[i].group);
     for (size_t k = scalars[0].size(); k <= group; ++k) {
-      scalars[0].push_back(ascent_scalars(groups[k].rho, groups[k].adaptive, norm, false));
-      scalars[1].push_back(ascent_scalars(groups[k].rho, groups[k].adaptive, norm, true));
+      scalars[0].push_back(ascent_scalars(groups[k].rho, groups[k], q, norm.value, false));
+      scalars[1].push_back(ascent_scalars(groups[k].rho, groups[k], q, norm.value, true));
     }
   }
   // Descending: the cache still holds the gradients that the norm read last.
   for_each_block(partition, threads, Order::descending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
-    kernel(t, begin, n, scalars[t.dtype == DType::f64][static_cast<size_t>(t.group)], stream);
+    const AscentScalars& s = scalars[t.dtype == DType::f64][static_cast<size_t>(t.group)];
+    if (power && s.active) {
+      const bool here = static_cast<double>(&t - tensors) == norm.tensor;
+      power_perturb(t, begin, n, groups[t.group], q, norm.value, here ? static_cast<int64_t>(norm.element) : -1);
+    } else {
+      kernel(t, begin, n, s, stream);
+    }
   });
 }
 

@@ -10,14 +10,15 @@ constexpr int kLanes = 32;
 constexpr int kVectors = kLanes / VecD::width;
 
 template <class T, class G, bool kAdaptive>
-static double sum_of_squares(const G* g, const T* w, int64_t count) {
+static double sum_of_squares(const G* g, const T* w, int64_t count, double eta) {
+  const VecD offset = VecD::set(eta);
   VecD sum[kVectors];
   for (VecD& s : sum) s = VecD::set(0.0);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     for (int k = 0; k < kVectors; ++k) {
       VecD x = VecD::load(g + i + k * VecD::width);
-      if (kAdaptive) x = mul(x, VecD::load(w + i + k * VecD::width));
+      if (kAdaptive) x = mul(x, add(magnitude(VecD::load(w + i + k * VecD::width)), offset));
       sum[k] = fma(x, x, sum[k]);
     }
   }
@@ -31,7 +32,7 @@ static double sum_of_squares(const G* g, const T* w, int64_t count) {
     }
     for (int k = 0; k < kVectors; ++k) {
       VecD x = VecD::load(g_tail + k * VecD::width);
-      if (kAdaptive) x = mul(x, VecD::load(w_tail + k * VecD::width));
+      if (kAdaptive) x = mul(x, add(magnitude(VecD::load(w_tail + k * VecD::width)), offset));
       sum[k] = fma(x, x, sum[k]);
     }
   }
@@ -43,16 +44,17 @@ static double sum_of_squares(const G* g, const T* w, int64_t count) {
 }
 
 template <class T, class G>
-static double sum_of_squares_as(const Tensor& t, int64_t begin, int64_t count, bool adaptive) {
+static double sum_of_squares_as(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group) {
   const G* g = static_cast<const G*>(t.grad) + begin;
   const T* w = static_cast<const T*>(t.param) + begin;
-  return adaptive ? sum_of_squares<T, G, true>(g, w, count) : sum_of_squares<T, G, false>(g, w, count);
+  return group.adaptive ? sum_of_squares<T, G, true>(g, w, count, group.eta)
+                        : sum_of_squares<T, G, false>(g, w, count, 0.0);
 }
 
-double sum_of_squares(const Tensor& t, int64_t begin, int64_t count, bool adaptive) {
+double sum_of_squares(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group) {
   double sum = 0.0;
   dispatch(t.dtype, t.grad_dtype,
-           [&](auto p, auto g) { sum = sum_of_squares_as<decltype(p), decltype(g)>(t, begin, count, adaptive); });
+           [&](auto p, auto g) { sum = sum_of_squares_as<decltype(p), decltype(g)>(t, begin, count, group); });
   return sum;
 }
 

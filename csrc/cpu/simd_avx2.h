@@ -65,6 +65,30 @@ static inline VecF mul(VecF a, VecF b) {
 static inline VecD mul(VecD a, VecD b) {
   return {_mm256_mul_pd(a.v, b.v)};
 }
+static inline VecF add(VecF a, VecF b) {
+  return {_mm256_add_ps(a.v, b.v)};
+}
+static inline VecD add(VecD a, VecD b) {
+  return {_mm256_add_pd(a.v, b.v)};
+}
+static inline VecF magnitude(VecF a) {
+  return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
+}
+static inline VecD magnitude(VecD a) {
+  return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)};
+}
+static inline VecF with_sign(VecF a, VecF x) {
+  const __m256 zero = _mm256_setzero_ps();
+  const __m256 positive = _mm256_and_ps(_mm256_cmp_ps(x.v, zero, _CMP_GT_OQ), a.v);
+  const __m256 negative = _mm256_and_ps(_mm256_cmp_ps(x.v, zero, _CMP_LT_OQ), _mm256_sub_ps(zero, a.v));
+  return {_mm256_or_ps(positive, negative)};
+}
+static inline VecD with_sign(VecD a, VecD x) {
+  const __m256d zero = _mm256_setzero_pd();
+  const __m256d positive = _mm256_and_pd(_mm256_cmp_pd(x.v, zero, _CMP_GT_OQ), a.v);
+  const __m256d negative = _mm256_and_pd(_mm256_cmp_pd(x.v, zero, _CMP_LT_OQ), _mm256_sub_pd(zero, a.v));
+  return {_mm256_or_pd(positive, negative)};
+}
 static inline VecF fma(VecF a, VecF b, VecF c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }

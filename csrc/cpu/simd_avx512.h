@@ -64,6 +64,28 @@ static inline VecF mul(VecF a, VecF b) {
 static inline VecD mul(VecD a, VecD b) {
   return {_mm512_mul_pd(a.v, b.v)};
 }
+static inline VecF add(VecF a, VecF b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+static inline VecD add(VecD a, VecD b) {
+  return {_mm512_add_pd(a.v, b.v)};
+}
+static inline VecF magnitude(VecF a) {
+  return {_mm512_abs_ps(a.v)};
+}
+static inline VecD magnitude(VecD a) {
+  return {_mm512_abs_pd(a.v)};
+}
+static inline VecF with_sign(VecF a, VecF x) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 positive = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, zero, _CMP_GT_OQ), a.v);
+  return {_mm512_mask_sub_ps(positive, _mm512_cmp_ps_mask(x.v, zero, _CMP_LT_OQ), zero, a.v)};
+}
+static inline VecD with_sign(VecD a, VecD x) {
+  const __m512d zero = _mm512_setzero_pd();
+  const __m512d positive = _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, zero, _CMP_GT_OQ), a.v);
+  return {_mm512_mask_sub_pd(positive, _mm512_cmp_pd_mask(x.v, zero, _CMP_LT_OQ), zero, a.v)};
+}
 static inline VecF fma(VecF a, VecF b, VecF c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }

@@ -67,6 +67,30 @@ static inline VecD mul(VecD a, VecD b) {
   for (int i = 0; i < VecD::width; ++i) a.v[i] *= b.v[i];
   return a;
 }
+static inline VecF add(VecF a, VecF b) {
+  for (int i = 0; i < VecF::width; ++i) a.v[i] += b.v[i];
+  return a;
+}
+static inline VecF magnitude(VecF a) {
+  for (int i = 0; i < VecF::width; ++i) a.v[i] = __builtin_fabsf(a.v[i]);
+  return a;
+}
+static inline VecF with_sign(VecF a, VecF x) {
+  for (int i = 0; i < VecF::width; ++i) a.v[i] = x.v[i] > 0 ? a.v[i] : x.v[i] < 0 ? 0 - a.v[i] : 0;
+  return a;
+}
+static inline VecD add(VecD a, VecD b) {
+  for (int i = 0; i < VecD::width; ++i) a.v[i] += b.v[i];
+  return a;
+}
+static inline VecD magnitude(VecD a) {
+  for (int i = 0; i < VecD::width; ++i) a.v[i] = __builtin_fabs(a.v[i]);
+  return a;
+}
+static inline VecD with_sign(VecD a, VecD x) {
+  for (int i = 0; i < VecD::width; ++i) a.v[i] = x.v[i] > 0 ? a.v[i] : x.v[i] < 0 ? 0 - a.v[i] : 0;
+  return a;
+}
 static inline VecF fma(VecF a, VecF b, VecF c) {
   for (int i = 0; i < VecF::width; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return c;

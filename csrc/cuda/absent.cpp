@@ -28,7 +28,16 @@ size_t capacity() {
 void norm(const Target&, const Slice<AscentTerms>&, int, const NormTerms&) {
   refuse();
 }
-void clear(const Target&, double*) {
+void peak(const Target&, const Slice<AscentTerms>&, int, const NormTerms&) {
+  refuse();
+}
+void powers(const Target&, const Slice<AscentTerms>&, int, const NormTerms&) {
+  refuse();
+}
+void clear(const Target&, Norm*) {
+  refuse();
+}
+void power_perturb(const Target&, const Slice<AscentTerms>&, int, const PerturbTerms&) {
   refuse();
 }
 void perturb(const Target&, const Slice<AscentTerms>&, int, const PerturbTerms&) {

@@ -21,17 +21,20 @@ struct Arguments {
   }
 };
 
-// What norm adds to the arguments: the first unit's place among the partials, how many there are in all, and whether
-// this launch is the one that adds them up, with a counter of its own.
+// What a norm adds to the arguments: the first unit's place among the partials, how many there are in all, and whether
+// this launch is the one that adds them up, with a counter of its own. `out` is a Norm; its value is read as the scale
+// of the powers by the second of two passes.
 struct NormTerms {
+  double q;
   double* partials;
-  double* out;
+  Norm* out;
   uint32_t first_partial, total;
   uint32_t ticket;
   bool last;
 };
 struct PerturbTerms {
-  const double* norm;
+  double q;
+  const Norm* norm;  // of which q = 1 and 2 read the value alone
 };
 struct SgdUpdateTerms {
   const float* grad_scale;  // may be null

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "ops.h"
+#include "unit_powers.h"
 
 namespace fused_sam::cuda::interpreted {
 namespace {
@@ -27,6 +28,12 @@ void visit_units(const Slice<Group>& slice, int shift, const Visit& visit) {
   }
 }
 
+double add_partials(const NormTerms& terms) {
+  double sums[kThreads] = {};
+  for (uint32_t i = 0; i < terms.total; ++i) sums[i % kThreads] += terms.partials[i];
+  return add_pairwise(sums, kThreads);
+}
+
 }  // namespace
 
 size_t capacity() {
@@ -36,22 +43,55 @@ size_t capacity() {
 void norm(const Target&, const Slice<AscentTerms>& slice, int shift, const NormTerms& terms) {
   visit_units(slice, shift, [&](uint32_t i, const Unit& unit, const AscentTerms& group) {
     double sums[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) sums[lane] = norm_unit(unit, group.adaptive, lane);
+    for (int lane = 0; lane < kWarp; ++lane) sums[lane] = norm_unit(unit, group.group, lane);
     terms.partials[terms.first_partial + i] = add_pairwise(sums, kWarp);
   });
-  if (!terms.last) return;
-  double sums[kThreads] = {};
-  for (uint32_t i = 0; i < terms.total; ++i) sums[i % kThreads] += terms.partials[i];
-  *terms.out = std::sqrt(add_pairwise(sums, kThreads));
+  if (terms.last) *terms.out = {std::sqrt(add_partials(terms)), -1.0, -1.0};
 }
 
-void clear(const Target&, double* out) {
-  *out = 0.0;
+void peak(const Target&, const Slice<AscentTerms>& slice, int shift, const NormTerms& terms) {
+  auto* partials = reinterpret_cast<PeakPartial*>(terms.partials);
+  const auto raise = [](PeakPartial* highest, const PeakPartial& other) {
+    if (highest->is_below(other)) *highest = other;
+  };
+  visit_units(slice, shift, [&](uint32_t i, const Unit& unit, const AscentTerms& group) {
+    PeakPartial highest{0.0, -1.0, -1.0};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const Peak peak = peak_unit(unit, group.group, lane);
+      raise(&highest, {peak.value, static_cast<double>(tensor_number(*unit.entry)), static_cast<double>(peak.element)});
+    }
+    partials[terms.first_partial + i] = highest;
+  });
+  if (!terms.last) return;
+  PeakPartial highest{0.0, -1.0, -1.0};
+  for (uint32_t i = 0; i < terms.total; ++i) raise(&highest, partials[i]);
+  *terms.out = {highest.value, highest.tensor, highest.element};
+}
+
+void powers(const Target&, const Slice<AscentTerms>& slice, int shift, const NormTerms& terms) {
+  const double scale = terms.out->value;
+  visit_units(slice, shift, [&](uint32_t i, const Unit& unit, const AscentTerms& group) {
+    double sums[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) sums[lane] = powers_unit(unit, group.group, terms.q, scale, lane);
+    terms.partials[terms.first_partial + i] = add_pairwise(sums, kWarp);
+  });
+  if (terms.last) *terms.out = norm_of_powers(scale, add_partials(terms), terms.q);
+}
+
+void clear(const Target&, Norm* out) {
+  *out = Norm{};
 }
 
 void perturb(const Target&, const Slice<AscentTerms>& slice, int shift, const PerturbTerms& terms) {
+  const double norm = terms.q == 1.0 ? 0.0 : terms.norm->value;
   visit_units(slice, shift, [&](uint32_t, const Unit& unit, const AscentTerms& group) {
-    for (int lane = 0; lane < kWarp; ++lane) perturb_unit(unit, group, *terms.norm, lane);
+    for (int lane = 0; lane < kWarp; ++lane) perturb_unit(unit, group, terms.q, norm, lane);
+  });
+}
+
+void power_perturb(const Target&, const Slice<AscentTerms>& slice, int shift, const PerturbTerms& terms) {
+  visit_units(slice, shift, [&](uint32_t, const Unit& unit, const AscentTerms& group) {
+    for (int lane = 0; lane < kWarp; ++lane) power_perturb_unit(unit, group, terms.q, *terms.norm, lane);
   });
 }
 

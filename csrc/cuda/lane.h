@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "../arithmetic.h"
-#include "../convert.h"
+#include "../powers.h"
 #include "table.h"
 
 #if defined(__CUDA_ARCH__)
@@ -32,36 +32,25 @@ template <class S>
 FUSED_SAM_HD Lane<S> mul(Lane<S> a, Lane<S> b) {
   return {a.v * b.v};
 }
+template <class S>
+FUSED_SAM_HD Lane<S> add(Lane<S> a, Lane<S> b) {
+  return {a.v + b.v};
+}
+FUSED_SAM_HD Lane<float> magnitude(Lane<float> a) {
+  return {::fabsf(a.v)};
+}
+FUSED_SAM_HD Lane<double> magnitude(Lane<double> a) {
+  return {::fabs(a.v)};
+}
+template <class S>
+FUSED_SAM_HD Lane<S> with_sign(Lane<S> a, Lane<S> x) {
+  return {x.v > 0 ? a.v : x.v < 0 ? 0 - a.v : 0};
+}
 FUSED_SAM_HD Lane<float> fma(Lane<float> a, Lane<float> b, Lane<float> c) {
   return {::fmaf(a.v, b.v, c.v)};
 }
 FUSED_SAM_HD Lane<double> fma(Lane<double> a, Lane<double> b, Lane<double> c) {
   return {::fma(a.v, b.v, c.v)};
-}
-
-FUSED_SAM_HD float widen(float x) {
-  return x;
-}
-FUSED_SAM_HD double widen(double x) {
-  return x;
-}
-FUSED_SAM_HD float widen(bf16 x) {
-  return to_float(x);
-}
-FUSED_SAM_HD float widen(f16 x) {
-  return to_float(x);
-}
-FUSED_SAM_HD void narrow(float* p, float x) {
-  *p = x;
-}
-FUSED_SAM_HD void narrow(double* p, double x) {
-  *p = x;
-}
-FUSED_SAM_HD void narrow(bf16* p, float x) {
-  from_float(p, x);
-}
-FUSED_SAM_HD void narrow(f16* p, float x) {
-  from_float(p, x);
 }
 
 // V consecutive elements; at most 16 bytes, read and written by one instruction.

@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include <cmath>
+
 #include "ops.h"
 
 namespace fused_sam::cuda {
@@ -7,6 +9,13 @@ namespace {
 
 bool has_grad(const Tensor& t) {
   return t.grad != nullptr;
+}
+
+// Ascents have no use for the momentum buffer's place: it tells the tensor's number in the list instead.
+std::vector<Tensor> with_numbers(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> numbered = tensors;
+  for (size_t i = 0; i < numbered.size(); ++i) numbered[i].momentum = reinterpret_cast<void*>(i);
+  return numbered;
 }
 
 bool on_host(const Target& target) {
@@ -71,30 +80,42 @@ std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped) {
   return places;
 }
 
-int64_t norm_partials(const std::vector<Tensor>& tensors) {
+int64_t norm_partials(const std::vector<Tensor>& tensors, double q) {
   const int shift = shift_of(tensors, kMostNormUnits, has_grad);
   int64_t units = 0;
   for (const Tensor& t : tensors) units += has_grad(t) ? units_of(t.numel, shift) : 0;
-  return units;
+  return q == 2.0 ? units : 3 * units;
 }
 
-void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups,
-          double* partials, double* out) {
+void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
+          double* partials, Norm* out) {
   const int shift = shift_of(tensors, kMostNormUnits, has_grad);
-  const auto slices = slices_of(tensors, groups, shift, capacity(target), has_grad);
+  const auto numbered = with_numbers(tensors);
+  const auto slices = slices_of(numbered, groups, shift, capacity(target), has_grad);
   if (slices.empty()) return (on_host(target) ? interpreted::clear : device::clear)(target, out);
-  NormTerms terms{partials, out, 0, 0, 0, false};
-  for (const auto& slice : slices) terms.total += static_cast<uint32_t>(slice.units);
-  for (const auto& slice : slices) {
-    terms.last = &slice == &slices.back();
-    (on_host(target) ? interpreted::norm : device::norm)(target, slice, shift, terms);
-    terms.first_partial += static_cast<uint32_t>(slice.units);
-  }
+  using Pass = void (*)(const Target&, const Slice<AscentTerms>&, int, const NormTerms&);
+  const auto run_pass = [&](Pass on_device, Pass interpret) {
+    NormTerms terms{q, partials, out, 0, 0, 0, false};
+    for (const auto& slice : slices) terms.total += static_cast<uint32_t>(slice.units);
+    for (const auto& slice : slices) {
+      terms.last = &slice == &slices.back();
+      (on_host(target) ? interpret : on_device)(target, slice, shift, terms);
+      terms.first_partial += static_cast<uint32_t>(slice.units);
+    }
+  };
+  if (q == 2.0) return run_pass(device::norm, interpreted::norm);
+  run_pass(device::peak, interpreted::peak);
+  if (!std::isinf(q)) run_pass(device::powers, interpreted::powers);
 }
 
-void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups,
-             const double* norm) {
-  run(target, tensors, groups, PerturbTerms{norm}, device::perturb, interpreted::perturb, has_grad);
+void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
+             const Norm* norm) {
+  const PerturbTerms terms{q, norm};
+  if (q == 1.0 || q == 2.0) {
+    run(target, tensors, groups, terms, device::perturb, interpreted::perturb, has_grad);
+  } else {
+    run(target, with_numbers(tensors), groups, terms, device::power_perturb, interpreted::power_perturb, has_grad);
+  }
 }
 
 void restore(const Target& target, const std::vector<Tensor>& tensors) {

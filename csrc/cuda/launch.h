@@ -37,16 +37,16 @@ struct UnitPlace {
 std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped);
 
 // How many fp64 numbers `norm` needs to work in.
-int64_t norm_partials(const std::vector<Tensor>& tensors);
+int64_t norm_partials(const std::vector<Tensor>& tensors, double q);
 
-// *out = ||T g||_2, on the device. `partials` holds norm_partials() numbers; one per unit, which are added in an order
-// that depends on the sizes alone.
-void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups,
-          double* partials, double* out);
+// *out = ||T g||_q, on the device; q > 1, possibly infinite. `partials` holds norm_partials() numbers; one or three per
+// unit, which are added in an order that depends on the sizes alone. One launch for q = 2 and infinity, else two.
+void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
+          double* partials, Norm* out);
 
-// As cpu::perturb, with the norm read on the device.
-void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups,
-             const double* norm);
+// As cpu::perturb, with the norm read on the device. For q = 1 and 2 only its value is.
+void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
+             const Norm* norm);
 
 // As cpu::restore.
 void restore(const Target& target, const std::vector<Tensor>& tensors);

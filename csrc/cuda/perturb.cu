@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Place here = place(true);
   if (here.unit >= arguments.units) return;
   const Unit unit = arguments.walk().locate(here.unit);
-  perturb_unit(unit, arguments.group(unit.entry->group()), *terms.norm, here.lane);
+  perturb_unit(unit, arguments.group(unit.entry->group()), terms.q, terms.q == 1.0 ? 0.0 : terms.norm->value,
+               here.lane);
 }
 
 }  // namespace

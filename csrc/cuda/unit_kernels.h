@@ -25,8 +25,8 @@ struct Scalar {
 };
 
 struct AscentTerms {
-  Scalar rho;
-  bool adaptive;
+  AscentGroup group;
+  Scalar rho;  // instead of group.rho
 };
 
 struct SgdTerms {
@@ -36,14 +36,14 @@ struct SgdTerms {
 
 // This lane's part of the sum of squares of T g, over elements that depend on the sizes alone.
 template <class P, class G, bool kAdaptive>
-FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, int count, int lane) {
+FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, double eta, int count, int lane) {
   constexpr int V = kAdaptive ? pack_width<P, G>() : pack_width<G>();
   constexpr int kUnroll = kAdaptive ? 2 : 4;
   const bool aligned = misalignment<V>(g) == 0 && (!kAdaptive || misalignment<V>(w) == 0);
   double sums[kUnroll] = {};
   const auto add = [&](int k, G gradient, P weight) {
     double x = widen(gradient);
-    if (kAdaptive) x *= static_cast<double>(widen(weight));
+    if (kAdaptive) x *= ::fabs(static_cast<double>(widen(weight))) + eta;
     sums[k] = ::fma(x, x, sums[k]);
   };
   const int packs = count / V;
@@ -168,21 +168,22 @@ FUSED_SAM_HD void copy(T* to, const T* from, int count, int lane) {
   walk<V>(Copy<T>{to, from}, count, head_of<V>(count, to, from), lane);
 }
 
-FUSED_SAM_HD double norm_unit(const Unit& u, bool adaptive, int lane) {
+FUSED_SAM_HD double norm_unit(const Unit& u, const AscentGroup& group, int lane) {
   double sum = 0.0;
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);
     const P* w = static_cast<const P*>(u.entry->param()) + u.begin;
     const G* gradient = static_cast<const G*>(u.entry->grad()) + u.begin;
-    sum = adaptive ? sum_of_squares<P, G, true>(w, gradient, u.count, lane)
-                   : sum_of_squares<P, G, false>(w, gradient, u.count, lane);
+    sum = group.adaptive ? sum_of_squares<P, G, true>(w, gradient, group.eta, u.count, lane)
+                         : sum_of_squares<P, G, false>(w, gradient, 0.0, u.count, lane);
   });
   return sum;
 }
 
-FUSED_SAM_HD void perturb_unit(const Unit& u, const AscentTerms& terms, double norm, int lane) {
-  const AscentScalars s = ascent_scalars(terms.rho.read(), terms.adaptive, norm, u.entry->dtype() == DType::f64);
+// q = 1 or 2.
+FUSED_SAM_HD void perturb_unit(const Unit& u, const AscentTerms& terms, double q, double norm, int lane) {
+  const AscentScalars s = ascent_scalars(terms.rho.read(), terms.group, q, norm, u.entry->dtype() == DType::f64);
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);

@@ -13,7 +13,7 @@ namespace fused_sam {
 namespace {
 
 // As in bindings.cpp, but rho and lr may be tensors on the device.
-using AscentTuple = std::tuple<int64_t, py::object, bool>;
+using AscentTuple = std::tuple<int64_t, py::object, bool, double>;
 using SgdTuple = std::tuple<int64_t, py::object, double, double, double, bool, bool, bool>;
 
 // Batches of CPU tensors are interpreted.
@@ -35,7 +35,9 @@ cuda::Scalar scalar_of(const py::object& value, Device device, const char* name)
 
 std::vector<cuda::AscentTerms> ascent_terms(const std::vector<AscentTuple>& groups, Device device) {
   std::vector<cuda::AscentTerms> terms;
-  for (const auto& [size, rho, adaptive] : groups) terms.push_back({scalar_of(rho, device, "rho"), adaptive});
+  for (const auto& [size, rho, adaptive, eta] : groups) {
+    terms.push_back({AscentGroup{0.0, adaptive, eta}, scalar_of(rho, device, "rho")});
+  }
   return terms;
 }
 
@@ -48,41 +50,43 @@ std::vector<cuda::SgdTerms> sgd_terms(const std::vector<SgdTuple>& groups, Devic
   return terms;
 }
 
-// Of a device scalar of one dtype; null for None.
+// Of device numbers of one dtype; null for None.
 template <class T>
-T* pointer_of(const py::object& tensor, Device device, DType dtype, const char* name) {
+T* pointer_of(const py::object& tensor, Device device, DType dtype, int64_t least, const char* name) {
   if (tensor.is_none()) return nullptr;
   TensorView view;
-  if (!read_tensor(tensor.ptr(), device, &view) || view.dtype != dtype || view.numel != 1) {
-    throw py::value_error(std::string("Invalid ") + name + ". Must be a tensor of one " +
-                          (dtype == DType::f64 ? "float64" : "float32") + " on the device of the parameters.");
+  if (!read_tensor(tensor.ptr(), device, &view) || view.dtype != dtype || view.numel < least || !is_dense(view)) {
+    throw py::value_error(std::string("Invalid ") + name + ". Must be a tensor of at least " + std::to_string(least) +
+                          (dtype == DType::f64 ? " float64" : " float32") + " on the device of the parameters.");
   }
   return static_cast<T*>(view.data);
 }
 
-// `workspace`: float64 of 1 + norm_partials() elements; the first comes to hold the norm.
-void norm(Batch& batch, const std::vector<AscentTuple>& groups, const py::object& workspace, uintptr_t stream) {
+constexpr int64_t kNormNumbers = sizeof(Norm) / sizeof(double);
+
+// `workspace`: float64 of 3 + norm_partials() elements; the first three come to hold the Norm.
+void norm(Batch& batch, const std::vector<AscentTuple>& groups, double q, const py::object& workspace,
+          uintptr_t stream) {
   const auto& tensors = batch.gather(sizes_of(groups));
-  TensorView view;
-  if (!read_tensor(workspace.ptr(), batch.device(), &view) || view.dtype != DType::f64 ||
-      view.numel < 1 + cuda::norm_partials(tensors) || !is_dense(view)) {
-    throw py::value_error("Invalid workspace. Must hold 1 + norm_partials() float64 on the device of the parameters.");
-  }
-  auto* numbers = static_cast<double*>(view.data);
-  cuda::norm(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), numbers + 1, numbers);
+  const int64_t least = kNormNumbers + cuda::norm_partials(tensors, q);
+  auto* numbers = pointer_of<double>(workspace, batch.device(), DType::f64, least, "workspace");
+  if (numbers == nullptr) throw py::value_error("Invalid workspace=None. Must be a tensor.");
+  cuda::norm(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), q, numbers + kNormNumbers,
+             reinterpret_cast<Norm*>(numbers));
 }
 
-int64_t norm_partials(Batch& batch, const std::vector<AscentTuple>& groups) {
-  return cuda::norm_partials(batch.gather(sizes_of(groups)));
+int64_t norm_partials(Batch& batch, const std::vector<AscentTuple>& groups, double q) {
+  return cuda::norm_partials(batch.gather(sizes_of(groups)), q);
 }
 
-void perturb(Batch& batch, const py::object& norm, const std::vector<AscentTuple>& groups, uintptr_t stream,
+void perturb(Batch& batch, const py::object& norm, const std::vector<AscentTuple>& groups, double q, uintptr_t stream,
              py::list journal, const py::object& entry) {
   const auto& tensors = batch.gather(sizes_of(groups));
   require_backups(tensors);
-  const auto* value = pointer_of<const double>(norm, batch.device(), DType::f64, "norm");
+  const int64_t least = q == 1.0 || q == 2.0 ? 1 : kNormNumbers;
+  const auto* value = pointer_of<const Norm>(norm, batch.device(), DType::f64, least, "norm");
   if (value == nullptr) throw py::value_error("Invalid norm=None. Must be a tensor.");
-  cuda::perturb(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), value);
+  cuda::perturb(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), q, value);
   batch.keep_backups();
   journal.append(entry);
 }
@@ -97,8 +101,8 @@ void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, const py::obj
   const auto& tensors = batch.gather(sizes_of(groups));
   const auto terms = sgd_terms(groups, batch.device());
   require_momentum(tensors, [&](size_t group) { return terms[group].group.momentum; });
-  const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, "grad_scale");
-  const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, "found_inf");
+  const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, 1, "grad_scale");
+  const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, 1, "found_inf");
   cuda::sgd_update(target_of(batch, stream), tensors, terms, scale, inf);
   journal.attr("clear")();
 }

@@ -6,6 +6,7 @@ returns are the ops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -74,23 +75,28 @@ class Batch:
         """None for each parameter without a backup."""
         return self.backups or [None] * len(self.params)
 
-    def norm(self, groups: list[AscentGroup]) -> Tensor:
-        norms = []
-        for i, group in self._members(groups):
-            g = self.grads[i]
-            x = self.params[i].double() * g.double() if group.adaptive else g
-            norms.append(torch.linalg.vector_norm(x, dtype=torch.float64))
-        if not norms:
-            return torch.zeros((), dtype=torch.float64, device=self.params[0].device)
-        return torch.linalg.vector_norm(torch.stack(norms))
+    def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
+        members = [(i, _scaled(self.params[i], self.grads[i], group)) for i, group in self._members(groups)]
+        members = [(i, x) for i, x in members if x.numel()]
+        if not members:
+            zeros = torch.zeros(3, dtype=torch.float64, device=self.params[0].device)
+            return zeros if q == math.inf else zeros[0]
+        if q == 2:
+            norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for _, x in members]
+            return torch.linalg.vector_norm(torch.stack(norms))
+        peaks = torch.stack([x.abs().amax().double() for _, x in members])
+        if q == math.inf:
+            first = peaks.argmax()  # of NaN and of equal ones the first
+            numbers = torch.tensor([i for i, _ in members], dtype=torch.float64, device=peaks.device)
+            elements = torch.stack([x.abs().flatten().argmax() for _, x in members])
+            return torch.stack([peaks[first], numbers[first], elements[first].double()])
+        peak = peaks.amax()
+        powers = torch.stack([((x.abs().double() / peak) ** q).sum() for _, x in members])
+        usable = torch.isfinite(peak) & (peak > 0)
+        return torch.where(usable, peak * powers.sum() ** (1 / q), peak)
 
-    def perturb(self, norm: Tensor, groups: list[AscentGroup], journal: Journal) -> None:
-        perturbed = []
-        for i, group in self._members(groups):
-            w, g = _wide(self.params[i]), _wide(self.grads[i])
-            pre, post, active = _ascent_factors(group.rho, norm, w.dtype)
-            e = w * (w * (g * pre) * post) if group.adaptive else g * pre * post
-            perturbed.append((i, torch.where(active, w + e, w)))
+    def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
+        perturbed = [(i, self._perturbed(i, group, norm, q)) for i, group in self._members(groups)]
         # A backup may be the gradient itself, so all of w + e is formed before any backup is written.
         for i, _ in perturbed:
             self.backups[i].copy_(self.params[i])
@@ -98,6 +104,33 @@ class Batch:
         journal.append(self)
         for i, w in perturbed:
             self.params[i].copy_(w)
+
+    def _perturbed(self, i: int, group: AscentGroup, norm: Tensor | None, q: float) -> Tensor:
+        """w + e of one tensor."""
+        w, g = _wide(self.params[i]), _wide(self.grads[i])
+        t = _neighbourhood(w, group) if group.adaptive else 1.0
+        if norm is None:
+            step = torch.nan_to_num(torch.sign(g), nan=0.0) * _radius(group.rho).to(w)
+            return w + t * step
+        if q == 2:
+            pre, post, active = _ascent_factors(group.rho, norm, w.dtype)
+            return torch.where(active, w + t * (t * (g * pre) * post), w)
+        return self._perturbed_by_powers(i, group, norm, q)
+
+    def _perturbed_by_powers(self, i: int, group: AscentGroup, norm: Tensor, q: float) -> Tensor:
+        value, *place = norm.unbind() if q == math.inf else (norm,)
+        w = self.params[i].double()
+        t = _neighbourhood(w, group)
+        x = t * self.grads[i].double()
+        rho = _radius(group.rho).to(w)
+        active = torch.isfinite(value) & (value > 0) & (rho != 0)
+        size = rho * t
+        if q == math.inf:
+            elements = torch.arange(w.numel(), device=w.device).view(w.shape)
+            active = active & (place[0] == i) & (elements == place[1])
+        else:
+            size = size * (x.abs() / value) ** (q - 1)
+        return torch.where(active, w + torch.copysign(size, x), w)
 
     def restore(self) -> None:
         pairs = [(p, b) for p, b in zip(self.params, self.backups or []) if b is not None]
@@ -126,6 +159,16 @@ class Batch:
 batch = Batch
 
 
+def _neighbourhood(w: Tensor, group: AscentGroup) -> Tensor:
+    """T, by which gradient and displacement are scaled."""
+    return w.abs() + group.eta if group.adaptive else torch.ones_like(w)
+
+
+def _scaled(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
+    """T g"""
+    return _neighbourhood(w.double(), group) * g.double() if group.adaptive else g
+
+
 def _wide(x: Tensor) -> Tensor:
     """fp32 for 16-bit tensors, others as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -139,8 +182,11 @@ def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tu
     far = torch.where(exponent < -limit, shift, torch.where(exponent > limit, -shift, 0.0)).double()
     pre = torch.exp2(far)
     # A number divided by a tensor is rounded twice: torch multiplies by the reciprocal.
-    radius = rho if isinstance(rho, Tensor) else torch.scalar_tensor(rho, dtype=torch.float64)
-    return pre.to(dtype), (radius / (norm * pre)).to(dtype), active
+    return pre.to(dtype), (_radius(rho) / (norm * pre)).to(dtype), active
+
+
+def _radius(rho: float | Tensor) -> Tensor:
+    return rho if isinstance(rho, Tensor) else torch.scalar_tensor(rho, dtype=torch.float64)
 
 
 def _sgd_tensor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,11 +83,15 @@ class CPUBatch:
     def kept(self) -> list[bool | None]:
         return self._batch.kept
 
-    def norm(self, groups: list[AscentGroup]) -> Tensor:
-        return torch.scalar_tensor(self._batch.norm(groups, torch.get_num_threads()), dtype=torch.float64)
+    def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
+        value, tensor, element = self._batch.norm(groups, q, torch.get_num_threads())
+        if q == math.inf:
+            return torch.tensor([value, tensor, element], dtype=torch.float64)
+        return torch.scalar_tensor(value, dtype=torch.float64)
 
-    def perturb(self, norm: Tensor, groups: list[AscentGroup], journal: Journal) -> None:
-        self._batch.perturb(norm.item(), groups, torch.get_num_threads(), journal, self)
+    def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
+        value, tensor, element = (0.0, -1.0, -1.0) if norm is None else _numbers(norm)
+        self._batch.perturb((value, tensor, element), groups, q, torch.get_num_threads(), journal, self)
 
     def restore(self) -> None:
         self._batch.restore(len(self.params), torch.get_num_threads())
@@ -103,22 +108,30 @@ class CPUBatch:
         self._batch.sgd_update(groups, multiplier, torch.get_num_threads(), journal)
 
 
+def _numbers(norm: Tensor) -> list[float]:
+    return norm.tolist() if norm.dim() else [norm.item(), -1.0, -1.0]
+
+
 class CUDABatch(CPUBatch):
     """The ops as kernels on the current stream of the tensors' device. None of them waits for it.
 
     On CPU tensors, which `batch` never gives it, the same kernels are interpreted: the tests run them so.
     """
 
-    def norm(self, groups: list[AscentGroup]) -> Tensor:
-        partials = _native.cuda.norm_partials(self._batch, groups)
-        workspace = torch.empty(1 + partials, dtype=torch.float64, device=self.device)
+    def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
+        partials = _native.cuda.norm_partials(self._batch, groups, q)
+        workspace = torch.empty(3 + partials, dtype=torch.float64, device=self.device)
         with self._launching() as stream:
-            _native.cuda.norm(self._batch, groups, workspace, stream)
-        return workspace[0]
+            _native.cuda.norm(self._batch, groups, q, workspace, stream)
+        return workspace[:3] if q == math.inf else workspace[0]
 
-    def perturb(self, norm: Tensor, groups: list[AscentGroup], journal: Journal) -> None:
+    def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
+        # The kernels for q other than 1 and 2 read three numbers, of which only infinite q has the last two.
+        numbers = torch.zeros((), dtype=torch.float64, device=self.device) if norm is None else norm.double()
+        if numbers.dim() == 0 and q != 1 and q != 2:
+            numbers = numbers.expand(3).contiguous()
         with self._launching() as stream:
-            _native.cuda.perturb(self._batch, norm.double(), groups, stream, journal, self)
+            _native.cuda.perturb(self._batch, numbers, groups, q, stream, journal, self)
 
     def restore(self) -> None:
         with self._launching() as stream:

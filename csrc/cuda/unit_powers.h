@@ -1,0 +1,81 @@
+// What a lane does to its share of a unit for general p. Entries of an ascent carry the tensor's number in the list
+// where those of an update have the momentum buffer.
+#pragma once
+
+#include "unit_kernels.h"
+
+namespace fused_sam::cuda {
+
+FUSED_SAM_HD int64_t tensor_number(const Entry& entry) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(entry.momentum()));
+}
+
+// Calls visit(w, g, i) for this lane's elements, with both as fp64 and i counted from the tensor's first.
+template <class Visit>
+FUSED_SAM_HD void for_each_element(const Unit& u, int lane, const Visit& visit) {
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto q) {
+    const auto* w = static_cast<const decltype(p)*>(u.entry->param());
+    const auto* g = static_cast<const decltype(q)*>(u.entry->grad());
+    FUSED_SAM_ROLLED
+    for (int64_t i = u.begin + lane; i < u.begin + u.count; i += kWarp) {
+      visit(static_cast<double>(widen(w[i])), static_cast<double>(widen(g[i])), i);
+    }
+  });
+}
+
+FUSED_SAM_HD Peak peak_unit(const Unit& u, const AscentGroup& group, int lane) {
+  Peak result;
+  for_each_element(u, lane, [&](double w, double g, int64_t i) { result.add(neighbourhood(w, group) * g, i); });
+  return result;
+}
+
+FUSED_SAM_HD double powers_unit(const Unit& u, const AscentGroup& group, double q, double scale, int lane) {
+  double sum = 0.0;
+  for_each_element(u, lane,
+                   [&](double w, double g, int64_t) { sum += power_of(neighbourhood(w, group) * g, scale, q); });
+  return sum;
+}
+
+FUSED_SAM_HD void power_perturb_unit(const Unit& u, const AscentTerms& terms, double q, const Norm& norm, int lane) {
+  const double rho = terms.rho.read();
+  const bool active = ascent_scalars(rho, terms.group, q, norm.value, true).active;
+  const bool here = static_cast<double>(tensor_number(*u.entry)) == norm.tensor;
+  const int64_t element = here ? static_cast<int64_t>(norm.element) : -1;
+  const bool infinite = q > 1.7976931348623157e308;
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
+    using P = decltype(p);
+    P* w = static_cast<P*>(u.entry->param());
+    P* backup = static_cast<P*>(u.entry->backup());
+    const auto* gradient = static_cast<const decltype(g)*>(u.entry->grad());
+    FUSED_SAM_ROLLED
+    for (int64_t i = u.begin + lane; i < u.begin + u.count; i += kWarp) {
+      const P old = w[i];
+      const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
+      backup[i] = old;
+      if (!active || (infinite && i != element)) continue;
+      narrow(&w[i], infinite ? peak_displaced(widen(old), x, terms.group, rho)
+                             : displaced(widen(old), x, terms.group, rho, q, norm.value));
+    }
+  });
+}
+
+// From the largest |x| and the sum of (|x| / largest)^q. A largest that is zero or not finite is the norm itself.
+FUSED_SAM_HD Norm norm_of_powers(double scale, double sum, double q) {
+  const bool usable = scale > 0.0 && scale <= 1.7976931348623157e308;
+  return {usable ? scale * ::pow(sum, 1.0 / q) : scale, -1.0, -1.0};
+}
+
+// Peaks of units as three numbers: partials[3 i ...].
+struct PeakPartial {
+  double value, tensor, element;
+
+  // Of equal ones the first in the list comes first.
+  FUSED_SAM_HD bool is_below(const PeakPartial& other) const {
+    if (Peak{value, 0}.is_below(other.value)) return true;
+    const bool equal = other.value == value || (other.value != other.value && value != value);
+    return equal && other.element >= 0 &&
+           (element < 0 || other.tensor < tensor || (other.tensor == tensor && other.element < element));
+  }
+};
+
+}  // namespace fused_sam::cuda

@@ -1,0 +1,73 @@
+// General p, in fp64 and one element at a time: pow costs more than memory, so nothing is gained by vectors. Shared by
+// CPU and CUDA kernels.
+#pragma once
+
+#include <cmath>
+
+#include "convert.h"
+#include "kernels.h"
+
+namespace fused_sam {
+
+FUSED_SAM_HD float widen(float x) {
+  return x;
+}
+FUSED_SAM_HD double widen(double x) {
+  return x;
+}
+FUSED_SAM_HD float widen(bf16 x) {
+  return to_float(x);
+}
+FUSED_SAM_HD float widen(f16 x) {
+  return to_float(x);
+}
+FUSED_SAM_HD void narrow(float* p, double x) {
+  *p = static_cast<float>(x);
+}
+FUSED_SAM_HD void narrow(double* p, double x) {
+  *p = x;
+}
+FUSED_SAM_HD void narrow(bf16* p, double x) {
+  from_float(p, static_cast<float>(x));
+}
+FUSED_SAM_HD void narrow(f16* p, double x) {
+  from_float(p, static_cast<float>(x));
+}
+
+// T, by which both the gradient and the displacement are scaled.
+FUSED_SAM_HD double neighbourhood(double w, const AscentGroup& group) {
+  return group.adaptive ? ::fabs(w) + group.eta : 1.0;
+}
+
+// (|x| / scale)^q of an element of x = T g. The scale is the largest |x|, so that no q overflows.
+FUSED_SAM_HD double power_of(double x, double scale, double q) {
+  return ::pow(::fabs(x) / scale, q);
+}
+
+// w + e for finite q > 1. `norm` is positive and finite.
+FUSED_SAM_HD double displaced(double w, double g, const AscentGroup& group, double rho, double q, double norm) {
+  const double t = neighbourhood(w, group), x = t * g;
+  return w + ::copysign(rho * t * ::pow(::fabs(x) / norm, q - 1.0), x);
+}
+
+// w + e for infinite q, at the one element that moves: by all of rho, in the direction of the gradient.
+FUSED_SAM_HD double peak_displaced(double w, double g, const AscentGroup& group, double rho) {
+  return w + ::copysign(rho * neighbourhood(w, group), g);
+}
+
+// The largest |x| seen, and where; NaN once seen stays.
+struct Peak {
+  double value = 0.0;
+  int64_t element = -1;
+
+  FUSED_SAM_HD bool is_below(double size) const { return size > value || (size != size && value == value); }
+
+  FUSED_SAM_HD void add(double x, int64_t at) {
+    if (is_below(::fabs(x))) {
+      value = ::fabs(x);
+      element = at;
+    }
+  }
+};
+
+}  // namespace fused_sam
