@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -13,6 +15,12 @@ from fused_sam import backends
 
 # A backend and a device it serves. Where there is no GPU, one placeholder stands for all GPU targets.
 CPU_TARGETS = [("native", "cpu"), ("eager", "cpu")]
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    # Slow: test_triton.py chooses which tests run so.
+    import interpreter
+
+    interpreter.repair()
+    CPU_TARGETS.append(("triton", "cpu"))
 CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
 
 
