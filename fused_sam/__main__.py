@@ -25,20 +25,33 @@ def main(argv: list[str] | None = None) -> int:
     print()
     failures = 0
     for name, state in backends.available().items():
-        if state == "ok":
-            error = step_error(name)
+        device = _device_for(name)
+        if state == "ok" and device is None:
+            state = backends.available("cpu")[name]
+        elif state == "ok":
+            error = step_error(name, device)
             ok = error <= TOLERANCE
             failures += not ok
             state = f"ok, one step checked: largest error {error:.1e}" if ok else f"WRONG: error {error:.1e}"
         print(f"{name:<12} {state}")
     try:
         asked = backends.requested()
-        chosen = backends.for_device("cpu", asked).__name__.rpartition(".")[2]
-        print(f"\nIn use for CPU tensors: {chosen}{' (FUSED_SAM_BACKEND)' if asked else ''}")
+        for device in [_device_for(asked) or "cpu"] if asked else _devices():
+            chosen = backends.for_device(device, asked).__name__.rpartition(".")[2]
+            print(f"\nIn use for {device.upper()} tensors: {chosen}{' (FUSED_SAM_BACKEND)' if asked else ''}")
     except (RuntimeError, ValueError) as error:
         print(f"\n{error}")
         failures += 1
     return 1 if failures else 0
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available())]
+
+
+def _device_for(backend: str) -> str | None:
+    """The type of a device that is here and that the backend takes."""
+    return next((device for device in _devices() if backends.available(device)[backend] == "ok"), None)
 
 
 def environment() -> dict[str, str]:
@@ -58,7 +71,7 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def step_error(backend: str) -> float:
+def step_error(backend: str, device: str = "cpu") -> float:
     """Largest deviation of the weights from the float64 reference after one SAM step on made-up gradients."""
     generator = torch.Generator().manual_seed(0)
 
@@ -67,15 +80,15 @@ def step_error(backend: str) -> float:
 
     weights, gradients = tensors(), [tensors(), tensors()]
     options: dict[str, Any] = {"rho": 0.05, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-    params = [w.clone().requires_grad_() for w in weights]
+    params = [w.to(device, copy=True).requires_grad_() for w in weights]
     exact = [w.double() for w in weights]
     ours, reference = FusedSAM(params, backend=backend, **options), ReferenceSAM(exact, **options)
     for optimizer, ps, dtype in ((ours, params, torch.float32), (reference, exact, torch.float64)):
         for grads, half in zip(gradients, (optimizer.first_step, optimizer.second_step)):
             for p, g in zip(ps, grads):
-                p.grad = g.to(dtype, copy=True)
+                p.grad = g.to(p.device, dtype, copy=True)
             half(zero_grad=True)
-    return max((p.double() - q).abs().max().item() for p, q in zip(params, exact))
+    return max((p.cpu().double() - q).abs().max().item() for p, q in zip(params, exact))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,18 @@ def repair() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    patch = interpreter._patch_lang
+
+    patched = set()
+
+    def patch_lang(function: Any) -> Any:
+        if function.__module__ not in patched:
+            patch(function)
+            patched.add(function.__module__)
+        return interpreter._LangPatchScope()
+
     interpreter._patch_lang_tensor = patch_lang_tensor
+    # Once and for good: done for each call of a function, as it is, this takes most of the time.
+    interpreter._patch_lang = patch_lang
     builder.create_fma, builder.cast_impl, builder.create_splat = create_fma, cast_impl, create_splat
     np.seterr(all="ignore")  # an overflow is a value, not a warning

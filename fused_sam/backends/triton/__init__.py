@@ -234,6 +234,8 @@ class Batch:
         return tables.plan(tuple(pairs), self._sizes, tuple(group_sizes))
 
     def _columns(self, plan: tables.Plan, *columns: bytes) -> list[Tensor]:
+        if not plan.launches:
+            return []
         return _columns.on(self._device, [plan.chunks, plan.sizes, *columns])
 
     def _require_disjoint(self) -> None:

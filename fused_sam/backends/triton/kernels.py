@@ -9,8 +9,8 @@ Tables (int64, one entry per tensor of the op unless said otherwise; an address 
     chunks      [chunks]     tensor << 32 | number of the chunk within it
     sizes       elements
     groups      index of the group
-    params, grads, backups, momenta
-                addresses
+    weights, grads, backups, momenta
+                addresses (of parameters: an argument called "params" clashes with the code that Triton generates)
     ascent      [groups, 3]  rho as the bits of a float64, or the address of a scalar, and flags
     sgd         [groups, 6]  lr, momentum, 1 - dampening, weight_decay as bits, the address of lr or 0, and flags
 """
@@ -137,12 +137,12 @@ def _add_squares(acc, w, g, start, count, adaptive, C: tl.constexpr, TILE: tl.co
     return tl.fma(x, x, acc)
 
 
-@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "params", "grads", "ascent", "partials", "first"])
+@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "ascent", "partials", "first"])
 def norm_partials(
     chunks,
     sizes,
     groups,
-    params,
+    weights,
     grads,
     ascent,
     partials,
@@ -157,7 +157,7 @@ def norm_partials(
     index = first + tl.program_id(0)
     row, begin, count = _chunk(chunks, sizes, index, CHUNK)
     adaptive = (tl.load(ascent + tl.load(groups + row) * 3 + 2) & 2) != 0
-    w_address, w = _pointer(params, row, begin, P)
+    w_address, w = _pointer(weights, row, begin, P)
     g_address, g = _pointer(grads, row, begin, G)
     full = _in_full_tiles(w_address | g_address, count, TILE)
     acc = tl.zeros([TILE], tl.float64)
@@ -209,12 +209,12 @@ def _perturb_tile(
     _store(w_, moved.to(raw.dtype), start, count, active, TILE, FULL)
 
 
-@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "params", "grads", "backups", "ascent", "norm", "last"])
+@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "backups", "ascent", "norm", "last"])
 def perturb(
     chunks,
     sizes,
     groups,
-    params,
+    weights,
     grads,
     backups,
     ascent,
@@ -229,7 +229,7 @@ def perturb(
 ):
     """backup = w, w = w + e. From the last chunk to the first: the cache still holds what the norm read last."""
     row, begin, count = _chunk(chunks, sizes, last - tl.program_id(0), CHUNK)
-    w_address, w = _pointer(params, row, begin, P)
+    w_address, w = _pointer(weights, row, begin, P)
     g_address, g = _pointer(grads, row, begin, G)
     b_address, b = _pointer(backups, row, begin, P)
     entry = ascent + tl.load(groups + row) * 3
@@ -244,13 +244,13 @@ def perturb(
         _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, C, REST, False)
 
 
-@triton.jit(do_not_specialize=["chunks", "sizes", "params", "backups", "first"])
+@triton.jit(do_not_specialize=["chunks", "sizes", "weights", "backups", "first"])
 def restore(
-    chunks, sizes, params, backups, first, P: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr
+    chunks, sizes, weights, backups, first, P: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr
 ):
     """w = backup."""
     row, begin, count = _chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
-    w_address, w = _pointer(params, row, begin, P)
+    w_address, w = _pointer(weights, row, begin, P)
     b_address, b = _pointer(backups, row, begin, P)
     full = _in_full_tiles(w_address | b_address, count, TILE)
     for start in range(0, full, TILE):
@@ -316,14 +316,14 @@ def _multiplier(grad_scale, C: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "chunks", "sizes", "groups", "params", "grads", "backups", "momenta", "sgd", "grad_scale", "found_inf", "first"
+        "chunks", "sizes", "groups", "weights", "grads", "backups", "momenta", "sgd", "grad_scale", "found_inf", "first"
     ]
 )  # fmt: skip
 def sgd_update(
     chunks,
     sizes,
     groups,
-    params,
+    weights,
     grads,
     backups,
     momenta,
@@ -340,7 +340,7 @@ def sgd_update(
 ):
     """w = backup where there is one, then SGD where there is a gradient and found_inf is 0."""
     row, begin, count = _chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
-    w_address, w = _pointer(params, row, begin, P)
+    w_address, w = _pointer(weights, row, begin, P)
     g_address, g = _pointer(grads, row, begin, G)
     b_address, b = _pointer(backups, row, begin, P)
     m_address, m = _pointer(momenta, row, begin, P)
