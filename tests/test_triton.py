@@ -1,7 +1,7 @@
 """The Triton backend where there is no GPU: its values in Triton's interpreter, and the code it compiles to.
 
-Elsewhere the other tests run on it as on any backend. The interpreter takes milliseconds for what a GPU does in less than
-a microsecond, so the tests of the op surface run on it in full, those of the optimizer in the configurations that differ.
+Where there is one, the other tests run on it as on any backend. The interpreter takes milliseconds for what a GPU does
+in less than a microsecond, so the tests of the op surface run in it in full, others in the cases that differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 from fused_sam import backends
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter")
+compiled = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"
+)
 
 SUITES = {
     "ops": ("test_ops.py test_ops_update.py", "not thousand"),
@@ -261,7 +263,10 @@ def test_the_plan_covers_every_element_once_whatever_the_dtypes() -> None:
     plan = tables.plan((f32, f32, bf16, f32, None, bf16), sizes, (2, 4))
     entries = memoryview(plan.chunks).cast("q").tolist()
     assert [(e >> 32, e & 0xFFFFFFFF) for e in entries] == [(0, 0), (3, 0), (3, 1), (2, 0), (5, 0), (5, 1), (5, 2)]
-    assert [(x.dtypes, x.first, x.count, x.rows) for x in plan.launches] == [(f32, 0, 3, (0, 3)), (bf16, 3, 4, (2, 5))]
+    assert [(x.dtypes, x.first, x.programs, x.rows) for x in plan.launches] == [
+        (f32, 0, 3, (0, 3)),
+        (bf16, 3, 4, (2, 5)),
+    ]
     assert memoryview(plan.groups).cast("q").tolist() == [0, 0, 1, 1, 1, 1]
 
 

@@ -1,8 +1,8 @@
 """The kernels in Triton, for GPUs of any vendor: no compiler of CUDA or C++ is needed where the package is installed.
 
 The norm is two launches, perturb, restore and update are one each, for any number of tensors; as many times that as
-there are pairs of parameter and gradient dtypes among them. Nothing waits for the device. On CPU tensors the kernels run
-in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+there are pairs of parameter and gradient dtypes among them. Nothing waits for the device. On CPU tensors the kernels
+run in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["NEEDS_DENSE", "Batch", "batch", "clear_grads", "get_grads", "lookup"
 
 NEEDS_DENSE = True
 
-# Backups of tensors smaller than this share one allocation: asking who owns a gradient costs more than so little memory.
+# Backups of tensors smaller than this share one allocation: asking who owns a gradient costs more than the memory.
 SMALL_BYTES = 4096
 ALIGNMENT = 64
 
@@ -131,18 +131,16 @@ class Batch:
 
     def norm(self, groups: list[AscentGroup]) -> Tensor:
         plan = self._plan([group.size for group in groups], self._pairs())
-        if plan.count == 0:
+        if plan.total == 0:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         with tables.on_device(self._device):
-            partials = torch.empty(plan.count, dtype=torch.float64, device=self._device)
+            partials = torch.empty(plan.total, dtype=torch.float64, device=self._device)
             result = torch.empty((), dtype=torch.float64, device=self._device)
             table = tables.ascent_table(groups)
             columns = self._columns(plan, plan.groups, _addresses(self._p), _addresses(self._g), table)
             for x in plan.launches:
-                kernels.norm_partials[(x.count,)](*columns, partials, x.first, **_constants(x), **kernels.OPTIONS)
-            kernels.norm_total[(1,)](
-                partials, result, plan.count, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS
-            )
+                kernels.norm_partials[(x.programs,)](*columns, partials, x.first, **_constants(x), **kernels.OPTIONS)
+            kernels.norm_total[(1,)](partials, result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
         return result
 
     def perturb(self, norm: Tensor, groups: list[AscentGroup], journal: Journal) -> None:
@@ -166,8 +164,8 @@ class Batch:
             )
             planned, self._backups = self._backups, [0] * len(self.params)
             for x in plan.launches:
-                last = x.first + x.count - 1
-                kernels.perturb[(x.count,)](
+                last = x.first + x.programs - 1
+                kernels.perturb[(x.programs,)](
                     *columns, norm, last, **_constants(x), REST=kernels.REST, **kernels.OPTIONS
                 )
                 for i in x.rows:
@@ -188,7 +186,7 @@ class Batch:
             columns = self._columns(plan, _addresses(self._p), tables.column(self._backups))
             for x in plan.launches:
                 constants = {k: v for k, v in _constants(x).items() if k not in ("G", "C")}
-                kernels.restore[(x.count,)](*columns, x.first, **constants, REST=kernels.REST, **kernels.OPTIONS)
+                kernels.restore[(x.programs,)](*columns, x.first, **constants, REST=kernels.REST, **kernels.OPTIONS)
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
@@ -209,7 +207,7 @@ class Batch:
                 tables.sgd_table(groups),
             )
             for x in plan.launches:
-                kernels.sgd_update[(x.count,)](
+                kernels.sgd_update[(x.programs,)](
                     *columns, grad_scale, found_inf, x.first, **_constants(x), REST=kernels.REST, **kernels.OPTIONS
                 )
             journal.clear()

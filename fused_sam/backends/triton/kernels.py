@@ -1,8 +1,8 @@
 """The kernels, in Triton: one program per chunk of a tensor, no matter how many tensors there are.
 
-Every address is an int64 in a table in device memory, and so is every hyperparameter: only dtypes are compiled in. What
-changes between steps changes a table, never the code. Arithmetic is that of ``csrc/arithmetic.h``: each product and each
-fused multiply-add is written out, and the launches forbid the compiler to fuse any other (`OPTIONS`).
+Every address is an int64 in a table in device memory, and so is every hyperparameter: only dtypes are compiled in.
+What changes between steps changes a table, never the code. Arithmetic is that of ``csrc/arithmetic.h``: each product
+and each fused multiply-add is written out, and the launches forbid the compiler to fuse any other (`OPTIONS`).
 
 Tables (int64, one entry per tensor of the op unless said otherwise; an address of 0 stands for "there is none"):
 
@@ -181,8 +181,9 @@ def norm_total(partials, out, count, TILE: tl.constexpr):
 @triton.jit
 def _ascent_factors(rho, norm, C: tl.constexpr):
     """(pre, post, active): e = post * (pre * g) where active, with pre a power of two that keeps post in range."""
-    limit: tl.constexpr = 2.0**900 if C == tl.float64 else 2.0**100
-    shift: tl.constexpr = 2.0**512 if C == tl.float64 else 2.0**64
+    double: tl.constexpr = C.primitive_bitwidth == 64
+    limit: tl.constexpr = 2.0**900 if double else 2.0**100
+    shift: tl.constexpr = 2.0**512 if double else 2.0**64
     active = (rho != 0) & (norm > 0) & (norm < float("inf"))
     norm = tl.where(active, norm, 1.0)
     scale = rho / norm
@@ -342,7 +343,7 @@ def sgd_update(
     row, begin, count = _chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = _pointer(weights, row, begin, P)
     g_address, g = _pointer(grads, row, begin, G)
-    b_address, b = _pointer(backups, row, begin, P)
+    b_address = tl.load(backups + row)
     m_address, m = _pointer(momenta, row, begin, P)
     source = tl.where(b_address == 0, w_address, b_address).to(tl.pointer_type(P)) + begin
     live = g_address != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import sys
@@ -110,7 +111,7 @@ def require_disjoint(spans: tuple[tuple[int, int], ...]) -> None:
         ValueError: if two do.
     """
     ordered = sorted((address, address + size) for address, size in spans if size > 0)
-    if any(begin < end for (_, end), (begin, _) in zip(ordered, ordered[1:])):
+    if any(begin < end for (_, end), (begin, _) in itertools.pairwise(ordered)):
         raise ValueError("Invalid memory layout: parameters, backups and momentum buffers must not overlap.")
 
 
@@ -118,7 +119,7 @@ def require_disjoint(spans: tuple[tuple[int, int], ...]) -> None:
 Uses = tuple[int, int, int, int]
 
 
-def _uses(tensors: Sequence[Tensor], index: int) -> Uses:
+def _uses(tensors: Sequence[Any], index: int) -> Uses:
     """Counted in one way only: by index, so that the caller adds the same references whatever the tensor."""
     storage = tensors[index].untyped_storage()
     return (

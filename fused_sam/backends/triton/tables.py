@@ -1,8 +1,8 @@
 """What the kernels read besides tensors: which chunk is of which tensor, addresses, hyperparameters.
 
 All of it is int64 columns in device memory. A column is known by its contents: one that the device has already is not
-sent again, so that a step sends what has changed, such as the addresses of new gradients, in one copy that nothing waits
-for.
+sent again, so that a step sends what has changed, such as the addresses of new gradients, in one copy that nothing
+waits for.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Dtypes = tuple[torch.dtype, torch.dtype]  # of a parameter and of its gradient
 
 
 class Launch(NamedTuple):
-    """The chunks of the tensors of one pair of dtypes: a kernel is compiled for each, so each is a launch of its own."""
+    """The chunks of the tensors of one pair of dtypes, for each of which a kernel is compiled."""
 
     dtypes: Dtypes
     first: int
-    count: int
+    programs: int  # one per chunk, from the first
     rows: tuple[int, ...]
 
 
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     groups: bytes
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many chunks there are."""
         return len(self.chunks) // 8
 
