@@ -53,7 +53,8 @@ class FusedSAM(Optimizer):
             runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
         adaptive: elementwise scale-invariant perturbation.
-        backend: ``"native"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else the best.
+        backend: ``"native"``, ``"triton"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else
+            the best.
         replay_rng: in the closure form, start both passes from the same random state (same dropout masks).
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 

@@ -16,17 +16,23 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import BLOCK, DTYPES, ascent_groups, ids, set_grads, snapshot
 
-from fused_sam import backends
+from fused_sam import FusedSAM, backends, ops
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 compiled = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"
 )
 
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by those in the interpreter")
+
 SUITES = {
     "ops": ("test_ops.py test_ops_update.py", "not thousand"),
-    "operands": ("test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py", ""),
+    "operands": (
+        "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py",
+        "",
+    ),
     "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),
     "numbers": (
         "test_parity.py test_storage.py test_amp.py",
@@ -50,6 +56,47 @@ def test_the_suite_passes_in_the_interpreter(suite: str) -> None:
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
     assert int(passed[1]) > 20
+
+
+@interpreted
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_the_bits_of_the_norm_do_not_depend_on_alignment(dtype: torch.dtype, adaptive: bool) -> None:
+    """In vectors or one by one, an element is added to the same sum in the same order."""
+    size = BLOCK + 2053
+    values = [torch.randn(size).to(dtype) for _ in range(2)]
+    norms = set()
+    for offset in (0, 1):
+        w, g = (torch.zeros(size + 16, dtype=dtype)[offset : offset + size].copy_(v) for v in values)
+        norms.add(ops.norm([w], [g], ascent_groups(1, adaptive=adaptive), backend="triton").item())
+    assert len(norms) == 1
+
+
+@interpreted
+def test_what_was_moved_comes_back_if_a_later_launch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters of two dtypes are two launches, of which the second has still to be compiled."""
+    from fused_sam.backends.triton import kernels
+
+    class FailsOnce:
+        launch = kernels.perturb
+        launched = 0
+
+        def __getitem__(self, grid: Any) -> Any:
+            self.launched += 1
+            if self.launched == 2:
+                raise RuntimeError("mishap")
+            return self.launch[grid]
+
+    monkeypatch.setattr(kernels, "perturb", failing := FailsOnce())
+    params = [torch.randn(2000), torch.randn(2000).bfloat16()]
+    optimizer = FusedSAM(params, rho=0.3, lr=0.1, backend="triton")
+    before = snapshot(params)
+    set_grads(params, [torch.ones(2000), torch.ones(2000)])
+    with pytest.raises(RuntimeError, match="mishap"):
+        optimizer.first_step(zero_grad=True)
+    assert failing.launched == 2
+    assert not optimizer.perturbed
+    assert snapshot(params) == before
 
 
 F32, F64, BF16, F16 = "fp32", "fp64", "bf16", "fp16"
@@ -252,6 +299,36 @@ def test_a_column_is_sent_once() -> None:
     second = columns.on(device, [weights, tables.column([5, 6, 8])])
     assert second[0].data_ptr() == first[0].data_ptr() == first[2].data_ptr()
     assert second[1].tolist() == [5, 6, 8]
+
+
+@needs_triton
+def test_what_a_graph_captured_is_sent_by_the_graph_and_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which has no streams: made up, like memory that a capture may not ask for."""
+    from types import SimpleNamespace
+
+    from fused_sam.backends.triton import tables
+
+    state = SimpleNamespace(stream=7, capturing=False)
+    streams = SimpleNamespace(
+        current_stream=lambda device: SimpleNamespace(stream_id=state.stream),
+        is_current_stream_capturing=lambda: state.capturing,
+    )
+    monkeypatch.setattr(tables.torch, "get_device_module", lambda device: streams)
+    empty = torch.empty
+    monkeypatch.setattr(tables.torch, "empty", lambda *size, pin_memory, **kind: empty(*size, **kind))
+    columns, device, numbers = tables.Columns(), torch.device("meta"), [tables.column([1, 2, 3])]
+    before = columns.on(device, numbers)[0]
+    assert columns.on(device, numbers)[0] is before
+    state.capturing = True
+    monkeypatch.setattr(tables.torch, "empty", None)
+    one, two = (columns.on(device, numbers)[0] for _ in range(2))
+    assert len({id(before), id(one), id(two)}) == 3
+    assert [pinned.tolist() for pinned, _ in columns._captured] == [[1, 2, 3]] * 2
+    state.capturing = False
+    assert columns.on(device, numbers)[0] is before
+    monkeypatch.setattr(tables.torch, "empty", lambda *size, pin_memory, **kind: empty(*size, **kind))
+    state.stream = 8
+    assert columns.on(device, numbers)[0] is not before
 
 
 @needs_triton

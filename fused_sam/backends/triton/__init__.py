@@ -72,6 +72,7 @@ class Batch:
         self._p, self._g, self._m = look(params), look(grads or nothing), look(momentum_buffers or nothing)
         kept = look(listed)
         self._sizes = tuple(p.numel for p in self._p)
+        self._bytes = [size * p.traits[0].itemsize for size, p in zip(self._sizes, self._p)]
         self.odd = [i for i, b in enumerate(kept) if not self._takes(i, b)]
         self._backups = [0 if b is None else b.address for b in kept]
         self._listed = listed is not nothing
@@ -98,16 +99,16 @@ class Batch:
                 self._backups[i] = address
 
     def make_backups(self, owned: bool) -> None:
-        there = [(i, p) for i, (p, g) in enumerate(zip(self._p, self._g)) if g is not None and p.bytes > 0]
-        places = {i: p.bytes // ALIGNMENT * ALIGNMENT + ALIGNMENT for i, p in there if p.bytes < SMALL_BYTES}
+        there = [i for i, (g, size) in enumerate(zip(self._g, self._bytes)) if g is not None and size > 0]
+        places = {i: -(-self._bytes[i] // ALIGNMENT) * ALIGNMENT for i in there if self._bytes[i] < SMALL_BYTES}
         pool = torch.empty(sum(places.values()), dtype=torch.uint8, device=self._device)
         self._memory.append(pool)
         address = pool.data_ptr()
-        for i, p in there:
+        for i in there:
             if i in places:
                 self._backups[i] = address
                 address += places[i]
-            elif owned and self._g[i].traits[0] == p.traits[0] and is_sole_owner(self._grads, i):
+            elif owned and self._g[i].traits[0] == self._p[i].traits[0] and is_sole_owner(self._grads, i):
                 self._backups[i] = self._g[i].address
             else:
                 memory = torch.empty_like(self.params[i])
@@ -239,13 +240,13 @@ class Batch:
     def _require_disjoint(self) -> None:
         """Two written tensors on the same memory would be updated in no particular order."""
         spans = []
-        for p, g, m, b in zip(self._p, self._g, self._m, self._backups):
+        for p, g, m, b, size in zip(self._p, self._g, self._m, self._backups, self._bytes):
             if g is not None or b != 0:
-                spans.append((p.address, p.bytes))
+                spans.append((p.address, size))
                 if m is not None:
-                    spans.append((m.address, m.bytes))
+                    spans.append((m.address, size))
                 if self._listed and b != 0:  # those made here overlap nothing
-                    spans.append((b, p.bytes))
+                    spans.append((b, size))
         require_disjoint(tuple(spans))
 
     def _require_momentum(self, groups: list[SGDGroup]) -> None:

@@ -29,11 +29,6 @@ class Seen(NamedTuple):
         """The number of elements."""
         return math.prod(self.traits[1])
 
-    @property
-    def bytes(self) -> int:
-        """The size in memory."""
-        return self.numel * self.traits[0].itemsize
-
     def readable(self) -> bool:
         """Whether memory holds the values themselves, and is there."""
         return not self.negated and (self.address != 0 or self.numel == 0)
