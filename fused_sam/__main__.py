@@ -23,13 +23,24 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in environment().items():
         print(f"{name:<12} {value}")
     print()
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    failures = sum(report(device) for device in devices)
+    failures = sum(report(device) for device in devices())
+    try:
+        asked = backends.requested()
+        if asked and all(backends.available(device)[asked] != "ok" for device in devices()):
+            backends.for_device(devices()[-1], asked)
+    except (RuntimeError, ValueError) as error:
+        print(error)
+        failures += 1
     return 1 if failures else 0
 
 
+def devices() -> list[str]:
+    """The types of the devices that are here."""
+    return ["cpu", *(kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available())]
+
+
 def report(device: str) -> int:
-    """Print what each backend does with tensors of a device type, and which is in use; the number of failures."""
+    """Print what each backend does with tensors of a device type, and which is used unasked; the number of failures."""
     failures = 0
     for name, state in backends.available(device).items():
         if state == "ok":
@@ -38,13 +49,10 @@ def report(device: str) -> int:
             failures += not ok
             state = f"ok, one step checked: largest error {error:.1e}" if ok else f"WRONG: error {error:.1e}"
         print(f"{device:<6}{name:<12} {state}")
-    try:
-        asked = backends.requested()
-        chosen = backends.for_device(device, asked).__name__.rpartition(".")[2]
-        print(f"{device:<6}in use: {chosen}{' (FUSED_SAM_BACKEND)' if asked else ''}\n")
-    except (RuntimeError, ValueError) as error:
-        print(f"\n{error}")
-        failures += 1
+    asked = os.environ.get("FUSED_SAM_BACKEND")
+    first = next(name for name, state in backends.available(device).items() if state == "ok")
+    usable = backends.available(device).get(asked or "") == "ok"
+    print(f"{device:<6}in use: {f'{asked} (FUSED_SAM_BACKEND)' if usable else first}\n")
     return failures
 
 
@@ -76,15 +84,15 @@ def step_error(backend: str, device: str = "cpu") -> float:
 
     weights, gradients = tensors(), [tensors(), tensors()]
     options: dict[str, Any] = {"rho": 0.05, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-    params = [w.clone().requires_grad_() for w in weights]
+    params = [w.to(device, copy=True).requires_grad_() for w in weights]
     exact = [w.double() for w in weights]
     ours, reference = FusedSAM(params, backend=backend, **options), ReferenceSAM(exact, **options)
     for optimizer, ps, dtype in ((ours, params, torch.float32), (reference, exact, torch.float64)):
         for grads, half in zip(gradients, (optimizer.first_step, optimizer.second_step)):
             for p, g in zip(ps, grads):
-                p.grad = g.to(dtype, copy=True)
+                p.grad = g.to(p.device, dtype, copy=True)
             half(zero_grad=True)
-    return max((p.double() - q).abs().max().item() for p, q in zip(params, exact))
+    return max((p.cpu().double() - q).abs().max().item() for p, q in zip(params, exact))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from fused_sam.routing import InvalidTensor, TensorList, contiguous, route, stan
 __all__ = ["Ascent", "AscentGroup", "InvalidTensor", "SGDGroup", "norm", "perturb", "restore", "sgd_update"]
 
 # What perturb has done and restore or sgd_update have yet to undo: entries with ``params``, ``kept`` (None for each
-# parameter that is not displaced) and ``restore()``. It is written by the code that touches the weights, at the moment
-# it has: an interrupt finds it true.
+# parameter that is not displaced), ``joins_update`` and ``restore()``. It is written by the code that touches the weights,
+# at the moment it has: an interrupt finds it true.
 Journal: TypeAlias = list[Any]
 
 
@@ -171,6 +171,8 @@ def _joint_norm(norms: list[Tensor], q: float) -> Tensor:
 
 class _Copies:
     """A journal entry for parameters of layouts that only torch can walk."""
+
+    joins_update = False
 
     def __init__(self, params: TensorList, backups: TensorList) -> None:
         self.params = params
@@ -321,7 +323,7 @@ def all_present(tensors: TensorList) -> bool:
 def one_batch(journal: Journal, count: int) -> Any | None:
     """The backups that `sgd_update` of ``count`` parameters can restore in its own pass; where several calls moved the
     weights, or one that was not given all of them, undoes them."""
-    if len(journal) == 1 and not isinstance(journal[0], _Copies) and len(journal[0].params) == count:
+    if len(journal) == 1 and journal[0].joins_update and len(journal[0].params) == count:
         return journal[0]
     undo(journal)
     return None

@@ -62,7 +62,8 @@ class FusedSAM(Optimizer):
         p: 1 <= p <= inf, of the p-norm in which the perturbation has length rho. With inf no norm is taken, and an
             element whose gradient is NaN stays; with 1 the largest element of T g alone moves, of equal ones the first.
         eta: added to ``|w|`` in adaptive groups, >= 0.
-        backend: ``"native"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else the best.
+        backend: ``"native"``, ``"triton"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else
+            the best.
         replay_rng: in the closure form, start both passes from the same random state (same dropout masks).
         capturable: allow steps to be captured in a CUDA graph, after at least one step outside of it. Of ``rho`` and
             ``lr``, tensors on the device are read at every replay and numbers are captured as they are. Also given to

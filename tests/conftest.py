@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,12 @@ with contextlib.suppress(ImportError):  # where the native core is not built
 
 # A backend and a device it serves. Where there is no GPU, one placeholder stands for all GPU targets.
 CPU_TARGETS = [("native", "cpu"), ("interpreted", "cpu"), ("eager", "cpu")]
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    # Slow: test_triton.py chooses which tests run so.
+    import interpreter
+
+    interpreter.repair()
+    CPU_TARGETS.append(("triton", "cpu"))
 CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
 
 

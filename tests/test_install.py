@@ -58,7 +58,15 @@ def test_the_wheel_is_built_without_torch_and_is_complete(source: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     names = contents(source)
     assert has_library(names)
-    for module in ("optimizer.py", "backends/eager.py", "backends/native.py", "py.typed", "_native.pyi"):
+    modules = (
+        "optimizer.py",
+        "backends/eager.py",
+        "backends/native.py",
+        "backends/triton/kernels.py",
+        "py.typed",
+        "_native.pyi",
+    )
+    for module in modules:
         assert f"fused_sam/{module}" in names
     assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
 

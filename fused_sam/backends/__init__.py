@@ -33,6 +33,7 @@ REGISTRY = (
         "fused_sam.backends.native",
         "reinstall where a C++17 compiler is found: FUSED_SAM_NATIVE=ON pip install --force-reinstall --no-deps .",
     ),
+    Backend("triton", "fused_sam.backends.triton", "pip install triton (CUDA and ROCm builds of torch bring it)"),
     Backend("eager", "fused_sam.backends.eager", "reinstall torch"),
 )
 

@@ -45,6 +45,9 @@ def why_not(device_type: str) -> str | None:
 class Batch:
     """The tensors of one op. Arguments and results of the methods are those of the functions in `fused_sam.ops`."""
 
+    # Whether an update by the same backend can restore what this has perturbed.
+    joins_update = True
+
     def __init__(
         self,
         params: TensorList,

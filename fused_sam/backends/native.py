@@ -55,6 +55,8 @@ def batch(
 
 
 class CPUBatch:
+    joins_update = True
+
     def __init__(
         self,
         device: torch.device,

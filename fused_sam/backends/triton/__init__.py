@@ -1,0 +1,301 @@
+"""The kernels in Triton, for GPUs of any vendor: no compiler of CUDA or C++ is needed where the package is installed.
+
+The norm is two launches, perturb, restore and update are one each, for any number of tensors; as many times that as
+there are pairs of parameter and gradient dtypes among them. Nothing waits for the device. On CPU tensors the kernels
+run in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    raise ImportError("Triton is not installed")
+
+import triton
+
+from fused_sam.backends import eager
+from fused_sam.backends.triton import kernels, tables
+from fused_sam.backends.triton.operands import Seen, is_param, is_sole_owner, look, matches, require_disjoint
+
+try:
+    from fused_sam.backends.native import clear_grads, get_grads, lookup
+except ImportError:
+    from fused_sam.backends.eager import clear_grads, get_grads, lookup
+
+if TYPE_CHECKING:
+    from fused_sam.ops import AscentGroup, Journal, SGDGroup
+    from fused_sam.routing import TensorList
+
+__all__ = ["NEEDS_DENSE", "Batch", "batch", "clear_grads", "get_grads", "lookup", "why_not"]
+
+NEEDS_DENSE = True
+
+# Backups of tensors smaller than this share one allocation: asking who owns a gradient costs more than the memory.
+SMALL_BYTES = 4096
+ALIGNMENT = 64
+
+_LANGUAGE = {
+    torch.float32: triton.language.float32,
+    torch.float64: triton.language.float64,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float16: triton.language.float16,
+}
+_columns = tables.Columns()
+
+
+def why_not(device_type: str) -> str | None:
+    if device_type in ("cuda", "xpu"):
+        return None
+    if device_type == "cpu":
+        compiled = isinstance(kernels.perturb, triton.JITFunction)
+        return "the Triton kernels need a GPU (or TRITON_INTERPRET=1, for tests)" if compiled else None
+    return f"the Triton kernels are not for {device_type} tensors"
+
+
+class _ByTorch(eager.Batch):
+    """p other than 2 and inf, whose powers Triton has on no vendor's GPU alike."""
+
+    joins_update = False
+
+
+class Batch:
+    joins_update = True
+
+    def __init__(
+        self,
+        params: TensorList,
+        grads: TensorList | None = None,
+        backups: TensorList | Batch | None = None,
+        momentum_buffers: TensorList | None = None,
+    ) -> None:
+        self.params = params
+        self._device: torch.device = params[0].device
+        nothing: TensorList = [None] * len(params)
+        listed = backups if isinstance(backups, list) else nothing
+        self._grads = tuple(grads or ())
+        self._p, self._g, self._m = look(params), look(grads or nothing), look(momentum_buffers or nothing)
+        kept = look(listed)
+        self._sizes = tuple(p.numel for p in self._p)
+        self._bytes = [size * p.traits[0].itemsize for size, p in zip(self._sizes, self._p)]
+        self.odd = [i for i, b in enumerate(kept) if not self._takes(i, b)]
+        self._backups = [0 if b is None else b.address for b in kept]
+        self._listed = listed is not nothing
+        self._memory: list[Any] = [listed]  # what the backups lie in
+        if isinstance(backups, Batch):
+            self._adopt(backups)
+
+    def _takes(self, i: int, backup: Seen | None) -> bool:
+        p, g = self._p[i], self._g[i]
+        if g is None and backup is None:
+            return True
+        return is_param(p, self._device) and matches(g, p, True) and matches(backup, p) and matches(self._m[i], p)
+
+    def _adopt(self, ascent: Batch) -> None:
+        """A parameter that the ascent moved and that has no gradient now takes part too: it is restored."""
+        if len(ascent.params) > len(self.params):
+            raise ValueError("Invalid backups. Must be of the same parameters.")
+        self._memory.append(ascent._memory)
+        for i, address in enumerate(ascent._backups):
+            if address != 0:
+                if self.params[i] is not ascent.params[i]:
+                    raise _changed(i)
+                _require_same(i, ascent._p[i], self._p[i])
+                self._backups[i] = address
+
+    def make_backups(self, owned: bool) -> None:
+        there = [i for i, (g, size) in enumerate(zip(self._g, self._bytes)) if g is not None and size > 0]
+        places = {i: -(-self._bytes[i] // ALIGNMENT) * ALIGNMENT for i in there if self._bytes[i] < SMALL_BYTES}
+        pool = torch.empty(sum(places.values()), dtype=torch.uint8, device=self._device)
+        self._memory.append(pool)
+        address = pool.data_ptr()
+        for i in there:
+            if i in places:
+                self._backups[i] = address
+                address += places[i]
+            elif owned and self._g[i].traits[0] == self._p[i].traits[0] and is_sole_owner(self._grads, i):
+                self._backups[i] = self._g[i].address
+            else:
+                memory = torch.empty_like(self.params[i])
+                self._memory.append(memory)
+                self._backups[i] = memory.data_ptr()
+
+    def set_backups(self, backups: TensorList) -> None:
+        for i, (b, tensor) in enumerate(zip(look(backups), backups)):
+            swap = tensor is not None and tensor is self._grads[i] and matches(b, self._p[i])
+            if not swap and ((b is None) != (self._g[i] is None) or not self._takes(i, b)):
+                raise ValueError(
+                    f"Invalid backup at index {i}. Must match its parameter in dtype, shape and memory layout."
+                )
+            self._backups[i] = 0 if b is None else b.address
+        self._listed = True
+        self._memory.append(backups)
+
+    @property
+    def kept(self) -> list[bool | None]:
+        return [True if address else None for address in self._backups]
+
+    def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
+        if q != 2:
+            return _ByTorch(self.params, list(self._grads)).norm(groups, q)
+        plan = self._plan([group.size for group in groups], self._pairs())
+        if plan.total == 0:
+            return torch.zeros((), dtype=torch.float64, device=self._device)
+        with tables.on_device(self._device):
+            partials = torch.empty(plan.total, dtype=torch.float64, device=self._device)
+            result = torch.empty((), dtype=torch.float64, device=self._device)
+            table = tables.ascent_table(groups)
+            columns = self._columns(plan, plan.groups, _addresses(self._p), _addresses(self._g), table)
+            for x in plan.launches:
+                kernels.norm_partials[(x.programs,)](*columns, partials, x.first, **_constants(x), **kernels.OPTIONS)
+            kernels.norm_total[(1,)](partials, result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
+        return result
+
+    def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
+        if q not in (1, 2):
+            by_torch = _ByTorch(self.params, list(self._grads))
+            by_torch.make_backups(owned=False)
+            by_torch.perturb(norm, groups, q, journal)
+            return
+        groups = [group._replace(rho=tables.readable(group.rho)) for group in groups]
+        plan = self._plan([group.size for group in groups], self._pairs())
+        self._require_disjoint()
+        if any(self._backups[i] == 0 for x in plan.launches for i in x.rows):
+            raise ValueError("Invalid backups. A parameter with a gradient must have one.")
+        norm = None if norm is None else norm.to(torch.float64)
+        with tables.on_device(self._device):
+            columns = self._columns(
+                plan,
+                plan.groups,
+                _addresses(self._p),
+                _addresses(self._g),
+                tables.column(self._backups),
+                tables.ascent_table(groups),
+            )
+            self._memory.extend(
+                tensor for tensor, g, b in zip(self._grads, self._g, self._backups) if b and b == g.address
+            )
+            planned, self._backups = self._backups, [0] * len(self.params)
+            for x in plan.launches:
+                last = x.first + x.programs - 1
+                kernels.perturb[(x.programs,)](
+                    *columns, norm, last, **_constants(x), REST=kernels.REST, **kernels.OPTIONS
+                )
+                for i in x.rows:
+                    self._backups[i] = planned[i]
+                if x is plan.launches[0]:
+                    journal.append(self)
+        self._grads, self._g = (), [None] * len(self.params)
+
+    def restore(self) -> None:
+        now = look(self.params)
+        for i, address in enumerate(self._backups):
+            if address != 0:
+                _require_same(i, self._p[i], now[i])
+        self._p = now
+        plan = self._plan([len(now)], self._pairs_of_backups())
+        self._require_disjoint()
+        with tables.on_device(self._device):
+            columns = self._columns(plan, _addresses(self._p), tables.column(self._backups))
+            for x in plan.launches:
+                constants = {k: v for k, v in _constants(x).items() if k not in ("G", "C")}
+                kernels.restore[(x.programs,)](*columns, x.first, **constants, REST=kernels.REST, **kernels.OPTIONS)
+
+    def sgd_update(
+        self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
+    ) -> None:
+        groups = [group._replace(lr=tables.readable(group.lr)) for group in groups]
+        pairs = [of_grad or of_backup for of_grad, of_backup in zip(self._pairs(), self._pairs_of_backups())]
+        plan = self._plan([group.size for group in groups], pairs)
+        self._require_momentum(groups)
+        self._require_disjoint()
+        with tables.on_device(self._device):
+            columns = self._columns(
+                plan,
+                plan.groups,
+                _addresses(self._p),
+                _addresses(self._g),
+                tables.column(self._backups),
+                _addresses(self._m),
+                tables.sgd_table(groups),
+            )
+            for x in plan.launches:
+                kernels.sgd_update[(x.programs,)](
+                    *columns, grad_scale, found_inf, x.first, **_constants(x), REST=kernels.REST, **kernels.OPTIONS
+                )
+            journal.clear()
+
+    def _pairs(self) -> list[tables.Dtypes | None]:
+        """(dtype of the parameter, dtype of the gradient) of every parameter that has a gradient."""
+        return [None if g is None else (p.traits[0], g.traits[0]) for p, g in zip(self._p, self._g)]
+
+    def _pairs_of_backups(self) -> list[tables.Dtypes | None]:
+        return [(p.traits[0], p.traits[0]) if b else None for p, b in zip(self._p, self._backups)]
+
+    def _plan(self, group_sizes: list[int], pairs: list[tables.Dtypes | None]) -> tables.Plan:
+        if sum(group_sizes) != len(self.params) or any(size < 0 for size in group_sizes):
+            raise ValueError(
+                f"Invalid group sizes: their sum is {sum(group_sizes)}. Must be len(params)={len(self.params)}."
+            )
+        if self.odd:
+            raise ValueError(
+                f"Invalid tensor at index {self.odd[0]}. Parameter, gradient, backup and momentum buffer must be dense "
+                f"{self._device} tensors of one shape and memory layout and of dtypes that mix."
+            )
+        return tables.plan(tuple(pairs), self._sizes, tuple(group_sizes))
+
+    def _columns(self, plan: tables.Plan, *columns: bytes) -> list[Tensor]:
+        if not plan.launches:
+            return []
+        return _columns.on(self._device, [plan.chunks, plan.sizes, *columns])
+
+    def _require_disjoint(self) -> None:
+        """Two written tensors on the same memory would be updated in no particular order."""
+        spans = []
+        for p, g, m, b, size in zip(self._p, self._g, self._m, self._backups, self._bytes):
+            if g is not None or b != 0:
+                spans.append((p.address, size))
+                if m is not None:
+                    spans.append((m.address, size))
+                if self._listed and b != 0:  # those made here overlap nothing
+                    spans.append((b, size))
+        require_disjoint(tuple(spans))
+
+    def _require_momentum(self, groups: list[SGDGroup]) -> None:
+        if None not in self._m:
+            return
+        needed = [group.momentum != 0 for group in groups for _ in range(group.size)]
+        if any(need and g is not None and m is None for need, g, m in zip(needed, self._g, self._m)):
+            raise ValueError("Invalid momentum_buffers. A group with momentum must have one for every gradient.")
+
+
+batch = Batch
+
+
+def _addresses(seen: list[Seen | None]) -> bytes:
+    return tables.column(0 if x is None else x.address for x in seen)
+
+
+def _constants(launch: tables.Launch) -> dict[str, Any]:
+    """What is compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
+    param, grad = launch.dtypes
+    computed = torch.float64 if param == torch.float64 else torch.float32
+    dtypes = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed]}
+    return {**dtypes, "CHUNK": kernels.CHUNK, "TILE": kernels.TILE}
+
+
+def _require_same(index: int, before: Seen, now: Seen) -> None:
+    """Refuse a parameter that no longer lies as it did when its backup was made."""
+    if before[1:] != now[1:]:
+        raise _changed(index)
+
+
+def _changed(index: int) -> ValueError:
+    return ValueError(
+        f"Invalid params. Parameter {index} has been replaced, or has changed in size, dtype or memory layout, while "
+        "perturbed."
+    )

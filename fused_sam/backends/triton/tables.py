@@ -1,0 +1,168 @@
+"""What the kernels read besides tensors: which chunk is of which tensor, addresses, hyperparameters.
+
+All of it is int64 columns in device memory. A column is known by its contents: one that the device has already is not
+sent again, so that a step sends what has changed, such as the addresses of new gradients, in one copy that nothing
+waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import struct
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sam.backends.triton import kernels
+
+if TYPE_CHECKING:
+    from fused_sam.ops import AscentGroup, SGDGroup
+
+Dtypes = tuple[torch.dtype, torch.dtype]  # of a parameter and of its gradient
+
+
+class Launch(NamedTuple):
+    """The chunks of the tensors of one pair of dtypes, for each of which a kernel is compiled."""
+
+    dtypes: Dtypes
+    first: int
+    programs: int  # one per chunk, from the first
+    rows: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """The launches of an op, and the columns that depend on no address."""
+
+    launches: tuple[Launch, ...]
+    chunks: bytes
+    sizes: bytes
+    groups: bytes
+
+    @property
+    def total(self) -> int:
+        """How many chunks there are."""
+        return len(self.chunks) // 8
+
+
+@functools.lru_cache(maxsize=64)
+def plan(dtypes: tuple[Dtypes | None, ...], sizes: tuple[int, ...], group_sizes: tuple[int, ...]) -> Plan:
+    """The division of the tensors that have ``dtypes`` into chunks, a function of the arguments alone."""
+    launches = []
+    chunks = array("q")
+    for pair in dict.fromkeys(pair for pair, size in zip(dtypes, sizes) if pair is not None and size > 0):
+        first = len(chunks)
+        rows = tuple(i for i, x in enumerate(dtypes) if x == pair and sizes[i] > 0)
+        for row in rows:
+            chunks.extend(range(row << 32, (row << 32) + -(-sizes[row] // kernels.CHUNK)))
+        launches.append(Launch(pair, first, len(chunks) - first, rows))
+    groups = [k for k, size in enumerate(group_sizes) for _ in range(size)]
+    return Plan(tuple(launches), chunks.tobytes(), column(sizes), column(groups))
+
+
+def column(numbers: Iterable[int]) -> bytes:
+    """A column of these numbers."""
+    return array("q", numbers).tobytes()
+
+
+def ascent_table(groups: list[AscentGroup]) -> bytes:
+    """The hyperparameters of an ascent as the kernels read them."""
+    rows = []
+    for group in groups:
+        number, address, flags = _scalar(group.rho)
+        rows.append(struct.pack("=dqqd", number, address, flags | kernels.ADAPTIVE * group.adaptive, group.eta))
+    return b"".join(rows)
+
+
+def sgd_table(groups: list[SGDGroup]) -> bytes:
+    """The hyperparameters of SGD as the kernels read them."""
+    rows = []
+    for group in groups:
+        lr, address, flags = _scalar(group.lr)
+        flags |= kernels.NESTEROV * group.nesterov | kernels.MAXIMIZE * group.maximize | kernels.FIRST * group.first
+        flags |= kernels.MOMENTUM * (group.momentum != 0) | kernels.DECAY * (group.weight_decay != 0)
+        numbers = lr, group.momentum, 1.0 - group.dampening, group.weight_decay
+        rows.append(struct.pack("=ddddqq", *numbers, address, flags))
+    return b"".join(rows)
+
+
+def _scalar(value: float | Tensor) -> tuple[float, int, int]:
+    """(number, address, flags): a tensor is read by the kernel, where it is."""
+    if not isinstance(value, Tensor):
+        return float(value), 0, 0
+    return 0.0, value.data_ptr(), kernels.WIDE if value.dtype == torch.float64 else 0
+
+
+def readable(value: Any) -> Any:
+    """The value in a dtype that the kernels read, if it is a tensor."""
+    if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
+        return value.to(torch.float64)
+    return value
+
+
+# Enough for a few models with a few lists each; a column takes 8 bytes per tensor.
+_KEPT = 256
+# Pinned memory to be had while a graph is captured, when asking the driver for more may not be allowed.
+_RESERVE = 1 << 19  # int64s
+
+
+class Columns:
+    """The columns that are in device memory, for each device and stream: another stream would have to wait for them.
+
+    Under CUDA graph capture every column is sent anew, by a copy that becomes part of the graph. Both ends of that copy
+    then belong to the graph, which nobody can ask how long it lives: they are kept for good. That is some 10 bytes per
+    tensor and 8 per chunk of 8192 elements for each op captured.
+    """
+
+    def __init__(self) -> None:
+        self._sent: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
+        self._captured: list[tuple[Tensor, Tensor]] = []
+        self._reserve: Tensor | None = None
+
+    def on(self, device: torch.device, columns: Sequence[bytes]) -> list[Tensor]:
+        """The columns as int64 tensors on a device, for use on its current stream."""
+        if device.type == "cpu":
+            stream, capturing = 0, False
+        else:
+            module = torch.get_device_module(device)
+            stream = module.current_stream(device).stream_id
+            capturing = getattr(module, "is_current_stream_capturing", bool)()
+        keys = [(device, stream, x) for x in columns]
+        known = {} if capturing else self._sent
+        missing = list(dict.fromkeys(key for key in keys if key not in known))
+        sent = dict(zip(missing, self._send(device, [x for _, _, x in missing], capturing))) if missing else {}
+        if capturing:
+            return [sent[key] for key in keys]
+        self._sent.update(sent)
+        for key in keys:
+            self._sent.move_to_end(key)
+        found = [self._sent[key] for key in keys]
+        while len(self._sent) > _KEPT:
+            self._sent.popitem(last=False)
+        return found
+
+    def _send(self, device: torch.device, columns: list[bytes], capturing: bool) -> Sequence[Tensor]:
+        source = torch.frombuffer(bytearray(b"".join(columns)), dtype=torch.int64)
+        if device.type != "cpu":
+            pinned = self._pinned(len(source), capturing).copy_(source)
+            source = pinned.to(device, non_blocking=True)
+            if capturing:
+                self._captured.append((pinned, source))
+        return source.split([len(x) // 8 for x in columns])
+
+    def _pinned(self, size: int, capturing: bool) -> Tensor:
+        if not capturing and self._reserve is None:
+            self._reserve = torch.empty(_RESERVE, dtype=torch.int64, pin_memory=True)
+        if capturing and self._reserve is not None and size <= len(self._reserve):
+            taken, self._reserve = self._reserve[:size], self._reserve[size:]
+            return taken
+        return torch.empty(size, dtype=torch.int64, pin_memory=True)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to this device within."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

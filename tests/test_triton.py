@@ -1,0 +1,382 @@
+"""The Triton backend where there is no GPU: its values in Triton's interpreter, and the code it compiles to.
+
+Where there is one, the other tests run on it as on any backend. The interpreter takes milliseconds for what a GPU does
+in less than a microsecond, so the tests of the op surface run in it in full, others in the cases that differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import BLOCK, DTYPES, ascent_groups, ids, set_grads, snapshot
+
+from fused_sam import FusedSAM, backends, ops
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+compiled = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"
+)
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by those in the interpreter")
+
+SUITES = {
+    "ops": ("test_ops.py test_ops_update.py", "not thousand"),
+    "operands": (
+        "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py",
+        "",
+    ),
+    "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),
+    "numbers": (
+        "test_parity.py test_storage.py test_amp.py",
+        "strided or network or overflow or (rho_zero and nesterov-decay) or scale or addresses or stale",
+    ),
+}
+
+
+@needs_triton
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suite_passes_in_the_interpreter(suite: str) -> None:
+    files, which = SUITES[suite]
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(here / f) for f in files.split())]
+    command += ["-k", f"triton and ({which})" if which else "triton"]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, cwd=here.parent, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) > 20
+
+
+@interpreted
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_the_bits_of_the_norm_do_not_depend_on_alignment(dtype: torch.dtype, adaptive: bool) -> None:
+    """In vectors or one by one, an element is added to the same sum in the same order."""
+    size = BLOCK + 2053
+    values = [torch.randn(size).to(dtype) for _ in range(2)]
+    norms = set()
+    for offset in (0, 1):
+        w, g = (torch.zeros(size + 16, dtype=dtype)[offset : offset + size].copy_(v) for v in values)
+        norms.add(ops.norm([w], [g], ascent_groups(1, adaptive=adaptive), backend="triton").item())
+    assert len(norms) == 1
+
+
+@interpreted
+def test_what_was_moved_comes_back_if_a_later_launch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters of two dtypes are two launches, of which the second has still to be compiled."""
+    from fused_sam.backends.triton import kernels
+
+    class FailsOnce:
+        launch = kernels.perturb
+        launched = 0
+
+        def __getitem__(self, grid: Any) -> Any:
+            self.launched += 1
+            if self.launched == 2:
+                raise RuntimeError("mishap")
+            return self.launch[grid]
+
+    monkeypatch.setattr(kernels, "perturb", failing := FailsOnce())
+    params = [torch.randn(2000), torch.randn(2000).bfloat16()]
+    optimizer = FusedSAM(params, rho=0.3, lr=0.1, backend="triton")
+    before = snapshot(params)
+    set_grads(params, [torch.ones(2000), torch.ones(2000)])
+    with pytest.raises(RuntimeError, match="mishap"):
+        optimizer.first_step(zero_grad=True)
+    assert failing.launched == 2
+    assert not optimizer.perturbed
+    assert snapshot(params) == before
+
+
+F32, F64, BF16, F16 = "fp32", "fp64", "bf16", "fp16"
+PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (BF16, F32), (F32, BF16)]
+KERNELS = ["norm_partials", "perturb", "restore", "sgd_update", "norm_total"]
+
+
+def assembly(name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], amp: bool = False) -> dict[str, Any]:
+    """What a kernel compiles to for a target that need not be here: {"ttgir": ..., "ptx": ...}."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fused_sam.backends.triton import kernels
+
+    kinds = {F32: tl.float32, F64: tl.float64, BF16: tl.bfloat16, F16: tl.float16}
+    param, grad = (kinds[d] for d in dtypes)
+    constants = {"P": param, "G": grad, "C": tl.float64 if param == tl.float64 else tl.float32}
+    constants |= {"CHUNK": kernels.CHUNK, "TILE": kernels.TILE, "REST": kernels.REST}
+    if name == "norm_total":
+        constants = {"TILE": kernels.TOTAL_TILE}
+    if not amp:
+        constants |= {"grad_scale": None, "found_inf": None}
+    kinds_of = {"first": "i32", "last": "i32", "count": "i32", "norm": "*fp64", "partials": "*fp64", "out": "*fp64"}
+    kinds_of |= {"grad_scale": "*fp32", "found_inf": "*fp32"}
+    kernel = getattr(kernels, name)
+    constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
+    signature = {p.name: "constexpr" if p.name in constants else kinds_of.get(p.name, "*i64") for p in kernel.params}
+    options = kernels.TOTAL_OPTIONS if name == "norm_total" else kernels.OPTIONS
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget(*target), options=dict(options)).asm
+
+
+every_gpu = pytest.mark.parametrize("arch", [80, 90])
+every_pair = pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
+
+
+def ptx_of(name: str, dtypes: tuple[str, str], arch: int, amp: bool = False) -> str:
+    return assembly(name, dtypes, ("cuda", arch, 32), amp)["ptx"]
+
+
+def vectors(ptx: str, op: str) -> int:
+    """Accesses of 16 bytes."""
+    return len(re.findall(rf"\b{op}\.global\.(?:v4\.b32|v2\.b64)", ptx))
+
+
+@needs_triton
+@compiled
+@every_gpu
+@every_pair
+@pytest.mark.parametrize(("name", "operands", "written"), [("perturb", 2, 2), ("sgd_update", 3, 2)])
+def test_memory_is_read_and_written_in_vectors(
+    name: str, operands: int, written: int, dtypes: tuple[str, str], arch: int
+) -> None:
+    """Every operand of a full tile, each element once, and nothing through local or shared memory."""
+    from fused_sam.backends.triton import kernels
+
+    ptx = ptx_of(name, dtypes, arch)
+    per_thread = kernels.TILE // (32 * kernels.OPTIONS["num_warps"])
+    size = {F32: 4, F64: 8, BF16: 2, F16: 2}
+    param, grad = (size[d] * per_thread // 16 for d in dtypes)
+    assert vectors(ptx, "ld") == param * (operands - 1) + grad
+    assert vectors(ptx, "st") == param * written
+    assert ".local" not in ptx
+
+
+@needs_triton
+@compiled
+@every_gpu
+@every_pair
+def test_the_norm_reads_vectors_and_adds_in_fp64(dtypes: tuple[str, str], arch: int) -> None:
+    ptx = ptx_of("norm_partials", dtypes, arch)
+    assert vectors(ptx, "ld") >= 2
+    assert "fma.rn.f64" in ptx
+    assert ".local" not in ptx
+    assert not re.search(r"\b(add|fma|mul)\S*\.f32", ptx)
+
+
+@needs_triton
+@compiled
+@every_gpu
+@pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids="-".join)
+def test_the_update_computes_nothing_in_fp64(dtypes: tuple[str, str], amp: bool, arch: int) -> None:
+    """Hyperparameters are stored in it and rounded once; all the rest is fp32, with subnormals."""
+    ptx = ptx_of("sgd_update", dtypes, arch, amp)
+    assert not re.search(r"\b(add|sub|mul|fma|mad|div|rcp|sqrt)\S*\.f64", ptx)
+    assert "fma.rn.f32" in ptx
+    assert ".ftz" not in ptx
+
+
+@needs_triton
+@compiled
+@pytest.mark.parametrize("name", ["perturb", "sgd_update", "restore"])
+@pytest.mark.parametrize("dtypes", PAIRS[:4], ids="-".join)
+def test_a_thread_writes_the_elements_that_it_has_read(name: str, dtypes: tuple[str, str]) -> None:
+    """In the swap the backup is written where the gradient was read; another thread might not have read it yet."""
+    code = assembly(name, dtypes, ("cuda", 90, 32), amp=True)
+    assert "convert_layout" not in code["ttgir"]
+    assert "bar.sync" not in code["ptx"]
+
+
+@needs_triton
+@compiled
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtypes", PAIRS[:2], ids="-".join)
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_it_compiles_for_amd(name: str, dtypes: tuple[str, str], arch: str) -> None:
+    code = assembly(name, dtypes, ("hip", arch, 64 if arch.startswith("gfx9") else 32), amp=True)["amdgcn"]
+    if name not in ("norm_total", "norm_partials"):
+        assert re.search(r"store_(dwordx4|b128)", code)
+    assert re.search(r"scratch_(load|store)", code) is None
+
+
+# Real calls of the backend, with a driver that names a GPU but launches nothing.
+COUNTING = """
+import functools, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+driver.set_active(Driver())
+launches = []
+
+def compile_only(self, grid):
+    launches.append(self.fn.__name__)
+    return functools.partial(self.run, grid=grid, warmup=True)
+
+JITFunction.__getitem__ = compile_only
+from fused_sam import FusedSAM
+from fused_sam.backends import triton
+triton.why_not = lambda device_type: None
+names = ("norm_partials", "norm_total", "perturb", "restore", "sgd_update")
+
+def variants():
+    caches = [cache[0] for n in names for cache in getattr(triton.kernels, n).device_caches.values()]
+    return sum(map(len, caches))
+
+buffer = torch.randn(40000)
+params = [buffer[1:2], buffer[2:19], buffer[32:20000], buffer[20001:36385]]
+optimizer = FusedSAM(params, backend="triton", rho=0.05, lr=0.1, momentum=0.9, adaptive=True)
+
+def step():
+    for half in (optimizer.first_step, optimizer.second_step):
+        for p in params:
+            p.grad = torch.randn(p.numel() + 1)[1:] if half == optimizer.first_step else torch.randn_like(p)
+        half(zero_grad=True)
+
+step()
+assert launches == ["norm_partials", "norm_total", "perturb", "sgd_update"], launches
+before = variants()
+assert before == 4, before
+group = optimizer.param_groups[0]
+for values in (
+    {"lr": 1}, {"lr": 16.0, "rho": 1.0}, {"rho": 0.0}, {"momentum": 0.5, "nesterov": True}, {"weight_decay": 0.1},
+    {"adaptive": False}, {"maximize": True}, {"momentum": 0.0, "nesterov": False},
+):
+    group.update(values)
+    step()
+optimizer.add_param_group({"params": [torch.randn(16)], "lr": 0.3})
+params.append(optimizer.param_groups[1]["params"][0])
+step()
+print(before, variants())
+"""
+
+
+@needs_triton
+@compiled
+def test_four_launches_and_nothing_compiled_anew() -> None:
+    """Whatever changes: lr, rho, flags, sizes, the addresses and alignment of gradients, the number of tensors."""
+    done = subprocess.run([sys.executable, "-c", COUNTING], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["4", "4"]
+
+
+@needs_triton
+@compiled
+def test_no_argument_of_a_kernel_is_compiled_in_but_constants() -> None:
+    from fused_sam.backends.triton import kernels
+
+    for name in KERNELS:
+        for parameter in getattr(kernels, name).params:
+            assert parameter.is_constexpr or parameter.do_not_specialize, (name, parameter.name)
+
+
+@needs_triton
+def test_a_column_is_sent_once() -> None:
+    from fused_sam.backends.triton import tables
+
+    columns, device = tables.Columns(), torch.device("cpu")
+    weights, gradients = (tables.column(x) for x in ([3, 1 << 40], [5, 6, 7]))
+    first = columns.on(device, [weights, gradients, weights])
+    assert [x.tolist() for x in first] == [[3, 1 << 40], [5, 6, 7], [3, 1 << 40]]
+    second = columns.on(device, [weights, tables.column([5, 6, 8])])
+    assert second[0].data_ptr() == first[0].data_ptr() == first[2].data_ptr()
+    assert second[1].tolist() == [5, 6, 8]
+
+
+@needs_triton
+def test_what_a_graph_captured_is_sent_by_the_graph_and_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which has no streams: made up, like memory that a capture may not ask for."""
+    from types import SimpleNamespace
+
+    from fused_sam.backends.triton import tables
+
+    state = SimpleNamespace(stream=7, capturing=False)
+    streams = SimpleNamespace(
+        current_stream=lambda device: SimpleNamespace(stream_id=state.stream),
+        is_current_stream_capturing=lambda: state.capturing,
+    )
+    monkeypatch.setattr(tables.torch, "get_device_module", lambda device: streams)
+    empty = torch.empty
+    monkeypatch.setattr(tables.torch, "empty", lambda *size, pin_memory, **kind: empty(*size, **kind))
+    columns, device, numbers = tables.Columns(), torch.device("meta"), [tables.column([1, 2, 3])]
+    before = columns.on(device, numbers)[0]
+    assert columns.on(device, numbers)[0] is before
+    state.capturing = True
+    monkeypatch.setattr(tables.torch, "empty", None)
+    one, two = (columns.on(device, numbers)[0] for _ in range(2))
+    assert len({id(before), id(one), id(two)}) == 3
+    assert [pinned.tolist() for pinned, _ in columns._captured] == [[1, 2, 3]] * 2
+    state.capturing = False
+    assert columns.on(device, numbers)[0] is before
+    monkeypatch.setattr(tables.torch, "empty", lambda *size, pin_memory, **kind: empty(*size, **kind))
+    state.stream = 8
+    assert columns.on(device, numbers)[0] is not before
+
+
+@needs_triton
+def test_the_plan_covers_every_element_once_whatever_the_dtypes() -> None:
+    from fused_sam.backends.triton import kernels, tables
+
+    f32, bf16 = (torch.float32, torch.float32), (torch.bfloat16, torch.float32)
+    sizes = (1, 0, kernels.CHUNK, kernels.CHUNK + 1, 5, 3 * kernels.CHUNK - 1)
+    plan = tables.plan((f32, f32, bf16, f32, None, bf16), sizes, (2, 4))
+    entries = memoryview(plan.chunks).cast("q").tolist()
+    assert [(e >> 32, e & 0xFFFFFFFF) for e in entries] == [(0, 0), (3, 0), (3, 1), (2, 0), (5, 0), (5, 1), (5, 2)]
+    assert [(x.dtypes, x.first, x.programs, x.rows) for x in plan.launches] == [
+        (f32, 0, 3, (0, 3)),
+        (bf16, 3, 4, (2, 5)),
+    ]
+    assert memoryview(plan.groups).cast("q").tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_triton_the_backend_says_so() -> None:
+    output = run_python(
+        "import sys; sys.modules['triton'] = None\n"
+        "from fused_sam import backends\n"
+        "print(backends.available()['triton'])\n"
+        "print(backends.for_device('cuda').__name__)\n"
+        "try: backends.requested('triton')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    state, chosen, refusal = output.splitlines()
+    assert state.startswith("Triton is not installed (to get it: pip install triton")
+    assert chosen == "fused_sam.backends.eager"
+    assert refusal.startswith("backend='triton' was asked for but cannot be used: Triton is not installed.")
+
+
+@needs_triton
+@compiled
+def test_it_is_chosen_for_gpus_where_the_native_library_has_no_part_for_them() -> None:
+    if backends.available("cuda")["native"] == "ok":
+        pytest.skip("the native library has a CUDA part")
+    for device_type in ("cuda", "xpu"):
+        assert backends.for_device(device_type).__name__ == "fused_sam.backends.triton"
+        assert backends.for_device(device_type, "triton").__name__ == "fused_sam.backends.triton"
+    assert backends.for_device("cpu").__name__ != "fused_sam.backends.triton"
+    with pytest.raises(RuntimeError, match="cannot take cpu tensors: the Triton kernels need a GPU"):
+        backends.for_device("cpu", "triton")
+    assert "not for meta tensors" in backends.available("meta")["triton"]
