@@ -27,8 +27,8 @@ from fused_sam.routing import InvalidTensor, TensorList, contiguous, route, stan
 __all__ = ["Ascent", "AscentGroup", "InvalidTensor", "SGDGroup", "norm", "perturb", "restore", "sgd_update"]
 
 # What perturb has done and restore or sgd_update have yet to undo: entries with ``params``, ``kept`` (None for each
-# parameter that is not displaced), ``joins_update`` and ``restore()``. It is written by the code that touches the weights,
-# at the moment it has: an interrupt finds it true.
+# parameter that is not displaced), ``joins_update`` and ``restore()``. It is written by the code that touches the
+# weights, at the moment it has: an interrupt finds it true.
 Journal: TypeAlias = list[Any]
 
 

@@ -33,6 +33,10 @@ SUITES = {
         "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py",
         "",
     ),
+    "p-norms": (
+        "test_p_norms.py",
+        "perturb and backup and (float32 or bfloat16) or p_1 or p_inf or layouts or trajectories or (stay and swap)",
+    ),
     "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),
     "numbers": (
         "test_parity.py test_storage.py test_amp.py",

@@ -8,6 +8,8 @@ run in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +52,10 @@ _columns = tables.Columns()
 
 def why_not(device_type: str) -> str | None:
     if device_type in ("cuda", "xpu"):
-        return None
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return (
+            None if compiler else "Triton finds no C compiler, gcc or clang, with which it builds what launches kernels"
+        )
     if device_type == "cpu":
         compiled = isinstance(kernels.perturb, triton.JITFunction)
         return "the Triton kernels need a GPU (or TRITON_INTERPRET=1, for tests)" if compiled else None
@@ -86,6 +91,7 @@ class Batch:
         self._backups = [0 if b is None else b.address for b in kept]
         self._listed = listed is not nothing
         self._memory: list[Any] = [listed]  # what the backups lie in
+        self._given: TensorList | None = None
         if isinstance(backups, Batch):
             self._adopt(backups)
 
@@ -133,6 +139,7 @@ class Batch:
                 )
             self._backups[i] = 0 if b is None else b.address
         self._listed = True
+        self._given = backups
         self._memory.append(backups)
 
     @property
@@ -158,7 +165,10 @@ class Batch:
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         if q not in (1, 2):
             by_torch = _ByTorch(self.params, list(self._grads))
-            by_torch.make_backups(owned=False)
+            if self._given is None:
+                by_torch.make_backups(owned=False)
+            else:
+                by_torch.set_backups(self._given)
             by_torch.perturb(norm, groups, q, journal)
             return
         groups = [group._replace(rho=tables.readable(group.rho)) for group in groups]
