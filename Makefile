@@ -45,6 +45,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench.step $(ARGS)
 	$(BIN)/python -m bench.host_time
+	$(BIN)/python -m bench.options
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.report
 

@@ -29,7 +29,7 @@ from bench.records import Spread, last_level_cache
 from bench.records import machine as machine
 from bench.records import today as today
 from bench.records import write_rows as write_rows
-from bench.rivals import OURS, VARIANTS, TwoPass
+from bench.rivals import OURS, TwoPass, find
 from bench.shapes import Shape, parameter_count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -234,7 +234,7 @@ def measure(
 def _subject(task: Task) -> Subject | Floor:
     if task.variant == FLOOR:
         return Floor(task.shapes, task.dtype)
-    return Subject(VARIANTS[task.variant].build, task.shapes, task.dtype)
+    return Subject(find(task.variant).build, task.shapes, task.dtype)
 
 
 def _mean(samples: list[Sample]) -> Sample:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -166,10 +167,10 @@ class Variant:
         return self.bytes_fp32 * dtype.itemsize / 4
 
 
-def _fused_sam(params: list[Tensor]) -> TwoPass:
+def _fused_sam(params: list[Tensor], **options: Any) -> TwoPass:
     from fused_sam import FusedSAM
 
-    return FusedSAM(params, SGD, rho=RHO, **SGD_OPTIONS)
+    return FusedSAM(params, SGD, rho=RHO, **SGD_OPTIONS, **options)
 
 
 def _pytorch_optimizer(params: list[Tensor], **options: Any) -> TwoPass:
@@ -207,6 +208,18 @@ VARIANTS: dict[str, Variant] = {
     ),
     SCALE: Variant("SGD(fused) alone", functools.partial(PlainSGD, **SGD_OPTIONS, fused=True), 20),
 }
+
+
+# FusedSAM with other options than the rivals': no rivals of it, but each against the copy of its own bytes.
+OPTIONS: dict[str, Variant] = {
+    "fused_sam_asam": Variant("ASAM", functools.partial(_fused_sam, adaptive=True), 44, needs="fused_sam"),
+    "fused_sam_p_inf": Variant("p = inf", functools.partial(_fused_sam, p=math.inf), 36, needs="fused_sam"),
+}
+
+
+def find(name: str) -> Variant:
+    """A variant by its name."""
+    return VARIANTS.get(name) or OPTIONS[name]
 
 
 def available(dtype: torch.dtype) -> dict[str, Variant]:

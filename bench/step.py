@@ -109,7 +109,7 @@ def measure_set(options: argparse.Namespace, set_name: str, dtype_name: str, pro
 
 def moved_bytes(name: str, set_name: str, dtype_name: str) -> int:
     """What the variant's operations read and write in a step; the floor copies as much as FusedSAM moves."""
-    variant = rivals.VARIANTS[rivals.OURS if name == FLOOR else name]
+    variant = rivals.find(rivals.OURS if name == FLOOR else name)
     return round(variant.bytes_per_param(DTYPES[dtype_name]) * parameter_count(SETS[set_name]()))
 
 
@@ -120,7 +120,7 @@ def figures(name: str, set_name: str, dtype_name: str, samples: dict[str, list[S
     moved = moved_bytes(name, set_name, dtype_name)
     row: Row = {
         "variant": name,
-        "valid": name == FLOOR or rivals.check(name, DTYPES[dtype_name]),
+        "valid": name == FLOOR or name in rivals.OPTIONS or rivals.check(name, DTYPES[dtype_name]),
         "median_s": time["median"],
         "p20_s": time["p20"],
         "p80_s": time["p80"],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from bench.harness import FLOOR
 from bench.records import Row
-from bench.rivals import OURS, SCALE, VARIANTS
+from bench.rivals import OPTIONS, OURS, SCALE, VARIANTS
 from bench.shapes import SETS, TITLES
 
 WRONG = "†"
@@ -56,7 +56,8 @@ def caption(rows: Sequence[Row]) -> str:
 
 def title(name: str) -> str:
     """A variant's name for readers."""
-    return "copy of as many bytes" if name == FLOOR else VARIANTS[name].title if name in VARIANTS else name
+    known = VARIANTS | OPTIONS
+    return "copy of as many bytes" if name == FLOOR else known[name].title if name in known else name
 
 
 def times(spread: dict[str, float] | None) -> str:
@@ -130,6 +131,27 @@ def step_all(rows: Sequence[Row]) -> str:
     wrong = ", ".join(dict.fromkeys(title(row["variant"]) for row in shown if not row["valid"]))
     note = f"\n\n{WRONG} wrong result in this dtype with this torch: {wrong}." if wrong else ""
     return f"{table(heads, lines)}{note}\n\n{caption(shown)}"
+
+
+def options(rows: Sequence[Row]) -> str:
+    """FusedSAM's options, each beside the copy of its own bytes."""
+    order = [OURS, *OPTIONS]
+    shown = [row for row in rows if row["kind"] == "options" and row["variant"] in order]
+    if not shown:
+        return ""
+    shown.sort(key=lambda row: order.index(row["variant"]))
+    heads = ["ResNet-50, fp32, 1 thread", "bytes per parameter", "ms", "GB/s", "of copy speed"]
+    lines = [
+        [
+            title(row["variant"]),
+            f"{(VARIANTS | OPTIONS)[row['variant']].bytes_fp32}",
+            milliseconds(row),
+            f"{row['bytes'] / row['median_s'] / 1e9:.1f}",
+            f"{row['ratio_to_floor']['median']:.0%}",
+        ]
+        for row in shown
+    ]
+    return f"{table(heads, lines)}\n\n{caption(shown)}"
 
 
 def host(rows: Sequence[Row]) -> str:
@@ -216,6 +238,7 @@ def _mean(values: Sequence[float]) -> str:
 BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "bench:cpu": step_short,
     "bench:cpu-all": step_all,
+    "bench:options": options,
     "bench:host": host,
     "bench:memory": memory,
     "train": train,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import rivals
+from bench import rivals, tables
 
 COUNT = 5  # parameters
 
@@ -62,3 +62,16 @@ def test_eager_ascent_makes_six_operations_per_tensor_and_five():
     with Counter() as counter:
         optimizer.first_step()
     assert counter.count == 6 * COUNT + 5
+
+
+def test_the_table_of_options_names_each_with_its_bytes():
+    spread = {"median": 0.9, "p20": 0.8, "p80": 1.0}
+    rows = [
+        {"kind": "options", "variant": name, "bytes": 10**9, "median_s": 0.02, "p20_s": 0.02, "p80_s": 0.02}
+        | {"ratio_to_floor": spread, "machine": {}, "versions": {}, "date": "2026-01-01"}
+        for name in (*rivals.OPTIONS, rivals.OURS)
+    ]
+    lines = tables.options(rows).splitlines()
+    assert lines[2].startswith("| FusedSAM | 40 |")
+    assert lines[3] == "| ASAM | 44 | 20 (20 to 20) | 50.0 | 90% |"
+    assert lines[4] == "| p = inf | 36 | 20 (20 to 20) | 50.0 | 90% |"
