@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     norm_kernel(const __grid_constant__ Arguments<AscentTerms, kBytes> arguments, const NormTerms terms) {
   const Place here = place(false);
   if (here.unit < arguments.units) {
-    const Unit unit = arguments.walk().locate(here.unit);
+    const auto unit = arguments.walk().locate(here.unit);
     double sum = norm_unit(unit, arguments.group(unit.entry->group()).adaptive, here.lane);
     for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_down_sync(0xffffffff, sum, half);
     if (here.lane == 0) terms.partials[terms.first_partial + here.unit] = sum;

@@ -10,13 +10,14 @@ namespace fused_sam::cuda {
 // which leaves one partial sum for each.
 constexpr int64_t kMostUnits = 32768, kMostNormUnits = 8192;
 
-#define FUSED_SAM_DECLARE_OPS(where)                                                        \
-  namespace where {                                                                         \
-  size_t capacity();                                                                        \
-  void norm(const Target&, const Slice<AscentTerms>&, int shift, const NormTerms&);         \
-  void clear(const Target&, double* out);                                                   \
-  void perturb(const Target&, const Slice<AscentTerms>&, int shift, const PerturbTerms&);   \
-  void sgd_update(const Target&, const Slice<SgdTerms>&, int shift, const SgdUpdateTerms&); \
+#define FUSED_SAM_DECLARE_OPS(where)                                                       \
+  namespace where {                                                                        \
+  size_t capacity();                                                                       \
+  void norm(const Target&, const Slice<AscentTerms>&, int shift, const NormTerms&);        \
+  void clear(const Target&, double* out);                                                  \
+  void perturb(const Target&, const Slice<AscentTerms>&, int shift, const PerturbTerms&);  \
+  void sgd_update(const Target&, const Slice<SgdTerms>&, int shift, const UpdateTerms&);   \
+  void adam_update(const Target&, const Slice<AdamTerms>&, int shift, const UpdateTerms&); \
   }
 FUSED_SAM_DECLARE_OPS(device)
 FUSED_SAM_DECLARE_OPS(interpreted)
