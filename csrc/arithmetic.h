@@ -121,8 +121,9 @@ struct AdamScalars {
 FUSED_SAM_HD AdamScalars adam_scalars(const AdamGroup& group, double lr, const float* step) {
   double correction1 = group.correction1, correction2_root = group.correction2_root;
   if (correction1 == 0.0 && step != nullptr) {
-    correction1 = 1.0 - ::pow(group.beta1, static_cast<double>(*step));
-    correction2_root = ::sqrt(1.0 - ::pow(group.beta2, static_cast<double>(*step)));
+    const double t = static_cast<double>(*step) + 1.0;
+    correction1 = 1.0 - ::pow(group.beta1, t);
+    correction2_root = ::sqrt(1.0 - ::pow(group.beta2, t));
   }
   return {group, lr / correction1, 1.0 - lr * group.weight_decay, correction2_root};
 }

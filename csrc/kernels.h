@@ -23,7 +23,7 @@ struct Tensor {
   void* backup;          // [numel] w, kept between the two passes; null: param holds w itself
   void* state[kStates];  // [numel] of the base step; null where it keeps none. SGD: momentum buffer.
                          // Adam: averages of g and of g^2, and with amsgrad the largest of the latter
-  const float* step;     // [1] the step this is, of Adam, where the kernel is to read it; else null
+  const float* step;     // [1] of Adam, the steps before this one where the kernel is to read them; else null
   int64_t numel;
   DType dtype;       // of param, backup and state
   DType grad_dtype;  // can_mix(dtype, grad_dtype)
@@ -43,7 +43,7 @@ struct SgdGroup {
 
 struct AdamGroup {
   double lr, beta1, beta2, eps, weight_decay;
-  double correction1, correction2_root;  // 1 - beta1^t, sqrt(1 - beta2^t); zero: t is Tensor::step
+  double correction1, correction2_root;  // 1 - beta1^t, sqrt(1 - beta2^t); zero: t is *Tensor::step + 1
   bool decoupled;                        // weight decay as in AdamW, not added to the gradient
   bool amsgrad, maximize;
   bool first;  // the state holds nothing yet: it is written, never read

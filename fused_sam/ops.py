@@ -340,9 +340,9 @@ def adam_update(
 
     def update(part: Part, batch: Any, *scalars: Any) -> None:
         on_device = part.take(steps) if capturable else None
+        batch.adam_update(part.regroup(groups), on_device, *scalars)
         if on_device is not None:
             _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
-        batch.adam_update(part.regroup(groups), on_device, *scalars)
 
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal)

@@ -128,7 +128,7 @@ class Batch:
         found_inf: Tensor | None,
         journal: Journal,
     ) -> None:
-        """``steps`` are read where the groups do not hold the corrections, and None if none is."""
+        """``steps`` done before are read where the groups do not hold the corrections; None if none is."""
         self.restore()
         journal.clear()
         for i, group in self._members(groups):
@@ -210,7 +210,7 @@ def _adam_tensor(
     correction1: Any = group.correction1
     correction2_root: Any = group.correction2_root
     if correction1 == 0.0 and step is not None:
-        t = step.double().reshape(())
+        t = step.double().reshape(()) + 1
         correction1 = 1 - group.beta1**t
         correction2_root = (1 - group.beta2**t).sqrt()
     step_size = group.lr / correction1
