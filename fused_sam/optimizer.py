@@ -50,8 +50,8 @@ class FusedSAM(Optimizer):
 
     Args:
         params: parameters, dicts of parameter groups (which may set ``rho`` and ``adaptive``), or named parameters.
-        base_optimizer: class of the base optimizer. ``torch.optim.SGD`` runs fused with the restore, any other class
-            runs its own ``step``.
+        base_optimizer: class of the base optimizer. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run fused with the
+            restore, any other class runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
         adaptive: elementwise scale-invariant perturbation.
         backend: ``"native"`` or ``"eager"``; None takes ``FUSED_SAM_BACKEND`` from the environment, else the best.
