@@ -2,6 +2,8 @@
 // product and every fused multiply-add is written out, so that no compiler decides where to round.
 #pragma once
 
+#include <math.h>
+
 #include "kernels.h"
 
 namespace fused_sam {
@@ -113,6 +115,69 @@ struct SgdMath {
       d = nesterov ? fma(*m, momentum, d) : *m;
     }
     return fma(d, minus_lr, w);
+  }
+};
+
+// What of a step of Adam depends on more than one hyperparameter.
+struct AdamScalars {
+  AdamGroup group;
+  double step_size, decay, correction2_root;  // decay: what decoupled weight decay multiplies w by
+};
+
+// `step` is read where the group does not hold the corrections of its step.
+FUSED_SAM_HD AdamScalars adam_scalars(const AdamGroup& group, double lr, const float* step) {
+  double correction1 = group.correction1, correction2_root = group.correction2_root;
+  if (correction1 == 0.0 && step != nullptr) {
+    const double t = static_cast<double>(*step) + 1.0;
+    correction1 = 1.0 - ::pow(group.beta1, t);
+    correction2_root = ::sqrt(1.0 - ::pow(group.beta2, t));
+  }
+  return {group, lr / correction1, 1.0 - lr * group.weight_decay, correction2_root};
+}
+
+// The operations of torch.optim.Adam's for-loop, in its order. There `x.lerp(y, a)` is fma(a, y - x, x) for a < 1/2 and
+// fma(a - 1, y - x, y) beyond, `addcmul` is fma(a * y, z, x), and `addcdiv` is x + (a * y) / z.
+template <class Vec>
+struct AdamMath {
+  using S = typename Vec::Scalar;
+  Vec multiplier, sign, weight_decay, decay, weight1, beta2, weight2, correction2_root, eps, minus_step_size;
+  bool scaled, couples, decouples, near, amsgrad, first;
+
+  static FUSED_SAM_HD Vec set(double x) { return Vec::set(static_cast<S>(x)); }
+
+  FUSED_SAM_HD AdamMath(const AdamScalars& s, double grad_multiplier)
+      : multiplier(set(grad_multiplier)),
+        sign(set(s.group.maximize ? -1.0 : 1.0)),
+        weight_decay(set(s.group.weight_decay)),
+        decay(set(s.decay)),
+        weight1(set(1.0 - s.group.beta1)),
+        beta2(set(s.group.beta2)),
+        weight2(set(1.0 - s.group.beta2)),
+        correction2_root(set(s.correction2_root)),
+        eps(set(s.group.eps)),
+        minus_step_size(set(-s.step_size)),
+        scaled(grad_multiplier != 1.0),
+        couples(s.group.weight_decay != 0.0 && !s.group.decoupled),
+        decouples(s.group.weight_decay != 0.0 && s.group.decoupled),
+        near(static_cast<S>(1.0 - s.group.beta1) < S(0.5)),
+        amsgrad(s.group.amsgrad),
+        first(s.group.first) {
+    if (!near) weight1 = Vec::set(static_cast<S>(1.0 - s.group.beta1) - S(1));
+  }
+
+  // The new w. `g` comes out unscaled where it came in scaled; `m`, `v` and, with amsgrad, `largest` as the new state.
+  FUSED_SAM_HD Vec operator()(Vec w, Vec* g, Vec* m, Vec* v, Vec* largest) const {
+    if (scaled) *g = mul(*g, multiplier);
+    Vec d = mul(*g, sign);
+    if (couples) d = fma(w, weight_decay, d);
+    if (decouples) w = mul(w, decay);
+    if (first) *m = *v = *largest = Vec::set(S(0));
+    const Vec away = sub(d, *m);
+    *m = fma(weight1, away, near ? *m : d);
+    *v = fma(mul(weight2, d), d, mul(*v, beta2));
+    if (amsgrad) *largest = larger(*largest, *v);
+    const Vec denominator = add(div(root(amsgrad ? *largest : *v), correction2_root), eps);
+    return add(w, div(mul(minus_step_size, *m), denominator));
   }
 };
 

@@ -16,9 +16,10 @@ using namespace fused_sam;
 
 namespace {
 
-// Field order of fused_sam.ops.AscentGroup and fused_sam.ops.SGDGroup.
+// Field order of fused_sam.ops.AscentGroup, SGDGroup and AdamGroup.
 using AscentTuple = std::tuple<int64_t, double, bool, double>;
 using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool>;
+using AdamTuple = std::tuple<int64_t, double, double, double, double, double, bool, bool, bool, bool, double, double>;
 
 std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
   std::vector<AscentGroup> converted;
@@ -30,6 +31,16 @@ std::vector<SgdGroup> sgd_groups(const std::vector<SgdTuple>& groups) {
   std::vector<SgdGroup> converted;
   for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first] : groups) {
     converted.push_back({lr, momentum, dampening, weight_decay, nesterov, maximize, first});
+  }
+  return converted;
+}
+
+std::vector<AdamGroup> adam_groups(const std::vector<AdamTuple>& groups) {
+  std::vector<AdamGroup> converted;
+  for (const auto& [size, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, first, correction1,
+                    correction2_root] : groups) {
+    converted.push_back(
+        {lr, beta1, beta2, eps, weight_decay, correction1, correction2_root, decoupled, amsgrad, maximize, first});
   }
   return converted;
 }
@@ -84,6 +95,19 @@ void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_m
   journal.attr("clear")();
 }
 
+void adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps, double grad_multiplier,
+                 int threads, py::list journal) {
+  batch.read_steps(steps);
+  const auto& tensors = on_cpu(batch, sizes_of(groups));
+  const auto converted = adam_groups(groups);
+  require_adam_state(tensors, [&](size_t group) -> const AdamGroup& { return converted[group]; });
+  {
+    py::gil_scoped_release unlocked;
+    cpu::adam_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads);
+  }
+  journal.attr("clear")();
+}
+
 void stream_copy(const py::object& dst, const py::object& src, int threads) {
   TensorView to, from;
   const Device cpu{false, -1};
@@ -105,7 +129,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("clear_grads", &clear_grads);
   m.def("lookup", &lookup);
   py::class_<Batch>(m, "Batch")
-      .def(py::init<const py::list&, const py::object&, const py::object&, const py::object&, int>())
+      .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, int>())
       .def_property_readonly("odd", &Batch::odd)
       .def_property_readonly("kept", &Batch::kept)
       .def("make_backups", &Batch::make_backups)
@@ -113,7 +137,8 @@ PYBIND11_MODULE(_native, m) {
       .def("norm", &norm)
       .def("perturb", &perturb)
       .def("restore", &restore)
-      .def("sgd_update", &sgd_update);
+      .def("sgd_update", &sgd_update)
+      .def("adam_update", &adam_update);
   m.def("stream_copy", &stream_copy);
   bind_cuda(m);
 }

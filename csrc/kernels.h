@@ -14,14 +14,19 @@
 
 namespace fused_sam {
 
+// Tensors of state that a base step may keep for a parameter.
+constexpr int kStates = 3;
+
 // One parameter tensor and what belongs to it.
 struct Tensor {
-  void* param;     // [numel] w, or w + e between the two passes
-  void* grad;      // [numel] gradient; null: the tensor takes no part in norm, perturb, base step
-  void* backup;    // [numel] w, kept between the two passes; null: param holds w itself
-  void* momentum;  // [numel] momentum buffer of the base step; null without momentum
+  void* param;           // [numel] w, or w + e between the two passes
+  void* grad;            // [numel] gradient; null: the tensor takes no part in norm, perturb, base step
+  void* backup;          // [numel] w, kept between the two passes; null: param holds w itself
+  void* state[kStates];  // [numel] of the base step; null where it keeps none. SGD: momentum buffer.
+                         // Adam: averages of g and of g^2, and with amsgrad the largest of the latter
+  const float* step;     // [1] of Adam, the steps before this one where the kernel is to read them; else null
   int64_t numel;
-  DType dtype;       // of param, backup and momentum
+  DType dtype;       // of param, backup and state
   DType grad_dtype;  // can_mix(dtype, grad_dtype)
   int32_t group;
 };
@@ -42,6 +47,14 @@ struct SgdGroup {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
   bool first;  // the momentum buffers hold nothing yet: they are written, never read
+};
+
+struct AdamGroup {
+  double lr, beta1, beta2, eps, weight_decay;
+  double correction1, correction2_root;  // 1 - beta1^t, sqrt(1 - beta2^t); zero: t is *Tensor::step + 1
+  bool decoupled;                        // weight decay as in AdamW, not added to the gradient
+  bool amsgrad, maximize;
+  bool first;  // the state holds nothing yet: it is written, never read
 };
 
 // Elements per block. The norm keeps one fp64 partial per block and adds them in index order, so its bits
@@ -71,6 +84,15 @@ void restore(const Tensor* tensors, size_t count, int threads);
 // written back when grad_multiplier != 1 (a GradScaler's users read unscaled gradients after the step).
 // Tensors without a gradient are restored only.
 void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads);
+
+// w <- backup (param where there is none), then at step t with g = grad_multiplier * (maximize ? -grad : grad):
+//   decoupled:  w <- (1 - lr * weight_decay) * w;  else  g <- g + weight_decay * w
+//   m <- m + (1 - beta1) * (g - m)
+//   v <- beta2 * v + (1 - beta2) * g^2
+//   u = amsgrad ? (largest v so far) : v
+//   param <- w - lr / (1 - beta1^t) * m / (sqrt(u) / sqrt(1 - beta2^t) + eps)
+// in the operation order and with the fused multiply-adds of torch.optim.Adam(foreach=False). Otherwise as sgd_update.
+void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads);
 
 // dst <- src with non-temporal stores: the memory-speed yardstick of the benchmarks.
 void stream_copy(void* dst, const void* src, int64_t bytes, int threads);

@@ -21,17 +21,17 @@ FUSED_SAM_HD float widen(bf16 x) {
 FUSED_SAM_HD float widen(f16 x) {
   return to_float(x);
 }
-FUSED_SAM_HD void narrow(float* p, double x) {
-  *p = static_cast<float>(x);
+FUSED_SAM_HD void narrow(float* p, float x) {
+  *p = x;
 }
 FUSED_SAM_HD void narrow(double* p, double x) {
   *p = x;
 }
-FUSED_SAM_HD void narrow(bf16* p, double x) {
-  from_float(p, static_cast<float>(x));
+FUSED_SAM_HD void narrow(bf16* p, float x) {
+  from_float(p, x);
 }
-FUSED_SAM_HD void narrow(f16* p, double x) {
-  from_float(p, static_cast<float>(x));
+FUSED_SAM_HD void narrow(f16* p, float x) {
+  from_float(p, x);
 }
 
 // T, by which both the gradient and the displacement are scaled.
@@ -53,6 +53,12 @@ FUSED_SAM_HD double displaced(double w, double g, const AscentGroup& group, doub
 // w + e for infinite q, at the one element that moves: by all of rho, in the direction of the gradient.
 FUSED_SAM_HD double peak_displaced(double w, double g, const AscentGroup& group, double rho) {
   return w + ::copysign(rho * neighbourhood(w, group), g);
+}
+
+// Stores a result of fp64 arithmetic.
+template <class T>
+FUSED_SAM_HD void store_rounded(T* p, double x) {
+  narrow(p, static_cast<decltype(widen(T{}))>(x));
 }
 
 // The largest |x| seen, and where; NaN once seen stays.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import ops
+from fused_sam import backends, ops
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -71,29 +72,33 @@ def _make_buffers(
 
 
 def _sgd_groups(param_groups: list[dict], fresh: set[int]) -> list[ops.SGDGroup]:
-    """Hyperparameters as the op takes them: one entry per run of parameters with, or without, a buffer to read."""
-    groups, start = [], 0
+    """Hyperparameters as the op takes them."""
+    return [
+        ops.SGDGroup(
+            length,
+            ops.host_number(group["lr"]),
+            group["momentum"],
+            group["dampening"],
+            float(group["weight_decay"]),
+            group["nesterov"],
+            group["maximize"],
+            first,
+        )
+        for group, length, first in _runs(param_groups, fresh)
+    ]
+
+
+def _runs(param_groups: list[dict], fresh: set[int]) -> Iterator[tuple[dict, int, bool]]:
+    """(group, length, first): one for each run of parameters with, or without, state to read."""
+    start = 0
     for group in param_groups:
         size = len(group["params"])
-        runs = [(False, size)]
-        if fresh:
-            flags = (i in fresh for i in range(start, start + size))
-            runs = [(flag, len(list(run))) for flag, run in itertools.groupby(flags)]
-        for first, length in runs:
-            groups.append(
-                ops.SGDGroup(
-                    length,
-                    ops.host_number(group["lr"]),
-                    group["momentum"],
-                    group["dampening"],
-                    float(group["weight_decay"]),
-                    group["nesterov"],
-                    group["maximize"],
-                    first,
-                )
-            )
+        if not fresh:
+            yield group, size, False
+            continue
+        for first, run in itertools.groupby(i in fresh for i in range(start, start + size)):
+            yield group, len(list(run)), first
         start += size
-    return groups
 
 
 class AnyBase:
@@ -125,6 +130,102 @@ class AnyBase:
         step(self.inner)
 
 
+class FusedAdam(AnyBase):
+    """torch.optim.Adam and AdamW, restore and step in one pass over the weights.
+
+    As in torch the steps of ``capturable`` and ``fused`` groups are counted on the device of the parameter, others on
+    the host. Only the latter need the host to know whether a GradScaler skips.
+    """
+
+    def step(
+        self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """One `ops.adam_update` over all groups; new state enters the optimizer's once it holds something."""
+        params, host = optimizer._flat_params(), optimizer._host()
+        if not self._is_fusable(optimizer, params):
+            super().step(optimizer, journal, grad_scale, found_inf)
+            return
+        grads = host.get_grads(params)
+        state = {key: host.lookup(optimizer.state, params, key) for key in _ADAM_STATE}
+        steps = state["step"]
+        fresh = {i for i, (t, g) in enumerate(zip(steps, grads)) if t is None and g is not None}
+        if fresh and ops.is_capturing(params):
+            raise RuntimeError("State of Adam would be made in every replay: step once before capturing a CUDA graph.")
+        if fresh and found_inf is not None and bool(found_inf):
+            # State that is skipped must not come into being, and only the host can see to that.
+            ops.undo(journal)
+            return
+        if fresh:
+            _make_adam_state(optimizer.param_groups, fresh, state)
+        ops.adam_update(
+            params,
+            grads,
+            ops.one_batch(journal, len(params)),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if any(group["amsgrad"] for group in optimizer.param_groups) else None,
+            steps,
+            self._groups(optimizer.param_groups, fresh),
+            grad_scale,
+            found_inf,
+            optimizer.backend,
+            journal,
+            capturable=not any(isinstance(t, Tensor) and t.is_cpu for t in steps),
+        )
+        for i in fresh:
+            entries = {key: values[i] for key, values in state.items() if values[i] is not None}
+            optimizer.state[params[i]].update(entries)
+
+    def _is_fusable(self, optimizer: FusedSAM, params: list[Tensor]) -> bool:
+        """Whether every backend concerned has the step, and every hyperparameter but lr can be read without waiting."""
+        for device_type in {p.device.type for p in params}:
+            backend = backends.for_device(device_type, optimizer.backend)
+            if "adam_update" not in getattr(backend, "BASE_STEPS", ()):
+                return False
+            if device_type == "cpu" and any(group["capturable"] for group in optimizer.param_groups):
+                return False  # torch's own step says why it refuses
+        return not any(isinstance(beta, Tensor) for group in optimizer.param_groups for beta in group["betas"])
+
+    def _groups(self, param_groups: list[dict], fresh: set[int]) -> list[ops.AdamGroup]:
+        # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
+        is_adamw = type(self.inner) is AdamW
+        return [
+            ops.AdamGroup(
+                length,
+                ops.host_number(group["lr"]),
+                float(group["betas"][0]),
+                float(group["betas"][1]),
+                float(group["eps"]),
+                float(group["weight_decay"]),
+                is_adamw or group.get("decoupled_weight_decay", False),
+                group["amsgrad"],
+                group["maximize"],
+                first,
+            )
+            for group, length, first in _runs(param_groups, fresh)
+        ]
+
+
+_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def _make_adam_state(param_groups: list[dict], fresh: set[int], state: dict[str, list[Any]]) -> None:
+    """Fill in what torch.optim.Adam keeps, but for uninitialised averages, which the first step writes."""
+    number = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    owners = ((p, group) for group in param_groups for p in group["params"])
+    for i, (p, group) in enumerate(owners):
+        if i not in fresh:
+            continue
+        if group["capturable"] or group["fused"]:
+            state["step"][i] = torch.zeros((), dtype=torch.float32, device=p.device)
+        else:
+            state["step"][i] = torch.zeros((), dtype=number, device="cpu")
+        for key in _ADAM_STATE[1 : 4 if group["amsgrad"] else 3]:
+            state[key][i] = torch.empty_like(p)
+
+
 def make_base(inner: Optimizer) -> FusedSGD | AnyBase:
     """The fused counterpart of an optimizer where there is one. Subclasses may step in ways of their own: not fused."""
-    return FusedSGD() if type(inner) is SGD else AnyBase(inner)
+    if type(inner) is SGD:
+        return FusedSGD()
+    return FusedAdam(inner) if type(inner) in (Adam, AdamW) else AnyBase(inner)

@@ -54,8 +54,8 @@ class FusedSAM(Optimizer):
     Args:
         params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``, ``eta``
             and ``perturb``.
-        base_optimizer: class of the base optimizer. ``torch.optim.SGD`` runs fused with the restore, any other class
-            runs its own ``step``.
+        base_optimizer: class of the base optimizer. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run fused with the
+            restore, any other class runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
         adaptive: elementwise scale-invariant perturbation; ``"weights"`` leaves tensors of fewer than two dimensions,
             biases and the scales of normalisation layers, at T = 1.

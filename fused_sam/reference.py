@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,11 +99,56 @@ def sgd_update(
     return w - lr * (d + momentum * m if nesterov else m), m
 
 
+class AdamState(NamedTuple):
+    """m, v and the largest v of Adam, after t steps."""
+
+    t: int
+    m: Tensor
+    v: Tensor
+    v_max: Tensor
+
+    @classmethod
+    def zeros(cls, w: Tensor) -> AdamState:
+        """Before the first step."""
+        return cls(0, *(torch.zeros_like(w) for _ in range(3)))
+
+
+def adam_update(
+    w: Tensor,
+    g: Tensor,
+    state: AdamState,
+    *,
+    decoupled: bool = False,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> tuple[Tensor, AdamState]:
+    """One step of Adam (Kingma and Ba 2015, Algorithm 1) as `torch.optim.Adam` defines it: the new w and state.
+
+    ``decoupled``: weight decay as in AdamW (Loshchilov and Hutter 2019, Algorithm 2). ``amsgrad``: Reddi et al. 2018.
+    """
+    g = -g if maximize else g
+    if decoupled:
+        w = w - lr * weight_decay * w
+    else:
+        g = g + weight_decay * w
+    t = state.t + 1
+    m = betas[0] * state.m + (1 - betas[0]) * g
+    v = betas[1] * state.v + (1 - betas[1]) * g**2
+    v_max = torch.maximum(state.v_max, v)
+    m_hat = m / (1 - betas[0] ** t)
+    v_hat = (v_max if amsgrad else v) / (1 - betas[1] ** t)
+    return w - lr * m_hat / (v_hat.sqrt() + eps), AdamState(t, m, v, v_max)
+
+
 OWN_KEYS = ("params", "rho", "adaptive", "perturb")
 
 
 class ReferenceSAM:
-    """Algorithm 1 with SGD as the base step. Groups are as for `torch.optim.SGD`, plus ``rho`` and ``adaptive``.
+    """Algorithm 1 with SGD, Adam or AdamW as the base step. Groups are as in torch, plus ``rho`` and ``adaptive``.
 
     ``adaptive="weights"`` scales tensors of two and more dimensions only; groups with ``perturb=False`` are left out.
     """
@@ -115,16 +160,20 @@ class ReferenceSAM:
         adaptive: bool | str = False,
         p: float = 2.0,
         eta: float = 0.0,
-        **sgd_options: float | bool,
+        base: str = "sgd",
+        **base_options: Any,
     ) -> None:
-        self.p, self.eta = p, eta
+        if base not in ("sgd", "adam", "adamw"):
+            raise ValueError(f"Invalid base={base!r}. Must be 'sgd', 'adam' or 'adamw'.")
+        self.base, self.p, self.eta = base, p, eta
         items = list(params)
         groups = items if items and isinstance(items[0], dict) else [{"params": items}]
-        defaults = {"rho": rho, "adaptive": adaptive, "perturb": True, "lr": 1e-3, **sgd_options}
+        defaults = {"rho": rho, "adaptive": adaptive, "perturb": True, "lr": 1e-3, **base_options}
         self.param_groups: list[dict[str, Any]] = [
             {**defaults, **group, "params": list(group["params"])} for group in groups
         ]
         self.momentum_buffers: dict[Tensor, Tensor] = {}
+        self.adam_states: dict[Tensor, AdamState] = {}
         self._w: list[Tensor] = []
 
     def _flat(self, key: str | None = None) -> list:
@@ -152,11 +201,16 @@ class ReferenceSAM:
         for group in self.param_groups:
             options = {key: value for key, value in group.items() if key not in OWN_KEYS}
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and self.base == "sgd":
                     w, m = sgd_update(p, p.grad, self.momentum_buffers.get(p), **options)
                     p.copy_(w)
                     if m is not None:
                         self.momentum_buffers[p] = m.clone()
+                elif p.grad is not None:
+                    state = self.adam_states.get(p, AdamState.zeros(p))
+                    w, state = adam_update(p, p.grad, state, decoupled=self.base == "adamw", **options)
+                    p.copy_(w)
+                    self.adam_states[p] = state
                 if zero_grad:
                     p.grad = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,16 +81,18 @@ def route(
     params: TensorList,
     grads: TensorList | None = None,
     backups: TensorList | Any | None = None,
-    buffers: TensorList | None = None,
+    states: Sequence[TensorList | None] = (),
 ) -> list[Part]:
     """One part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
+
+    ``states``: the lists of state that the base step reads and writes, of which any may be None.
 
     Raises:
         InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match
             its parameter in dtype, device and shape.
         ValueError: if the lists differ in length.
     """
-    lists = [x for x in (grads, backups, buffers) if isinstance(x, list)]
+    lists = [x for x in (grads, backups, *states) if isinstance(x, list)]
     for x in lists:
         if len(x) != len(params):
             raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
@@ -98,7 +100,7 @@ def route(
         return []
     device = params[0].device
     first = backends.for_device(device.type, backend)
-    batch = first.batch(params, grads, backups, buffers)
+    batch = first.batch(params, grads, backups, *states)
     odd = set(batch.odd)
     if not odd:
         return [Part(first, device, batch)]
@@ -108,13 +110,13 @@ def route(
         if i in odd:
             if not any(isinstance(x, list) and x[i] is not None for x in (grads, backups)):
                 continue
-            written = [x[i] for x in (backups, buffers) if isinstance(x, list) and x[i] is not None]
+            written = [x[i] for x in (backups, *states) if isinstance(x, list) and x[i] is not None]
             _require_supported(i, param, grads[i] if grads else None, written)
             stage = first.NEEDS_DENSE
         module = backends.for_device(param.device.type, backend)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
     involved = [i for index in members.values() for i in index]
-    written = [x[i] for x in (params, backups, buffers) if isinstance(x, list) for i in involved]
+    written = [x[i] for x in (params, backups, *states) if isinstance(x, list) for i in involved]
     require_disjoint([x for x in written if x is not None])
     if list(members) == [(first, device, False)] and len(members[first, device, False]) == len(params):
         return [Part(first, device, batch)]
@@ -122,7 +124,7 @@ def route(
     for (module, on_device, stage), index in members.items():
         part = Part(module, on_device, None, index)
         if not stage:
-            part.batch = module.batch(*map(part.take_any, (params, grads, backups, buffers)))
+            part.batch = module.batch(*map(part.take_any, (params, grads, backups, *states)))
         parts.append(part)
     return parts
 
@@ -166,7 +168,7 @@ def require_disjoint(tensors: list[Tensor]) -> None:
             if _share_memory(a, place):
                 raise ValueError(
                     f"Invalid memory layout: tensors of shape {list(a.shape)} and {list(place.shape)} overlap. "
-                    "Parameters, backups and momentum buffers must be disjoint."
+                    "Parameters, backups and state must be disjoint."
                 )
         active.append(place)
 

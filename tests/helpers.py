@@ -12,14 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fused_sam import ReferenceSAM
-from fused_sam.ops import AscentGroup, SGDGroup
+from fused_sam import ReferenceSAM, ops
+from fused_sam.ops import AdamGroup, AscentGroup, SGDGroup
 
 # Tolerances, all of them. Counted in ulps of the dtype at the largest operand of the sum that produced a
 # value: w, w' and e for the ascent, w, w' and the terms of lr * d for the update. Cancellation makes any
 # bound at the result alone unattainable.
 PERTURB_ULP = 3.0  # scale, product and sum: three roundings
 UPDATE_ULP = 6.0  # weight decay, dampening, momentum, Nesterov, learning rate, sum
+# Adam's averages: weight decay, difference and fused multiply-add; decay, two products of g and fused multiply-add.
+AVERAGE_ULP = 4.0
+# Of lr * m / (sqrt(v) + eps), mostly half an ulp each: m, v (halved by the root), root, correction, division, eps, step
+# size, product, division, sum. torch.optim.Adam itself comes within 3.1.
+ADAM_ULP = 6.0
+ROOT_ULP = 3.0  # between a step with torch's root and one with ours: two of the quotient, one of the sum
 MOMENTUM_ULP = 2.0  # further ulps for each step before: a momentum buffer carries its rounding along
 # 16-bit data is computed in fp32 and rounded once on storing, so half an ulp is all that may be lost, up to
 # ties that the fp32 rounding decides the other way.
@@ -65,6 +71,33 @@ SGD_CONFIGS: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "weight_decay": 0.017,
         "maximize": True,
+    },
+}
+
+
+ADAM_CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.013},
+    "betas": {"lr": 0.013, "betas": (0.3, 0.71), "eps": 0.013},
+    "decay": {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.17},
+    "decoupled": {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.17, "decoupled": True},
+    "amsgrad": {"lr": 0.013, "betas": (0.8, 0.97), "amsgrad": True},
+    "maximize": {"lr": 0.013, "betas": (0.8, 0.97), "maximize": True},
+    "all": {
+        "lr": 0.013,
+        "betas": (0.8, 0.97),
+        "eps": 1e-5,
+        "weight_decay": 0.17,
+        "amsgrad": True,
+        "maximize": True,
+    },
+    "all-decoupled": {
+        "lr": 0.013,
+        "betas": (0.8, 0.97),
+        "eps": 1e-5,
+        "weight_decay": 0.17,
+        "amsgrad": True,
+        "maximize": True,
+        "decoupled": True,
     },
 }
 
@@ -123,6 +156,38 @@ def exact_sgd(
     return updated, buffer, np.maximum(np.maximum(np.abs(w), np.abs(updated)), lr * step_size), buffer_size
 
 
+def exact_adam(
+    w: Array,
+    g: Array,
+    state: tuple[Array, Array, Array] | None,
+    t: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, Array, Array, Array]]:
+    """torch.optim.Adam's documented update: (w', m', v', largest v), and the largest operand behind each."""
+    m, v, u = state if state is not None else (np.zeros_like(w),) * 3
+    beta1, beta2 = betas
+    d = -g if maximize else g
+    size = np.abs(d)
+    if not decoupled:
+        d, size = d + weight_decay * w, size + weight_decay * np.abs(w)
+    decayed = (1 - lr * weight_decay) * w if decoupled else w
+    m, m_size = beta1 * m + (1 - beta1) * d, np.maximum(np.abs(m), size)
+    v, v_size = beta2 * v + (1 - beta2) * d * d, np.maximum(beta2 * v, (1 - beta2) * size * size)
+    u = np.maximum(u, v)
+    # The corrections in float64, as torch computes them.
+    scale = lr / (1 - beta1**t) / (np.sqrt((u if amsgrad else v) / (1 - beta2**t)) + eps)
+    updated = decayed - scale * m
+    w_size = np.maximum(np.maximum(np.abs(w), np.abs(updated)), scale * m_size)
+    return (updated, m, v, u), (w_size, m_size, v_size, np.maximum(v_size, u))
+
+
 def ulp(magnitude: Array, dtype: torch.dtype) -> Array:
     """Distance to the next number of `dtype` at each magnitude."""
     info = torch.finfo(dtype)
@@ -164,6 +229,15 @@ def assert_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor | bytes
         assert bits(a) == (e if isinstance(e, bytes) else bits(e)), f"{what} {i} differs"
 
 
+def assert_as_torch(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "tensor") -> None:
+    """The bits of torch.optim.Adam with `ieee_roots`; on a GPU torch multiplies by reciprocals instead of dividing."""
+    for a, e in zip(actual, expected, strict=True):
+        if a.is_cuda:
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6, msg=what)
+        else:
+            assert_same_bits([a], [e], what)
+
+
 def snapshot(tensors: Iterable[Tensor]) -> list[bytes]:
     return [bits(t) for t in tensors]
 
@@ -185,6 +259,33 @@ class Carved:
 
     def check(self) -> None:
         assert bool((self.buffer[self.gaps] == self.FILL).all()), "an element outside the tensors was written"
+
+
+class AdamLists:
+    """What adam_update takes, of the given sizes with random contents. ``steps`` are those done before."""
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: str, steps: float = 6.0) -> None:
+        self.carved = [Carved(sizes, dtype, device) for _ in range(6)]
+        self.params, self.grads, self.backups, *self.states = (c.tensors for c in self.carved)
+        self.steps = [torch.tensor(steps) for _ in sizes]
+        for p, g, b, m, v, u in zip(self.params, self.grads, self.backups, *self.states, strict=True):
+            for x in (p, g, b, m):
+                x.copy_(torch.randn(p.shape))
+            for x in (v, u):
+                x.copy_(torch.rand(p.shape) + 0.01)
+
+    def update(self, groups: list[AdamGroup], backups: bool = True, **options: Any) -> None:
+        nothing = [None] * len(self.params)
+        lists = self.params, self.grads, self.backups if backups else nothing, *self.states, self.steps
+        ops.adam_update(*lists, groups, **options)
+
+    def copy_(self, other: AdamLists) -> None:
+        for mine, theirs in zip(self.carved, other.carved, strict=True):
+            mine.buffer.copy_(theirs.buffer)
+
+    def check_neighbours(self) -> None:
+        for carved in self.carved:
+            carved.check()
 
 
 class Lists:
@@ -267,6 +368,12 @@ def ascent_groups(count: int, rho: float = RHO, adaptive: bool = False) -> list[
 def sgd_groups(count: int, first: bool = False, **config: Any) -> list[SGDGroup]:
     neutral = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
     return [SGDGroup(size=count, first=first, **(neutral | config))]
+
+
+def adam_groups(count: int, first: bool = False, **config: Any) -> list[AdamGroup]:
+    neutral = {"eps": 1e-8, "weight_decay": 0.0, "decoupled": False, "amsgrad": False, "maximize": False}
+    beta1, beta2 = config.pop("betas", (0.9, 0.999))
+    return [AdamGroup(size=count, beta1=beta1, beta2=beta2, first=first, **(neutral | config))]
 
 
 def scalar(value: float, device: str) -> Tensor:

@@ -12,9 +12,10 @@ from fused_sam.backends import Backend, native
 from fused_sam.backends.native import CUDABatch, clear_grads, get_grads, lookup
 from fused_sam.routing import TensorList
 
-__all__ = ["BACKEND", "NEEDS_DENSE", "batch", "clear_grads", "get_grads", "lookup", "why_not"]
+__all__ = ["BACKEND", "BASE_STEPS", "NEEDS_DENSE", "batch", "clear_grads", "get_grads", "lookup", "why_not"]
 
 NEEDS_DENSE = native.NEEDS_DENSE
+BASE_STEPS = native.BASE_STEPS
 BACKEND = Backend("interpreted", "interpreted", "nothing: it is for the tests only")
 
 
@@ -26,6 +27,6 @@ def batch(
     params: TensorList,
     grads: TensorList | None = None,
     backups: TensorList | CUDABatch | None = None,
-    momentum_buffers: TensorList | None = None,
+    *states: TensorList | None,
 ) -> CUDABatch:
-    return CUDABatch(torch.device("cpu"), params, grads, backups, momentum_buffers)
+    return CUDABatch(torch.device("cpu"), params, grads, backups, *states)

@@ -31,6 +31,8 @@ SCALE = 2.0**10
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, HYPER),
     "Adam": (torch.optim.Adam, {"lr": 0.013, "weight_decay": 0.017}),
+    "fused AdamW": (torch.optim.AdamW, {"lr": 0.013, "amsgrad": True, "fused": True}),
+    "NAdam": (torch.optim.NAdam, {"lr": 0.013, "weight_decay": 0.017}),
 }
 every_base = pytest.mark.parametrize("base", BASES)
 

@@ -177,7 +177,7 @@ def test_b11_repeated_ascent_leaves_nothing_displaced(backend: str, device: str)
     assert_same_bits(params, w)
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam], ids=["SGD", "Adam", "NAdam"])
 def test_b13_and_b27_one_set_of_groups_for_wrapper_and_base(
     base: type[torch.optim.Optimizer], backend: str, device: str
 ) -> None:

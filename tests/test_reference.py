@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ADAM_CONFIGS,
     DTYPES,
     FLOAT64_RTOL,
     RHO,
     SGD_CONFIGS,
     exact,
+    exact_adam,
     exact_ascent,
     exact_norm,
     exact_sgd,
@@ -133,3 +135,23 @@ def test_none_gradients_in_the_reference() -> None:
     sam.second_step()
     assert snapshot(params)[0] == start[0]
     assert snapshot(params)[1] != start[1]
+
+
+@pytest.mark.parametrize("config", ADAM_CONFIGS.values(), ids=ADAM_CONFIGS.keys())
+def test_adam_update_of_the_reference(config: dict[str, Any]) -> None:
+    """The first step and the third, from state that is not its own making."""
+    for t, w in [(t, w) for t in (1, 3) for w in tensors()]:
+        g = torch.randn_like(w)
+        state = reference.AdamState.zeros(w)
+        if t > 1:
+            state = reference.AdamState(t - 1, torch.randn_like(w), torch.rand_like(w), torch.rand_like(w))
+        updated, after = reference.adam_update(w, g, state, **config)
+        expected, _ = exact_adam(exact(w), exact(g), (exact(state.m), exact(state.v), exact(state.v_max)), t, **config)
+        for x, e in zip((updated, after.m, after.v, after.v_max), expected, strict=True):
+            assert_close(x, e)
+        assert after.t == t
+
+
+def test_the_reference_refuses_a_base_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="Invalid base='lion'"):
+        ReferenceSAM(tensors(), base="lion")

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from fused_sam import FusedSAM, ReferenceSAM
 
-every_base = pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+every_base = pytest.mark.parametrize(
+    "base", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam], ids=["SGD", "Adam", "NAdam"]
+)
 
 
 @every_base

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ADAM_CONFIGS,
     BLOCK,
     DTYPES,
     FEW_SIZES,
     RHO,
     SGD_CONFIGS,
+    AdamLists,
     Lists,
+    adam_groups,
     ascent_groups,
     bits,
     gradient_stream,
@@ -67,6 +70,14 @@ def digests(threads: int, backend: str = "native") -> dict[str, str]:
                 x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
                 ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
                 add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
+        for name in ("all", "decoupled"):
+            y = AdamLists(SIZES, dtype, "cpu")
+            y.states[1][-1][5] = y.states[2][-1][40] = float("nan")
+            groups_ = adam_groups(len(SIZES), first=name == "decoupled", **ADAM_CONFIGS[name])
+            y.update(groups_, grad_scale=torch.tensor(3.0), backend=backend)
+            y.states[1][-1][5] = y.states[2][-1][40] = 0.0
+            y.states[2][-1][5] = y.params[-1][5] = y.params[-1][40] = 0.0  # NaN has many bits
+            add(f"adam_update {dtype} {name}", y.params, *y.states, y.grads)
     return found
 
 

@@ -10,11 +10,17 @@ struct SgdScalars {
   double grad_multiplier;
 };
 
+struct AdamTerms {
+  AdamScalars scalars;
+  double grad_multiplier;
+};
+
 // Elements [begin, begin + count) of a tensor. `stream`: write-only data bypasses the cache; the caller fences.
 struct BlockKernels {
   double (*sum_of_squares)(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);
   void (*perturb)(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);
   void (*sgd_update)(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);
+  void (*adam_update)(const Tensor&, int64_t begin, int64_t count, const AdamTerms&, bool stream);
   void (*stream_copy)(void* dst, const void* src, int64_t bytes);
 };
 
@@ -23,6 +29,7 @@ struct BlockKernels {
   double sum_of_squares(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);       \
   void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream); \
   void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream); \
+  void adam_update(const Tensor&, int64_t begin, int64_t count, const AdamTerms&, bool stream); \
   void stream_copy(void* dst, const void* src, int64_t bytes);                                  \
   }
 FUSED_SAM_DECLARE_ISA(portable)

@@ -194,13 +194,17 @@ void restore(const Tensor* tensors, size_t count, int threads) {
   });
 }
 
-void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads) {
+// What a base step does to tensors without a gradient.
+static void restore_ungraded(const Tensor* tensors, size_t count, int threads) {
   std::vector<Tensor> restored;
   for (size_t i = 0; i < count; ++i) {
     if (!has_grad(tensors[i]) && tensors[i].backup != nullptr) restored.push_back(tensors[i]);
   }
   if (!restored.empty()) restore(restored.data(), restored.size(), threads);
+}
 
+void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads) {
+  restore_ungraded(tensors, count, threads);
   const Partition partition(tensors, count, has_grad);
   const bool stream = exceeds_cache(partition.bytes());
   const auto kernel = block_kernels().sgd_update;
@@ -209,8 +213,23 @@ void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, dou
   });
 }
 
+void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads) {
+  restore_ungraded(tensors, count, threads);
+  const Partition partition(tensors, count, has_grad);
+  const bool stream = exceeds_cache(partition.bytes());
+  const auto kernel = block_kernels().adam_update;
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
+    const AdamGroup& group = groups[t.group];
+    kernel(t, begin, n, AdamTerms{adam_scalars(group, group.lr, t.step), grad_multiplier}, stream);
+  });
+}
+
 void stream_copy(void* dst, const void* src, int64_t bytes, int threads) {
-  const Tensor whole{dst, const_cast<void*>(src), nullptr, nullptr, (bytes + 1) / 2, DType::bf16, DType::bf16, 0};
+  Tensor whole{};
+  whole.param = dst;
+  whole.grad = const_cast<void*>(src);
+  whole.numel = (bytes + 1) / 2;
+  whole.dtype = whole.grad_dtype = DType::bf16;
   const Partition partition(&whole, 1, has_grad);
   const auto kernel = block_kernels().stream_copy;
   for_each_block(partition, threads, Order::ascending, [&](const Tensor&, int64_t begin, int64_t n, int64_t) {

@@ -44,9 +44,9 @@ void power_perturb(const Tensor& t, int64_t begin, int64_t count, const AscentGr
       const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
       backup[i] = old;
       if (std::isinf(q)) {
-        if (i == element) narrow(&w[i], peak_displaced(widen(old), x, group, group.rho));
+        if (i == element) store_rounded(&w[i], peak_displaced(widen(old), x, group, group.rho));
       } else {
-        narrow(&w[i], displaced(widen(old), x, group, group.rho, q, norm));
+        store_rounded(&w[i], displaced(widen(old), x, group, group.rho, q, norm));
       }
     }
   });

@@ -95,5 +95,31 @@ static inline VecF fma(VecF a, VecF b, VecF c) {
 static inline VecD fma(VecD a, VecD b, VecD c) {
   return {_mm256_fmadd_pd(a.v, b.v, c.v)};
 }
+static inline VecF sub(VecF a, VecF b) {
+  return {_mm256_sub_ps(a.v, b.v)};
+}
+static inline VecD sub(VecD a, VecD b) {
+  return {_mm256_sub_pd(a.v, b.v)};
+}
+static inline VecF div(VecF a, VecF b) {
+  return {_mm256_div_ps(a.v, b.v)};
+}
+static inline VecD div(VecD a, VecD b) {
+  return {_mm256_div_pd(a.v, b.v)};
+}
+static inline VecF root(VecF a) {
+  return {_mm256_sqrt_ps(a.v)};
+}
+static inline VecD root(VecD a) {
+  return {_mm256_sqrt_pd(a.v)};
+}
+// NaN where either is; the instruction gives b then.
+static inline VecF larger(VecF a, VecF b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+// NaN where either is; the instruction gives b then.
+static inline VecD larger(VecD a, VecD b) {
+  return {_mm256_blendv_pd(_mm256_max_pd(a.v, b.v), a.v, _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q))};
+}
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

@@ -92,5 +92,31 @@ static inline VecF fma(VecF a, VecF b, VecF c) {
 static inline VecD fma(VecD a, VecD b, VecD c) {
   return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }
+static inline VecF sub(VecF a, VecF b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+static inline VecD sub(VecD a, VecD b) {
+  return {_mm512_sub_pd(a.v, b.v)};
+}
+static inline VecF div(VecF a, VecF b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+static inline VecD div(VecD a, VecD b) {
+  return {_mm512_div_pd(a.v, b.v)};
+}
+static inline VecF root(VecF a) {
+  return {_mm512_sqrt_ps(a.v)};
+}
+static inline VecD root(VecD a) {
+  return {_mm512_sqrt_pd(a.v)};
+}
+// NaN where either is; the instruction gives b then.
+static inline VecF larger(VecF a, VecF b) {
+  return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
+// NaN where either is; the instruction gives b then.
+static inline VecD larger(VecD a, VecD b) {
+  return {_mm512_mask_mov_pd(_mm512_max_pd(a.v, b.v), _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

@@ -99,5 +99,38 @@ static inline VecD fma(VecD a, VecD b, VecD c) {
   for (int i = 0; i < VecD::width; ++i) c.v[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
   return c;
 }
+static inline VecF sub(VecF a, VecF b) {
+  for (int i = 0; i < VecF::width; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+static inline VecD sub(VecD a, VecD b) {
+  for (int i = 0; i < VecD::width; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+static inline VecF div(VecF a, VecF b) {
+  for (int i = 0; i < VecF::width; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+static inline VecD div(VecD a, VecD b) {
+  for (int i = 0; i < VecD::width; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+static inline VecF root(VecF a) {
+  for (int i = 0; i < VecF::width; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+}
+static inline VecD root(VecD a) {
+  for (int i = 0; i < VecD::width; ++i) a.v[i] = __builtin_sqrt(a.v[i]);
+  return a;
+}
+// NaN where either is.
+static inline VecF larger(VecF a, VecF b) {
+  for (int i = 0; i < VecF::width; ++i) a.v[i] = a.v[i] != a.v[i] || a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+static inline VecD larger(VecD a, VecD b) {
+  for (int i = 0; i < VecD::width; ++i) a.v[i] = a.v[i] != a.v[i] || a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

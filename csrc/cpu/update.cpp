@@ -33,7 +33,7 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
   T* w = static_cast<T*>(t.param) + begin;
   const T* source = t.backup ? static_cast<const T*>(t.backup) + begin : w;
   G* g = static_cast<G*>(t.grad) + begin;
-  T* m = t.momentum ? static_cast<T*>(t.momentum) + begin : nullptr;
+  T* m = t.state[0] ? static_cast<T*>(t.state[0]) + begin : nullptr;
   int64_t i = 0;
   // A line that is also read must be stored normally: only restored weights are write-only.
   if (stream && t.backup && reinterpret_cast<uintptr_t>(w) % 64 == 0) {

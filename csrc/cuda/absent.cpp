@@ -43,7 +43,10 @@ void power_perturb(const Target&, const Slice<AscentTerms>&, int, const PerturbT
 void perturb(const Target&, const Slice<AscentTerms>&, int, const PerturbTerms&) {
   refuse();
 }
-void sgd_update(const Target&, const Slice<SgdTerms>&, int, const SgdUpdateTerms&) {
+void sgd_update(const Target&, const Slice<SgdTerms>&, int, const UpdateTerms&) {
+  refuse();
+}
+void adam_update(const Target&, const Slice<AdamTerms>&, int, const UpdateTerms&) {
   refuse();
 }
 

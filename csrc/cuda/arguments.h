@@ -15,9 +15,10 @@ struct Arguments {
   int32_t shift;
   alignas(8) unsigned char payload[kBytes];
 
-  FUSED_SAM_HD Walk walk() const { return {reinterpret_cast<const Entry*>(payload), count, units, shift}; }
+  using E = typename Group::Entry;
+  FUSED_SAM_HD Walk<E> walk() const { return {reinterpret_cast<const E*>(payload), count, units, shift}; }
   FUSED_SAM_HD const Group& group(uint32_t i) const {
-    return reinterpret_cast<const Group*>(payload + count * sizeof(Entry))[i];
+    return reinterpret_cast<const Group*>(payload + count * sizeof(E))[i];
   }
 };
 
@@ -36,7 +37,7 @@ struct PerturbTerms {
   double q;
   const Norm* norm;  // of which q = 1 and 2 read the value alone
 };
-struct SgdUpdateTerms {
+struct UpdateTerms {
   const float* grad_scale;  // may be null
   const float* found_inf;   // may be null
 
@@ -54,19 +55,20 @@ inline double add_pairwise(double* lanes, int count) {
 
 template <class Group>
 struct Slice {
-  std::vector<Entry> entries;
+  using E = typename Group::Entry;
+  std::vector<E> entries;
   std::vector<Group> groups;
   int64_t units = 0;
 
-  size_t bytes() const { return entries.size() * sizeof(Entry) + groups.size() * sizeof(Group); }
+  size_t bytes() const { return entries.size() * sizeof(E) + groups.size() * sizeof(Group); }
 
   template <int kBytes>
   void fill(Arguments<Group, kBytes>* arguments, int shift) const {
     arguments->count = static_cast<uint32_t>(entries.size());
     arguments->units = static_cast<uint32_t>(units);
     arguments->shift = shift;
-    std::memcpy(arguments->payload, entries.data(), entries.size() * sizeof(Entry));
-    std::memcpy(arguments->payload + entries.size() * sizeof(Entry), groups.data(), groups.size() * sizeof(Group));
+    std::memcpy(arguments->payload, entries.data(), entries.size() * sizeof(E));
+    std::memcpy(arguments->payload + entries.size() * sizeof(E), groups.data(), groups.size() * sizeof(Group));
   }
 };
 
@@ -80,7 +82,7 @@ std::vector<Slice<Group>> slices_of(const std::vector<Tensor>& tensors, const st
   for (const Tensor& t : tensors) {
     if (t.numel == 0 || !takes(t)) continue;
     const int64_t units = units_of(t.numel, shift);
-    const size_t more = sizeof(Entry) + sizeof(Group);
+    const size_t more = sizeof(typename Group::Entry) + sizeof(Group);
     if (slices.empty() || slices.back().bytes() + more > capacity || slices.back().units + units > kMostUnits) {
       slices.emplace_back();
       group = -1;

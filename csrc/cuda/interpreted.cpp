@@ -14,7 +14,7 @@ void visit_units(const Slice<Group>& slice, int shift, const Visit& visit) {
   const auto arguments = std::make_unique<Arguments<Group, kBytes>>();
   slice.fill(arguments.get(), shift);
   for (uint32_t i = 0; i < arguments->units; ++i) {
-    const Unit unit = arguments->walk().locate(i);
+    const auto unit = arguments->walk().locate(i);
     visit(i, unit, arguments->group(unit.entry->group()));
   }
 }
@@ -41,7 +41,7 @@ size_t capacity() {
 }
 
 void norm(const Target&, const Slice<AscentTerms>& slice, int shift, const NormTerms& terms) {
-  visit_units(slice, shift, [&](uint32_t i, const Unit& unit, const AscentTerms& group) {
+  visit_units(slice, shift, [&](uint32_t i, const Unit<SlimEntry>& unit, const AscentTerms& group) {
     double sums[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) sums[lane] = norm_unit(unit, group.group, lane);
     terms.partials[terms.first_partial + i] = add_pairwise(sums, kWarp);
@@ -54,7 +54,7 @@ void peak(const Target&, const Slice<AscentTerms>& slice, int shift, const NormT
   const auto raise = [](PeakPartial* highest, const PeakPartial& other) {
     if (highest->is_below(other)) *highest = other;
   };
-  visit_units(slice, shift, [&](uint32_t i, const Unit& unit, const AscentTerms& group) {
+  visit_units(slice, shift, [&](uint32_t i, const Unit<SlimEntry>& unit, const AscentTerms& group) {
     PeakPartial highest{0.0, -1.0, -1.0};
     for (int lane = 0; lane < kWarp; ++lane) {
       const Peak peak = peak_unit(unit, group.group, lane);
@@ -70,7 +70,7 @@ void peak(const Target&, const Slice<AscentTerms>& slice, int shift, const NormT
 
 void powers(const Target&, const Slice<AscentTerms>& slice, int shift, const NormTerms& terms) {
   const double scale = terms.out->value;
-  visit_units(slice, shift, [&](uint32_t i, const Unit& unit, const AscentTerms& group) {
+  visit_units(slice, shift, [&](uint32_t i, const Unit<SlimEntry>& unit, const AscentTerms& group) {
     double sums[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) sums[lane] = powers_unit(unit, group.group, terms.q, scale, lane);
     terms.partials[terms.first_partial + i] = add_pairwise(sums, kWarp);
@@ -84,20 +84,26 @@ void clear(const Target&, Norm* out) {
 
 void perturb(const Target&, const Slice<AscentTerms>& slice, int shift, const PerturbTerms& terms) {
   const double norm = terms.q == 1.0 ? 0.0 : terms.norm->value;
-  visit_units(slice, shift, [&](uint32_t, const Unit& unit, const AscentTerms& group) {
+  visit_units(slice, shift, [&](uint32_t, const Unit<SlimEntry>& unit, const AscentTerms& group) {
     for (int lane = 0; lane < kWarp; ++lane) perturb_unit(unit, group, terms.q, norm, lane);
   });
 }
 
 void power_perturb(const Target&, const Slice<AscentTerms>& slice, int shift, const PerturbTerms& terms) {
-  visit_units(slice, shift, [&](uint32_t, const Unit& unit, const AscentTerms& group) {
+  visit_units(slice, shift, [&](uint32_t, const Unit<SlimEntry>& unit, const AscentTerms& group) {
     for (int lane = 0; lane < kWarp; ++lane) power_perturb_unit(unit, group, terms.q, *terms.norm, lane);
   });
 }
 
-void sgd_update(const Target&, const Slice<SgdTerms>& slice, int shift, const SgdUpdateTerms& terms) {
-  visit_units(slice, shift, [&](uint32_t, const Unit& unit, const SgdTerms& group) {
+void sgd_update(const Target&, const Slice<SgdTerms>& slice, int shift, const UpdateTerms& terms) {
+  visit_units(slice, shift, [&](uint32_t, const Unit<SlimEntry>& unit, const SgdTerms& group) {
     for (int lane = 0; lane < kWarp; ++lane) sgd_unit(unit, group, terms.multiplier(), terms.skip(), lane);
+  });
+}
+
+void adam_update(const Target&, const Slice<AdamTerms>& slice, int shift, const UpdateTerms& terms) {
+  visit_units(slice, shift, [&](uint32_t, const Unit<WideEntry>& unit, const AdamTerms& group) {
+    for (int lane = 0; lane < kWarp; ++lane) adam_unit(unit, group, terms.multiplier(), terms.skip(), lane);
   });
 }
 

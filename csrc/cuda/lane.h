@@ -19,8 +19,8 @@
 
 namespace fused_sam::cuda {
 
-// The counterpart of the CPU's vectors, for AscentMath and SgdMath. Products and fused multiply-adds are what IEEE says
-// on both sides: the build turns contraction off.
+// The counterpart of the CPU's vectors, for AscentMath, SgdMath and AdamMath. Every operation is what IEEE says on
+// both sides: the build turns contraction off, and division and square roots are exact by default.
 template <class S>
 struct Lane {
   using Scalar = S;
@@ -51,6 +51,26 @@ FUSED_SAM_HD Lane<float> fma(Lane<float> a, Lane<float> b, Lane<float> c) {
 }
 FUSED_SAM_HD Lane<double> fma(Lane<double> a, Lane<double> b, Lane<double> c) {
   return {::fma(a.v, b.v, c.v)};
+}
+
+template <class S>
+FUSED_SAM_HD Lane<S> sub(Lane<S> a, Lane<S> b) {
+  return {a.v - b.v};
+}
+template <class S>
+FUSED_SAM_HD Lane<S> div(Lane<S> a, Lane<S> b) {
+  return {a.v / b.v};
+}
+FUSED_SAM_HD Lane<float> root(Lane<float> a) {
+  return {::sqrtf(a.v)};
+}
+FUSED_SAM_HD Lane<double> root(Lane<double> a) {
+  return {::sqrt(a.v)};
+}
+// NaN where either is.
+template <class S>
+FUSED_SAM_HD Lane<S> larger(Lane<S> a, Lane<S> b) {
+  return {a.v != a.v || a.v > b.v ? a.v : b.v};
 }
 
 // V consecutive elements; at most 16 bytes, read and written by one instruction.

@@ -14,8 +14,13 @@ bool has_grad(const Tensor& t) {
 // Ascents have no use for the momentum buffer's place: it tells the tensor's number in the list instead.
 std::vector<Tensor> with_numbers(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> numbered = tensors;
-  for (size_t i = 0; i < numbered.size(); ++i) numbered[i].momentum = reinterpret_cast<void*>(i);
+  for (size_t i = 0; i < numbered.size(); ++i) numbered[i].state[0] = reinterpret_cast<void*>(i);
   return numbered;
+}
+
+// Whether a base step does anything to a tensor.
+bool moves(const Tensor& t) {
+  return t.grad != nullptr || t.backup != nullptr;
 }
 
 bool on_host(const Target& target) {
@@ -61,17 +66,17 @@ std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped) {
     // The address tells the tensor's number; nothing is read there.
     auto* number = reinterpret_cast<void*>(tensors.size() + 1);
     const auto group = grouped ? static_cast<int32_t>(tensors.size()) : 0;
-    tensors.push_back({number, number, number, nullptr, numel, DType::f32, DType::f32, group});
+    tensors.push_back({number, number, number, {}, nullptr, numel, DType::f32, DType::f32, group});
   }
   const std::vector<AscentTerms> groups(grouped ? tensors.size() : 1);
   const int shift = shift_of(tensors, kMostUnits, has_grad);
   std::vector<UnitPlace> places;
   int64_t launch = 0;
   for (const auto& slice : slices_of(tensors, groups, shift, interpreted::capacity(), has_grad)) {
-    const Walk walk{slice.entries.data(), static_cast<uint32_t>(slice.entries.size()),
-                    static_cast<uint32_t>(slice.units), shift};
+    const Walk<SlimEntry> walk{slice.entries.data(), static_cast<uint32_t>(slice.entries.size()),
+                               static_cast<uint32_t>(slice.units), shift};
     for (uint32_t i = 0; i < walk.units; ++i) {
-      const Unit unit = walk.locate(i);
+      const auto unit = walk.locate(i);
       const auto tensor = static_cast<int64_t>(reinterpret_cast<uintptr_t>(unit.entry->param())) - 1;
       places.push_back({launch, tensor, unit.begin, unit.count});
     }
@@ -124,14 +129,19 @@ void restore(const Target& target, const std::vector<Tensor>& tensors) {
     t.grad = nullptr;
     t.group = 0;
   }
-  run(target, moved, std::vector<SgdTerms>(1), SgdUpdateTerms{}, device::sgd_update, interpreted::sgd_update,
+  run(target, moved, std::vector<SgdTerms>(1), UpdateTerms{}, device::sgd_update, interpreted::sgd_update,
       [](const Tensor& t) { return t.backup != nullptr; });
 }
 
 void sgd_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups,
                 const float* grad_scale, const float* found_inf) {
-  run(target, tensors, groups, SgdUpdateTerms{grad_scale, found_inf}, device::sgd_update, interpreted::sgd_update,
-      [](const Tensor& t) { return t.grad != nullptr || t.backup != nullptr; });
+  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, device::sgd_update, interpreted::sgd_update, moves);
+}
+
+void adam_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AdamTerms>& groups,
+                 const float* grad_scale, const float* found_inf) {
+  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, device::adam_update, interpreted::adam_update,
+      moves);
 }
 
 }  // namespace fused_sam::cuda

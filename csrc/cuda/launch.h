@@ -56,4 +56,8 @@ void restore(const Target& target, const std::vector<Tensor>& tensors);
 void sgd_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups,
                 const float* grad_scale, const float* found_inf);
 
+// As cpu::adam_update, with the step read on the device where the groups do not hold its corrections.
+void adam_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AdamTerms>& groups,
+                 const float* grad_scale, const float* found_inf);
+
 }  // namespace fused_sam::cuda

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     norm_kernel(const __grid_constant__ Arguments<AscentTerms, kBytes> arguments, const NormTerms terms) {
   const Place here = place(false);
   if (here.unit < arguments.units) {
-    const Unit unit = arguments.walk().locate(here.unit);
+    const auto unit = arguments.walk().locate(here.unit);
     const double sum = add_lanes(norm_unit(unit, arguments.group(unit.entry->group()).group, here.lane));
     if (here.lane == 0) terms.partials[terms.first_partial + here.unit] = sum;
   }

@@ -19,7 +19,8 @@ constexpr int64_t kMostUnits = 32768, kMostNormUnits = 8192;
   void power_perturb(const Target&, const Slice<AscentTerms>&, int shift, const PerturbTerms&); \
   void clear(const Target&, Norm* out);                                                         \
   void perturb(const Target&, const Slice<AscentTerms>&, int shift, const PerturbTerms&);       \
-  void sgd_update(const Target&, const Slice<SgdTerms>&, int shift, const SgdUpdateTerms&);     \
+  void sgd_update(const Target&, const Slice<SgdTerms>&, int shift, const UpdateTerms&);        \
+  void adam_update(const Target&, const Slice<AdamTerms>&, int shift, const UpdateTerms&);      \
   }
 FUSED_SAM_DECLARE_OPS(device)
 FUSED_SAM_DECLARE_OPS(interpreted)

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     perturb_kernel(const __grid_constant__ Arguments<AscentTerms, kBytes> arguments, const PerturbTerms terms) {
   const Place here = place(true);
   if (here.unit >= arguments.units) return;
-  const Unit unit = arguments.walk().locate(here.unit);
+  const auto unit = arguments.walk().locate(here.unit);
   perturb_unit(unit, arguments.group(unit.entry->group()), terms.q, terms.q == 1.0 ? 0.0 : terms.norm->value,
                here.lane);
 }

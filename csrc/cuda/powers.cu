@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
   const Place here = place(false);
   auto* partials = reinterpret_cast<PeakPartial*>(terms.partials);
   if (here.unit < arguments.units) {
-    const Unit unit = arguments.walk().locate(here.unit);
+    const auto unit = arguments.walk().locate(here.unit);
     const Peak peak = peak_unit(unit, arguments.group(unit.entry->group()).group, here.lane);
     const PeakPartial highest =
         highest_lane({peak.value, static_cast<double>(tensor_number(*unit.entry)), static_cast<double>(peak.element)});
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   const Place here = place(false);
   const double scale = terms.out->value;
   if (here.unit < arguments.units) {
-    const Unit unit = arguments.walk().locate(here.unit);
+    const auto unit = arguments.walk().locate(here.unit);
     const AscentGroup& group = arguments.group(unit.entry->group()).group;
     const double sum = add_lanes(powers_unit(unit, group, terms.q, scale, here.lane));
     if (here.lane == 0) terms.partials[terms.first_partial + here.unit] = sum;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
     power_perturb_kernel(const __grid_constant__ Arguments<AscentTerms, kBytes> arguments, const PerturbTerms terms) {
   const Place here = place(true);
   if (here.unit >= arguments.units) return;
-  const Unit unit = arguments.walk().locate(here.unit);
+  const auto unit = arguments.walk().locate(here.unit);
   power_perturb_unit(unit, arguments.group(unit.entry->group()), terms.q, *terms.norm, here.lane);
 }
 

@@ -5,9 +5,11 @@
 
 namespace fused_sam::cuda {
 
-Entry::Entry(const Tensor& tensor, int group, uint32_t first_unit, int shift) : first_unit_(first_unit) {
-  const void* addresses[4] = {tensor.param, tensor.grad, tensor.backup, tensor.momentum};
-  for (int i = 0; i < 4; ++i) {
+template <int kAddresses>
+Entry<kAddresses>::Entry(const Tensor& tensor, int group, uint32_t first_unit, int shift) : first_unit_(first_unit) {
+  const void* addresses[4 + kStates] = {tensor.param,    tensor.grad,     tensor.backup, tensor.state[0],
+                                        tensor.state[1], tensor.state[2], tensor.step};
+  for (int i = 0; i < kAddresses; ++i) {
     const auto address = reinterpret_cast<uintptr_t>(addresses[i]);
     if (address >> 48 != 0) throw std::out_of_range("Invalid tensor address. Must have at most 48 bits.");
     low_[i] = static_cast<uint32_t>(address);
@@ -17,6 +19,9 @@ Entry::Entry(const Tensor& tensor, int group, uint32_t first_unit, int shift) : 
   packed_ = static_cast<uint32_t>(tensor.numel - whole - 1) | static_cast<uint32_t>(tensor.dtype) << 14 |
             static_cast<uint32_t>(tensor.grad_dtype) << 16 | static_cast<uint32_t>(group) << 18;
 }
+
+template SlimEntry::Entry(const Tensor&, int, uint32_t, int);
+template WideEntry::Entry(const Tensor&, int, uint32_t, int);
 
 int shift_for(int64_t elements, int64_t units) {
   int shift = kMinShift;

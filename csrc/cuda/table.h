@@ -19,8 +19,10 @@ constexpr int kLargePayload = 32640;
 
 constexpr int kMinShift = 8, kMaxShift = 14;
 
-// 32 bytes, so that a thousand tensors fit one launch: addresses have 48 bits.
-class Entry {
+// Addresses have 48 bits, and an op takes as many of them as it needs: kAddresses counts param, grad, backup, the
+// states and then the step.
+template <int kAddresses>
+class alignas(8) Entry {
  public:
   // Throws std::out_of_range where something does not fit.
   Entry(const Tensor& tensor, int group, uint32_t first_unit, int shift);
@@ -28,7 +30,8 @@ class Entry {
   FUSED_SAM_HD void* param() const { return address(0); }
   FUSED_SAM_HD void* grad() const { return address(1); }
   FUSED_SAM_HD void* backup() const { return address(2); }
-  FUSED_SAM_HD void* momentum() const { return address(3); }
+  FUSED_SAM_HD void* state(int i) const { return address(3 + i); }
+  FUSED_SAM_HD const float* step() const { return static_cast<const float*>(address(3 + kStates)); }
   FUSED_SAM_HD uint32_t first_unit() const { return first_unit_; }
   FUSED_SAM_HD uint32_t tail() const { return (packed_ & 0x3fff) + 1; }  // elements of the last unit
   FUSED_SAM_HD DType dtype() const { return static_cast<DType>(packed_ >> 14 & 3); }
@@ -40,26 +43,32 @@ class Entry {
     return reinterpret_cast<void*>(static_cast<uintptr_t>(low_[i]) | static_cast<uintptr_t>(high_[i]) << 32);
   }
 
-  uint32_t low_[4];
-  uint16_t high_[4];
+  uint32_t low_[kAddresses];
+  uint16_t high_[kAddresses];
   uint32_t first_unit_;
   uint32_t packed_;
 };
-static_assert(sizeof(Entry) == 32, "a thousand entries fit one launch");
+// Of norm, perturb, restore and SGD; of Adam.
+using SlimEntry = Entry<4>;
+using WideEntry = Entry<4 + kStates>;
+static_assert(sizeof(SlimEntry) == 32, "a thousand entries fit one launch");
+static_assert(sizeof(WideEntry) == 56, "more than five hundred entries fit one launch");
 
 // Elements [begin, begin + count) of a tensor. begin is a multiple of 2^kMinShift.
+template <class E>
 struct Unit {
-  const Entry* entry;
+  const E* entry;
   int64_t begin;
   int32_t count;
 };
 
+template <class E>
 struct Walk {
-  const Entry* entries;  // ascending in first_unit, the first at 0
+  const E* entries;  // ascending in first_unit, the first at 0
   uint32_t count, units;
   int32_t shift;
 
-  FUSED_SAM_HD Unit locate(uint32_t unit) const {
+  FUSED_SAM_HD Unit<E> locate(uint32_t unit) const {
     uint32_t low = 0, high = count;
     while (high - low > 1) {
       const uint32_t middle = (low + high) / 2;

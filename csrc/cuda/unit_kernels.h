@@ -25,14 +25,31 @@ struct Scalar {
 };
 
 struct AscentTerms {
+  using Entry = SlimEntry;
   AscentGroup group;
   Scalar rho;  // instead of group.rho
 };
 
 struct SgdTerms {
+  using Entry = SlimEntry;
   SgdGroup group;
   Scalar lr;  // instead of group.lr
 };
+
+struct AdamTerms {
+  using Entry = WideEntry;
+  AdamGroup group;
+  Scalar lr;  // instead of group.lr
+};
+
+template <class T>
+struct Pointed;
+template <class T>
+struct Pointed<T*> {
+  using type = T;
+};
+template <class T>
+using Pointee = typename Pointed<T>::type;
 
 // This lane's part of the sum of squares of T g, over elements that depend on the sizes alone.
 template <class P, class G, bool kAdaptive>
@@ -162,13 +179,59 @@ struct Sgd {
   }
 };
 
+// Restore and Adam step; u is another name for v without amsgrad, and not written then.
+template <class P, class G>
+struct Adam {
+  static constexpr int kUnroll = 1;  // five tensors at a time fill the registers
+  using Vec = Lane<typename Computed<P>::type>;
+  P* w;
+  const P* source;
+  G* g;
+  P *m, *v, *u;
+  AdamMath<Vec> math;
+
+  template <int V>
+  struct Regs {
+    Pack<P, V> w;
+    Pack<G, V> g;
+    Pack<P, V> m, v, u;
+  };
+  template <int V>
+  FUSED_SAM_HD Regs<V> load(int i) const {
+    Regs<V> regs;
+    regs.w = cuda::load<V>(source + i);
+    regs.g = cuda::load<V>(g + i);
+    regs.m = math.first ? regs.w : cuda::load<V>(m + i);
+    regs.v = math.first ? regs.w : cuda::load<V>(v + i);
+    regs.u = math.first || !math.amsgrad ? regs.w : cuda::load<V>(u + i);
+    return regs;
+  }
+  template <int V>
+  FUSED_SAM_HD void finish(int i, Regs<V> regs) const {
+    for (int e = 0; e < V; ++e) {
+      Vec gradient{widen(regs.g.v[e])}, mean{widen(regs.m.v[e])}, square{widen(regs.v.v[e])},
+          largest{widen(regs.u.v[e])};
+      narrow(&regs.w.v[e], math({widen(regs.w.v[e])}, &gradient, &mean, &square, &largest).v);
+      narrow(&regs.g.v[e], gradient.v);
+      narrow(&regs.m.v[e], mean.v);
+      narrow(&regs.v.v[e], square.v);
+      narrow(&regs.u.v[e], largest.v);
+    }
+    cuda::store<V>(w + i, regs.w);
+    if (math.scaled) cuda::store<V>(g + i, regs.g);
+    cuda::store<V>(m + i, regs.m);
+    cuda::store<V>(v + i, regs.v);
+    if (math.amsgrad) cuda::store<V>(u + i, regs.u);
+  }
+};
+
 template <class T>
 FUSED_SAM_HD void copy(T* to, const T* from, int count, int lane) {
   constexpr int V = pack_width<T>();
   walk<V>(Copy<T>{to, from}, count, head_of<V>(count, to, from), lane);
 }
 
-FUSED_SAM_HD double norm_unit(const Unit& u, const AscentGroup& group, int lane) {
+FUSED_SAM_HD double norm_unit(const Unit<SlimEntry>& u, const AscentGroup& group, int lane) {
   double sum = 0.0;
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
     using P = decltype(p);
@@ -182,7 +245,7 @@ FUSED_SAM_HD double norm_unit(const Unit& u, const AscentGroup& group, int lane)
 }
 
 // q = 1 or 2.
-FUSED_SAM_HD void perturb_unit(const Unit& u, const AscentTerms& terms, double q, double norm, int lane) {
+FUSED_SAM_HD void perturb_unit(const Unit<SlimEntry>& u, const AscentTerms& terms, double q, double norm, int lane) {
   const AscentScalars s = ascent_scalars(terms.rho.read(), terms.group, q, norm, u.entry->dtype() == DType::f64);
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
     using P = decltype(p);
@@ -197,24 +260,50 @@ FUSED_SAM_HD void perturb_unit(const Unit& u, const AscentTerms& terms, double q
   });
 }
 
-// With `skip`, or without a gradient, the parameter is only restored.
-FUSED_SAM_HD void sgd_unit(const Unit& u, const SgdTerms& terms, float grad_multiplier, bool skip, int lane) {
+// What a base step does to this lane's share of w: update(w, source, gradient), or, with `skip` or without a gradient,
+// only the restore.
+template <class E, class F>
+FUSED_SAM_HD void descend_unit(const Unit<E>& u, bool skip, int lane, const F& update) {
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);
-    constexpr int V = pack_width<P, G>();
     P* w = static_cast<P*>(u.entry->param()) + u.begin;
     const P* source = u.entry->backup() != nullptr ? static_cast<const P*>(u.entry->backup()) + u.begin : w;
     if (skip || u.entry->grad() == nullptr) {
       if (source != w) copy(w, source, u.count, lane);
       return;
     }
+    update(w, source, static_cast<G*>(u.entry->grad()) + u.begin);
+  });
+}
+
+FUSED_SAM_HD void sgd_unit(const Unit<SlimEntry>& u, const SgdTerms& terms, float grad_multiplier, bool skip,
+                           int lane) {
+  descend_unit(u, skip, lane, [&](auto* w, const auto* source, auto* gradient) {
+    using P = Pointee<decltype(w)>;
+    using G = Pointee<decltype(gradient)>;
+    constexpr int V = pack_width<P, G>();
     SgdGroup group = terms.group;
     group.lr = terms.lr.read();
-    G* gradient = static_cast<G*>(u.entry->grad()) + u.begin;
-    P* m = group.momentum != 0.0 ? static_cast<P*>(u.entry->momentum()) + u.begin : w;  // w: aligned like any other
+    P* m = group.momentum != 0.0 ? static_cast<P*>(u.entry->state(0)) + u.begin : w;  // w: aligned like any other
     const Sgd<P, G> op{w, source, gradient, m, SgdMath<Lane<typename Computed<P>::type>>(group, grad_multiplier)};
     walk<V>(op, u.count, head_of<V>(u.count, w, source, gradient, m), lane);
+  });
+}
+
+FUSED_SAM_HD void adam_unit(const Unit<WideEntry>& u, const AdamTerms& terms, float grad_multiplier, bool skip,
+                            int lane) {
+  descend_unit(u, skip, lane, [&](auto* w, const auto* source, auto* gradient) {
+    using P = Pointee<decltype(w)>;
+    using G = Pointee<decltype(gradient)>;
+    constexpr int V = pack_width<P, G>();
+    const AdamScalars scalars = adam_scalars(terms.group, terms.lr.read(), u.entry->step());
+    P* m = static_cast<P*>(u.entry->state(0)) + u.begin;
+    P* v = static_cast<P*>(u.entry->state(1)) + u.begin;
+    P* largest = scalars.group.amsgrad ? static_cast<P*>(u.entry->state(2)) + u.begin : v;
+    const AdamMath<Lane<typename Computed<P>::type>> math(scalars, grad_multiplier);
+    const Adam<P, G> op{w, source, gradient, m, v, largest, math};
+    walk<V>(op, u.count, head_of<V>(u.count, w, source, gradient, m, v, largest), lane);
   });
 }
 

@@ -6,13 +6,13 @@
 
 namespace fused_sam::cuda {
 
-FUSED_SAM_HD int64_t tensor_number(const Entry& entry) {
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(entry.momentum()));
+FUSED_SAM_HD int64_t tensor_number(const SlimEntry& entry) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(entry.state(0)));
 }
 
 // Calls visit(w, g, i) for this lane's elements, with both as fp64 and i counted from the tensor's first.
 template <class Visit>
-FUSED_SAM_HD void for_each_element(const Unit& u, int lane, const Visit& visit) {
+FUSED_SAM_HD void for_each_element(const Unit<SlimEntry>& u, int lane, const Visit& visit) {
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto q) {
     const auto* w = static_cast<const decltype(p)*>(u.entry->param());
     const auto* g = static_cast<const decltype(q)*>(u.entry->grad());
@@ -23,20 +23,21 @@ FUSED_SAM_HD void for_each_element(const Unit& u, int lane, const Visit& visit) 
   });
 }
 
-FUSED_SAM_HD Peak peak_unit(const Unit& u, const AscentGroup& group, int lane) {
+FUSED_SAM_HD Peak peak_unit(const Unit<SlimEntry>& u, const AscentGroup& group, int lane) {
   Peak result;
   for_each_element(u, lane, [&](double w, double g, int64_t i) { result.add(neighbourhood(w, group) * g, i); });
   return result;
 }
 
-FUSED_SAM_HD double powers_unit(const Unit& u, const AscentGroup& group, double q, double scale, int lane) {
+FUSED_SAM_HD double powers_unit(const Unit<SlimEntry>& u, const AscentGroup& group, double q, double scale, int lane) {
   double sum = 0.0;
   for_each_element(u, lane,
                    [&](double w, double g, int64_t) { sum += power_of(neighbourhood(w, group) * g, scale, q); });
   return sum;
 }
 
-FUSED_SAM_HD void power_perturb_unit(const Unit& u, const AscentTerms& terms, double q, const Norm& norm, int lane) {
+FUSED_SAM_HD void power_perturb_unit(const Unit<SlimEntry>& u, const AscentTerms& terms, double q, const Norm& norm,
+                                     int lane) {
   const double rho = terms.rho.read();
   const bool active = ascent_scalars(rho, terms.group, q, norm.value, true).active;
   const bool here = static_cast<double>(tensor_number(*u.entry)) == norm.tensor;
@@ -53,8 +54,8 @@ FUSED_SAM_HD void power_perturb_unit(const Unit& u, const AscentTerms& terms, do
       const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
       backup[i] = old;
       if (!active || (infinite && i != element)) continue;
-      narrow(&w[i], infinite ? peak_displaced(widen(old), x, terms.group, rho)
-                             : displaced(widen(old), x, terms.group, rho, q, norm.value));
+      store_rounded(&w[i], infinite ? peak_displaced(widen(old), x, terms.group, rho)
+                                    : displaced(widen(old), x, terms.group, rho, q, norm.value));
     }
   });
 }

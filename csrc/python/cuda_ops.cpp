@@ -15,6 +15,8 @@ namespace {
 // As in bindings.cpp, but rho and lr may be tensors on the device.
 using AscentTuple = std::tuple<int64_t, py::object, bool, double>;
 using SgdTuple = std::tuple<int64_t, py::object, double, double, double, bool, bool, bool>;
+using AdamTuple =
+    std::tuple<int64_t, py::object, double, double, double, double, bool, bool, bool, bool, double, double>;
 
 // Batches of CPU tensors are interpreted.
 cuda::Target target_of(const Batch& batch, uintptr_t stream) {
@@ -45,6 +47,17 @@ std::vector<cuda::SgdTerms> sgd_terms(const std::vector<SgdTuple>& groups, Devic
   std::vector<cuda::SgdTerms> terms;
   for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first] : groups) {
     const SgdGroup group{0.0, momentum, dampening, weight_decay, nesterov, maximize, first};
+    terms.push_back({group, scalar_of(lr, device, "lr")});
+  }
+  return terms;
+}
+
+std::vector<cuda::AdamTerms> adam_terms(const std::vector<AdamTuple>& groups, Device device) {
+  std::vector<cuda::AdamTerms> terms;
+  for (const auto& [size, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, first, correction1,
+                    correction2_root] : groups) {
+    const AdamGroup group{0.0,       beta1,   beta2,    eps,  weight_decay, correction1, correction2_root,
+                          decoupled, amsgrad, maximize, first};
     terms.push_back({group, scalar_of(lr, device, "lr")});
   }
   return terms;
@@ -107,6 +120,18 @@ void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, const py::obj
   journal.attr("clear")();
 }
 
+void adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps,
+                 const py::object& grad_scale, const py::object& found_inf, uintptr_t stream, py::list journal) {
+  batch.read_steps(steps);
+  const auto& tensors = batch.gather(sizes_of(groups));
+  const auto terms = adam_terms(groups, batch.device());
+  require_adam_state(tensors, [&](size_t group) -> const AdamGroup& { return terms[group].group; });
+  const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, 1, "grad_scale");
+  const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, 1, "found_inf");
+  cuda::adam_update(target_of(batch, stream), tensors, terms, scale, inf);
+  journal.attr("clear")();
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
@@ -127,6 +152,7 @@ void bind_cuda(py::module_& module) {
   m.def("perturb", &perturb);
   m.def("restore", &restore);
   m.def("sgd_update", &sgd_update);
+  m.def("adam_update", &adam_update);
 }
 
 }  // namespace fused_sam

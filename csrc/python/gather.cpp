@@ -128,15 +128,16 @@ py::list lookup(const py::dict& state, const py::list& params, const py::str& ke
   return values;
 }
 
-Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::object& momentum,
+Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::tuple& states,
              int cuda_index)
     : device_{cuda_index >= 0, cuda_index},
       count_(static_cast<Py_ssize_t>(params.size())),
       params_(checked(params, count_, "params")),
       grads_(checked(grads, count_, "grads")),
-      momentum_(checked(momentum, count_, "momentum_buffers")),
       tensors_(static_cast<size_t>(count_)),
       layouts_(static_cast<size_t>(count_)) {
+  if (states.size() > kStates) throw py::value_error("Invalid states. Must be " + std::to_string(kStates) + " lists.");
+  for (size_t k = 0; k < states.size(); ++k) states_[k] = checked(states[k], count_, "states");
   const bool kept = py::isinstance<Batch>(backups);
   if (!kept) backups_ = checked(backups, count_, "backups");
   for (Py_ssize_t i = 0; i < count_; ++i) {
@@ -153,8 +154,27 @@ bool Batch::describe(Py_ssize_t index, Tensor* out) {
   TensorView param;
   if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), device_, &param, out)) return false;
   layouts_[static_cast<size_t>(index)] = layout_key(param);
-  return read_grad(grad, device_, param, out) && read_operand(backup, device_, param, &out->backup) &&
-         read_operand(item(momentum_, index), device_, param, &out->momentum);
+  if (!read_grad(grad, device_, param, out) || !read_operand(backup, device_, param, &out->backup)) return false;
+  for (int k = 0; k < kStates; ++k) {
+    if (!read_operand(item(states_[k], index), device_, param, &out->state[k])) return false;
+  }
+  return true;
+}
+
+void Batch::read_steps(const py::object& steps) {
+  const py::tuple items = checked(steps, count_, "steps");
+  for (Py_ssize_t i = 0; i < count_; ++i) {
+    Tensor& t = tensors_[static_cast<size_t>(i)];
+    PyObject* step = item(items, i);
+    t.step = nullptr;
+    if (t.grad == nullptr || step == nullptr) continue;
+    TensorView view;
+    if (!read_tensor(step, device_, &view) || view.dtype != DType::f32 || view.numel != 1) {
+      throw py::value_error("Invalid step at index " + std::to_string(i) +
+                            ". Must be a float32 tensor of one element on the device of its parameter.");
+    }
+    t.step = static_cast<const float*>(view.data);
+  }
 }
 
 // A parameter that the ascent moved and that has no gradient now takes part too: it is restored.
@@ -262,7 +282,7 @@ const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
   }
   if (!odd_.empty()) {
     throw py::value_error("Invalid tensor at index " + std::to_string(odd_.front()) +
-                          ". Parameter, gradient, backup and momentum buffer must be dense tensors of one "
+                          ". Parameter, gradient, backup and state must be dense tensors of one "
                           "device, floating dtype, shape and memory layout.");
   }
   size_t i = 0;
@@ -276,20 +296,20 @@ const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
 // Two written tensors on the same memory would be updated in no particular order.
 void Batch::require_disjoint() const {
   std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
-  ranges.reserve(3 * tensors_.size());
+  ranges.reserve((2 + kStates) * tensors_.size());
   const auto add = [&](const void* data, const Tensor& t) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
     if (data != nullptr && t.numel > 0) ranges.emplace_back(begin, begin + static_cast<uintptr_t>(bytes_of(t)));
   };
   for (const Tensor& t : tensors_) {
     add(t.param, t);
-    add(t.momentum, t);
+    for (const void* state : t.state) add(state, t);
     if (PyTuple_GET_SIZE(backups_.ptr()) > 0) add(t.backup, t);  // those made here overlap nothing
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].first < ranges[i - 1].second) {
-      throw py::value_error("Invalid memory layout: parameters, backups and momentum buffers must not overlap.");
+      throw py::value_error("Invalid memory layout: parameters, backups and state must not overlap.");
     }
   }
 }

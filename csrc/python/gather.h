@@ -26,9 +26,9 @@ class Batch {
  public:
   // `backups` is a list, None, or the batch of the ascent whose backups are to be used.
   // `cuda_index` is the CUDA device that the tensors are on; negative: they are on the CPU.
-  // Throws ValueError unless all lists have the length of `params`.
+  // `states` holds at most kStates lists. Throws ValueError unless all lists have the length of `params`.
   Batch(const pybind11::list& params, const pybind11::object& grads, const pybind11::object& backups,
-        const pybind11::object& momentum, int cuda_index);
+        const pybind11::tuple& states, int cuda_index);
 
   Device device() const { return device_; }
 
@@ -45,6 +45,10 @@ class Batch {
   // The descriptors; group k covers the next sizes[k] tensors. Throws ValueError where odd() is not empty, for sizes
   // that do not add up, and for written tensors that overlap.
   const std::vector<Tensor>& gather(const std::vector<int64_t>& sizes);
+
+  // Has the kernels read the step of every tensor with a gradient: float32 tensors of one element, kept alive by the
+  // caller. None: they do not. Throws ValueError for any other.
+  void read_steps(const pybind11::object& steps);
 
   // True for every parameter that has a backup, None for the others.
   pybind11::list kept() const;
@@ -63,7 +67,7 @@ class Batch {
 
   Device device_;
   Py_ssize_t count_;
-  pybind11::tuple params_, grads_, backups_, momentum_;
+  pybind11::tuple params_, grads_, backups_, states_[kStates];
   pybind11::list memory_;  // what make_backups allocated
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
@@ -91,8 +95,22 @@ inline void require_backups(const std::vector<Tensor>& tensors) {
 template <class MomentumOf>
 void require_momentum(const std::vector<Tensor>& tensors, const MomentumOf& momentum_of) {
   for (const Tensor& t : tensors) {
-    if (t.grad != nullptr && t.momentum == nullptr && momentum_of(static_cast<size_t>(t.group)) != 0.0) {
+    if (t.grad != nullptr && t.state[0] == nullptr && momentum_of(static_cast<size_t>(t.group)) != 0.0) {
       throw pybind11::value_error("Invalid momentum_buffers. A group with momentum must have one for every gradient.");
+    }
+  }
+}
+
+// Throws ValueError unless every tensor with a gradient has the state that its group needs.
+template <class GroupOf>
+void require_adam_state(const std::vector<Tensor>& tensors, const GroupOf& group_of) {
+  for (const Tensor& t : tensors) {
+    if (t.grad == nullptr) continue;
+    const AdamGroup& group = group_of(static_cast<size_t>(t.group));
+    if (t.state[0] == nullptr || t.state[1] == nullptr || (group.amsgrad && t.state[2] == nullptr) ||
+        (group.correction1 == 0.0 && t.step == nullptr)) {
+      throw pybind11::value_error(
+          "Invalid state. Every gradient must have exp_avg, exp_avg_sq, max_exp_avg_sq with amsgrad, and a step.");
     }
   }
 }

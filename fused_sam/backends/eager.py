@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AscentGroup, Journal, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
     from fused_sam.routing import TensorList
 
 # Whether tensors of other layouts than dense ones must be replaced by contiguous stand-ins.
 NEEDS_DENSE = False
+
+# The base steps that a batch has; a backend that does not say has sgd_update.
+BASE_STEPS = ("sgd_update", "adam_update")
 
 
 def get_grads(params: TensorList) -> TensorList:
@@ -43,7 +46,11 @@ def why_not(device_type: str) -> str | None:
 
 
 class Batch:
-    """The tensors of one op. Arguments and results of the methods are those of the functions in `fused_sam.ops`."""
+    """The tensors of one op. Arguments and results of the methods are those of the functions in `fused_sam.ops`.
+
+    ``states``: what the base step keeps, the momentum buffers of SGD, or the exp_avgs, exp_avg_sqs and max_exp_avg_sqs
+    of Adam.
+    """
 
     # Whether an update by the same backend can restore what this has perturbed.
     joins_update = True
@@ -53,12 +60,12 @@ class Batch:
         params: TensorList,
         grads: TensorList | None = None,
         backups: TensorList | Batch | None = None,
-        momentum_buffers: TensorList | None = None,
+        *states: TensorList | None,
     ) -> None:
         self.params = params
         self.grads: Any = grads
         self.backups: Any = backups.backups if isinstance(backups, Batch) else backups
-        self.momentum_buffers = momentum_buffers
+        self.states = states
 
     @property
     def odd(self) -> list[int]:
@@ -146,8 +153,28 @@ class Batch:
         self.restore()
         journal.clear()
         for i, group in self._members(groups):
-            buffer = self.momentum_buffers[i] if self.momentum_buffers is not None and group.momentum != 0 else None
+            buffer = self._state(0, i) if group.momentum != 0 else None
             _sgd_tensor(self.params[i], self.grads[i], buffer, group, grad_scale, found_inf)
+
+    def adam_update(
+        self,
+        groups: list[AdamGroup],
+        steps: TensorList | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        journal: Journal,
+    ) -> None:
+        """``steps`` done before are read where the groups do not hold the corrections; None if none is."""
+        self.restore()
+        journal.clear()
+        for i, group in self._members(groups):
+            state = self._state(0, i), self._state(1, i), self._state(2, i) if group.amsgrad else None
+            step = None if steps is None else steps[i]
+            _adam_tensor(self.params[i], self.grads[i], *state, step, group, grad_scale, found_inf)
+
+    def _state(self, kind: int, index: int) -> Any:
+        states = self.states[kind] if kind < len(self.states) else None
+        return None if states is None else states[index]
 
     def _members(self, groups: list[Any]) -> Iterator[tuple[int, Any]]:
         """(index, group) of every tensor that has a gradient."""
@@ -201,24 +228,69 @@ def _sgd_tensor(
     found_inf: Tensor | None,
 ) -> None:
     """torch.optim.SGD's for-loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
-
-    def write(target: Tensor, value: Tensor) -> None:
-        target.copy_(value if found_inf is None else torch.where(found_inf != 0, _wide(target), value))
-
-    if grad_scale is not None:
-        grad.mul_(grad_scale.double().reciprocal().float())
-    w, d = _wide(param), _wide(grad)
-    if group.maximize:
-        d = -d
+    w, d = _wide(param), _direction(grad, grad_scale, group.maximize)
     if group.weight_decay != 0:
         d = d.add(w, alpha=group.weight_decay)
     if buffer is not None:
         m = d if group.first else (_wide(buffer) * group.momentum).add(d, alpha=1 - group.dampening)
         d = d.add(m, alpha=group.momentum) if group.nesterov else m
-        write(buffer, m)
+        _write(buffer, m, found_inf)
     if isinstance(group.lr, Tensor):
         # Rounded once, like the fused multiply-add that alpha= stands for, which takes no tensor.
         lr = group.lr.to(w.dtype).double()
-        write(param, (w.double() - d.double() * lr).to(w.dtype))
+        _write(param, (w.double() - d.double() * lr).to(w.dtype), found_inf)
     else:
-        write(param, w.add(d, alpha=-group.lr))
+        _write(param, w.add(d, alpha=-group.lr), found_inf)
+
+
+def _adam_tensor(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    step: Tensor | None,
+    group: AdamGroup,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """torch.optim.Adam's for-loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
+    w, d = _wide(param), _direction(grad, grad_scale, group.maximize)
+    correction1: Any = group.correction1
+    correction2_root: Any = group.correction2_root
+    if correction1 == 0.0 and step is not None:
+        t = step.double().reshape(()) + 1
+        correction1 = 1 - group.beta1**t
+        correction2_root = (1 - group.beta2**t).sqrt()
+    step_size = group.lr / correction1
+    if group.weight_decay != 0 and not group.decoupled:
+        d = d.add(w, alpha=group.weight_decay)
+    if group.weight_decay != 0 and group.decoupled:
+        w = w * (1 - group.lr * group.weight_decay)
+    zeros = torch.zeros_like(w) if group.first else None
+    m = (_wide(exp_avg) if zeros is None else zeros).lerp(d, 1 - group.beta1)
+    v = ((_wide(exp_avg_sq) if zeros is None else zeros) * group.beta2).addcmul(d, d, value=1 - group.beta2)
+    _write(exp_avg, m, found_inf)
+    _write(exp_avg_sq, v, found_inf)
+    if max_exp_avg_sq is not None:
+        v = torch.maximum(_wide(max_exp_avg_sq) if zeros is None else zeros, v)
+        _write(max_exp_avg_sq, v, found_inf)
+    # A number is cut to the dtype of the tensor it meets; a tensor of no dimensions is not.
+    if isinstance(correction2_root, Tensor):
+        correction2_root = correction2_root.to(w.dtype)
+    denominator = (v.sqrt() / correction2_root).add_(group.eps)
+    if isinstance(step_size, Tensor):
+        _write(param, w - step_size.to(w.dtype) * m / denominator, found_inf)
+    else:
+        _write(param, w.addcdiv(m, denominator, value=-step_size), found_inf)
+
+
+def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
+    """The gradient as the base step takes it, after unscaling it in place."""
+    if grad_scale is not None:
+        grad.mul_(grad_scale.double().reciprocal().float())
+    return -_wide(grad) if maximize else _wide(grad)
+
+
+def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    target.copy_(value if found_inf is None else torch.where(found_inf != 0, _wide(target), value))

@@ -12,10 +12,11 @@ from torch import Tensor
 from fused_sam import _native
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AscentGroup, Journal, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
     from fused_sam.routing import TensorList
 
 NEEDS_DENSE = True
+BASE_STEPS = ("sgd_update", "adam_update")
 
 get_grads = _native.get_grads
 clear_grads = _native.clear_grads
@@ -44,14 +45,14 @@ def batch(
     params: TensorList,
     grads: TensorList | None = None,
     backups: TensorList | CPUBatch | None = None,
-    momentum_buffers: TensorList | None = None,
+    *states: TensorList | None,
 ) -> CPUBatch:
     device = params[0].device
     if device.type == "cpu":
-        return CPUBatch(device, params, grads, backups, momentum_buffers)
+        return CPUBatch(device, params, grads, backups, *states)
     if reason := _why_not_device(device.index):
         raise RuntimeError(f"FusedSAM's CUDA kernels cannot be used: {reason}.")
-    return CUDABatch(device, params, grads, backups, momentum_buffers)
+    return CUDABatch(device, params, grads, backups, *states)
 
 
 class CPUBatch:
@@ -63,13 +64,13 @@ class CPUBatch:
         params: TensorList,
         grads: TensorList | None,
         backups: TensorList | CPUBatch | None,
-        momentum_buffers: TensorList | None,
+        *states: TensorList | None,
     ) -> None:
         self.device = device
         self.params = params
         kept = backups._batch if isinstance(backups, CPUBatch) else backups
         cuda_index = device.index if device.type == "cuda" else -1
-        self._batch: _native.Batch = _native.Batch(params, grads, kept, momentum_buffers, cuda_index)
+        self._batch: _native.Batch = _native.Batch(params, grads, kept, states, cuda_index)
 
     @property
     def odd(self) -> list[int]:
@@ -101,13 +102,32 @@ class CPUBatch:
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
-        if found_inf is not None and found_inf.item() != 0.0:
-            self.restore()
-            journal.clear()
-            return
-        # The reciprocal in fp64, rounded once, is what torch.amp.GradScaler multiplies by.
-        multiplier = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
-        self._batch.sgd_update(groups, multiplier, torch.get_num_threads(), journal)
+        if not self._skips(found_inf, journal):
+            self._batch.sgd_update(groups, _multiplier(grad_scale), torch.get_num_threads(), journal)
+
+    def adam_update(
+        self,
+        groups: list[AdamGroup],
+        steps: TensorList | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        journal: Journal,
+    ) -> None:
+        if not self._skips(found_inf, journal):
+            self._batch.adam_update(groups, steps, _multiplier(grad_scale), torch.get_num_threads(), journal)
+
+    def _skips(self, found_inf: Tensor | None, journal: Journal) -> bool:
+        """Whether there is only to restore, which is done then."""
+        if found_inf is None or found_inf.item() == 0.0:
+            return False
+        self.restore()
+        journal.clear()
+        return True
+
+
+def _multiplier(grad_scale: Tensor | None) -> float:
+    """The reciprocal in fp64, rounded once, is what torch.amp.GradScaler multiplies by."""
+    return 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
 
 
 def _numbers(norm: Tensor) -> list[float]:
@@ -145,6 +165,18 @@ class CUDABatch(CPUBatch):
         scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
         with self._launching() as stream:
             _native.cuda.sgd_update(self._batch, groups, scale, skip, stream, journal)
+
+    def adam_update(
+        self,
+        groups: list[AdamGroup],
+        steps: TensorList | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        journal: Journal,
+    ) -> None:
+        scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
+        with self._launching() as stream:
+            _native.cuda.adam_update(self._batch, groups, steps, scale, skip, stream, journal)
 
     def _launching(self) -> _Launching:
         return _Launching(self.device)

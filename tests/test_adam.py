@@ -1,0 +1,389 @@
+"""FusedSAM around torch.optim.Adam and AdamW: torch's bits, the reference's trajectory, state, checkpoints, faults."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ADAM_ULP,
+    FLOAT64_RTOL,
+    RHO,
+    ROOT_ULP,
+    assert_as_torch,
+    assert_same_bits,
+    assert_within_ulp,
+    batches,
+    bits,
+    closure_for,
+    exact,
+    gradient_stream,
+    ids,
+    leaves,
+    quadratic,
+    set_grads,
+    small_net,
+    snapshot,
+    strided_pairs,
+    zeroing,
+)
+from torch import Tensor
+from torch.amp import GradScaler
+
+from fused_sam import FusedSAM, ReferenceSAM, backends, bases
+
+Base = type[torch.optim.Optimizer]
+BASES: dict[str, Base] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+every_base = pytest.mark.parametrize("base", BASES)
+CONFIGS: dict[str, dict[str, Any]] = {
+    "defaults": {"lr": 0.013},
+    "decay": {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.17},
+    "amsgrad": {"lr": 0.013, "betas": (0.8, 0.97), "amsgrad": True},
+    "small betas": {"lr": 0.013, "betas": (0.3, 0.5), "eps": 1e-3},
+    "all": {
+        "lr": 0.013,
+        "betas": (0.8, 0.97),
+        "eps": 1e-5,
+        "weight_decay": 0.17,
+        "amsgrad": True,
+        "maximize": True,
+    },
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+SHAPES = [(n,) for n in (*range(36), 67, 130, 1009, 16385, 32769)] + [(5, 3, 3, 3)]
+
+
+def state_of(opt: torch.optim.Optimizer) -> list[Tensor]:
+    return [opt.state[p][k] for g in opt.param_groups for p in g["params"] for k in sorted(opt.state.get(p, {}))]
+
+
+def both_passes(opt: FusedSAM, params: list[Tensor], first: list[Any], second: list[Any]) -> None:
+    set_grads(params, first)
+    opt.first_step(zero_grad=True)
+    set_grads(params, second)
+    opt.second_step()
+
+
+def is_fused(opt: FusedSAM) -> bool:
+    return isinstance(opt._base, bases.FusedAdam)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
+@every_base
+@every_config
+def test_rho_zero_is_torch_adam_bit_for_bit(
+    dtype: torch.dtype, base: str, config: dict[str, Any], backend: str, device: str, ieee_roots: None
+) -> None:
+    """Seven steps, weights and state, but for the square root: torch's is not rounded correctly on the CPU."""
+    params = [torch.randn(s, dtype=dtype, device=device) for s in SHAPES]
+    params[-1] = params[-1].to(memory_format=torch.channels_last)
+    theirs = [p.clone() for p in params]
+    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **config)
+    plain = BASES[base](theirs, foreach=False, **config)
+    assert is_fused(opt)
+    for first, second in gradient_stream(SHAPES, 7, dtype):
+        both_passes(opt, params, first, second)
+        set_grads(theirs, second)
+        plain.step()
+    assert_as_torch(params, theirs, "param")
+    assert_as_torch(state_of(opt), state_of(plain), "state")
+    for p, q in zip(params, theirs, strict=True):
+        ours, torchs = opt.state[p], plain.state[q]
+        assert list(ours) == list(torchs)
+        for key in ours:
+            mine, other = ours[key], torchs[key]
+            assert (mine.dtype, mine.device, mine.shape) == (other.dtype, other.device, other.shape), key
+            assert mine.stride() == other.stride(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
+@every_base
+def test_rho_zero_with_torchs_own_root(dtype: torch.dtype, base: str, backend: str, device: str) -> None:
+    """One step from the same weights and state: the averages bit for bit, weights within the bound of the root."""
+    config = CONFIGS["amsgrad"]
+    params = [torch.randn(s, dtype=dtype, device=device) for s in SHAPES[:-1]]
+    theirs = [p.clone() for p in params]
+    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **config)
+    plain = BASES[base](theirs, foreach=False, **config)
+    for first, second in gradient_stream(SHAPES[:-1], 7, dtype):
+        old = [p.clone() for p in params]
+        both_passes(opt, params, first, second)
+        set_grads(theirs, second)
+        plain.step()
+        assert_as_torch(state_of(opt), state_of(plain), "state")
+        for p, q, w in zip(params, theirs, old, strict=True):
+            # torch's root is an ulp off, which may be two of the quotient; then the sum may round the other way.
+            size = np.maximum(np.maximum(np.abs(exact(w)), np.abs(exact(q))), np.abs(exact(q) - exact(w)))
+            assert_within_ulp(p, exact(q), size, ROOT_ULP if not p.is_cuda else ADAM_ULP, "w")
+            p.copy_(q)
+
+
+@every_base
+def test_strided_parameters(base: str, backend: str, device: str, ieee_roots: None) -> None:
+    cases = strided_pairs(torch.float32, device)
+    params, theirs = [w for _, w, _ in cases], [w.clone() for _, w, _ in cases]
+    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **CONFIGS["all"])
+    plain = BASES[base](theirs, foreach=False, **CONFIGS["all"])
+    for _ in range(3):
+        for (_, w, g), other in zip(cases, theirs, strict=True):
+            w.grad = other.grad = g
+        opt.first_step()
+        opt.step()
+        plain.step()
+    assert_as_torch(params, theirs, "param")
+    assert_as_torch(state_of(opt), state_of(plain), "state")
+
+
+@every_base
+@every_config
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_network_matches_the_reference(
+    base: str, config: dict[str, Any], adaptive: bool, backend: str, device: str
+) -> None:
+    """In float64, where the second gradient depends on the perturbation and nothing hides behind rounding."""
+    net, data = small_net(device=device), batches(8, device=device)
+    twin = copy.deepcopy(net)
+    opt = FusedSAM(net.parameters(), BASES[base], rho=0.3, adaptive=adaptive, backend=backend, **config)
+    options = dict(config)
+    if base == "adamw":
+        options.setdefault("weight_decay", 0.01)
+    reference = ReferenceSAM(twin.parameters(), rho=0.3, adaptive=adaptive, base=base, **options)
+    for batch in data:
+        opt.step(closure_for(net, batch))
+        reference.step(zeroing(twin, closure_for(twin, batch)))
+    for p, w in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, w, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+        expected = reference.adam_states[w]
+        assert float(opt.state[p]["step"]) == expected.t
+        torch.testing.assert_close(opt.state[p]["exp_avg"], expected.m, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+        torch.testing.assert_close(opt.state[p]["exp_avg_sq"], expected.v, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+
+
+@every_base
+def test_a_parameter_without_a_gradient_keeps_its_own_step(
+    base: str, backend: str, device: str, ieee_roots: None
+) -> None:
+    """State comes into being with its first gradient, and bias corrections are each parameter's own."""
+    params = [torch.randn(n, device=device) for n in (9, 33, 67, 5)]
+    theirs = [p.clone() for p in params]
+    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **CONFIGS["decay"])
+    plain = BASES[base](theirs, foreach=False, **CONFIGS["decay"])
+    for step, (first, second) in enumerate(gradient_stream([p.shape for p in params], 6, torch.float32)):
+        present: list[Any] = [g if (step + i) % (i + 1) == 0 and i < 3 else None for i, g in enumerate(second)]
+        both_passes(opt, params, first, present)
+        set_grads(theirs, present)
+        plain.step()
+    assert_as_torch(params, theirs)
+    assert_as_torch(state_of(opt), state_of(plain), "state")
+    assert len({float(opt.state[p]["step"]) for p in params[:3]}) > 1
+    assert params[3] not in opt.state
+
+
+@every_base
+@pytest.mark.parametrize("to_torch", [True, False], ids=["to torch", "from torch"])
+def test_checkpoints_move_both_ways(base: str, to_torch: bool, backend: str, device: str, ieee_roots: None) -> None:
+    params = [torch.randn(n, device=device) for n in (9, 33)]
+    theirs = [p.clone() for p in params]
+    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **CONFIGS["all"])
+    plain = BASES[base](theirs, foreach=False, **CONFIGS["all"])
+    source, target = (opt, plain) if to_torch else (plain, opt)
+    stream = gradient_stream([p.shape for p in params], 6, torch.float32)
+    for first, second in stream[:3]:
+        if to_torch:
+            both_passes(opt, params, first, second)
+        else:
+            set_grads(theirs, second)
+            plain.step()
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for mine, other in zip(params, theirs, strict=True):
+            (other if to_torch else mine).copy_(mine if to_torch else other)
+    for first, second in stream[3:]:
+        both_passes(opt, params, first, second)
+        set_grads(theirs, second)
+        plain.step()
+    assert_as_torch(params, theirs)
+    assert_as_torch(state_of(opt), state_of(plain), "state")
+
+
+@every_base
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=["host", "fused", "capturable"])
+def test_an_overflow_leaves_no_trace(base: str, options: dict[str, Any], backend: str, device: str) -> None:
+    """Before the first step, when state must not come into being, and after it."""
+    if device == "cpu" and "capturable" in options:
+        pytest.skip("torch's Adam refuses capturable on the CPU")
+    params = leaves(9, 33, device=device)
+    opt = FusedSAM(params, BASES[base], rho=RHO, backend=backend, lr=0.013, **options)
+    scaler = GradScaler(device, init_scale=2.0**10, growth_interval=1_000_000)
+
+    def step(factor: float) -> None:
+        opt.zero_grad()
+        scaler.scale(sum((p * p).sum() for p in params)).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(sum((p * p).sum() for p in params)).backward()
+        params[1].grad[7] *= factor
+        scaler.step(opt)
+        scaler.update()
+
+    w = snapshot(params)
+    step(float("inf"))
+    assert snapshot(params) == w
+    assert not opt.state
+    step(1.0)
+    w, state = snapshot(params), snapshot(state_of(opt))
+    step(float("nan"))
+    assert (snapshot(params), snapshot(state_of(opt))) == (w, state)
+    step(1.0)
+    assert {float(opt.state[p]["step"]) for p in params} == {2.0}
+
+
+def test_capturable_on_the_cpu_is_refused_as_torch_does(backend: str) -> None:
+    for options in ({"capturable": True}, {}):
+        params = leaves(9)
+        opt = FusedSAM(params, torch.optim.Adam, rho=RHO, backend=backend, lr=0.1, **options)
+        opt.param_groups[0]["capturable"] = True
+        w = snapshot(params)
+        with pytest.raises((AssertionError, RuntimeError), match="capturable"):
+            opt.step(quadratic(params))
+        assert snapshot(params) == w
+        assert not opt.perturbed
+
+
+BAD: list[dict[str, Any]] = [
+    {"lr": -0.1},
+    {"betas": (1.0, 0.9)},
+    {"betas": (0.9, -0.1)},
+    {"eps": -1e-8},
+    {"weight_decay": -0.1},
+    {"differentiable": True},
+]
+
+
+@every_base
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_bad_values_are_refused(base: str, options: dict[str, Any], backend: str) -> None:
+    with pytest.raises(ValueError, match="Invalid"):
+        FusedSAM(leaves(3), BASES[base], backend=backend, **options)
+
+
+@every_base
+def test_a_schedule_and_options_changed_between_steps(base: str, backend: str, device: str, ieee_roots: None) -> None:
+    params = [torch.randn(33, device=device)]
+    theirs = [p.clone() for p in params]
+    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, lr=0.13)
+    plain = BASES[base](theirs, foreach=False, lr=0.13)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.4, total_steps=9) for o in (opt, plain)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for first, second in gradient_stream([(33,)], 5, torch.float32):
+            both_passes(opt, params, first, second)
+            set_grads(theirs, second)
+            plain.step()
+            for schedule in schedules:
+                schedule.step()  # which also moves beta1
+            assert opt.param_groups[0]["betas"] == plain.param_groups[0]["betas"]
+    assert_as_torch(params, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"foreach": True}, {"fused": True}, {"betas": (torch.tensor(0.8), torch.tensor(0.97))}, {"lr": torch.tensor(0.1)}],
+    ids=["foreach", "fused", "tensor betas", "tensor lr"],
+)
+def test_options_that_choose_a_way_of_computing(options: dict[str, Any], backend: str, device: str) -> None:
+    """The result is Adam's whichever is asked for. torch's fused kernel contracts as it likes."""
+    params = [torch.randn(33, device=device, dtype=torch.float64)]
+    theirs = [p.clone() for p in params]
+    opt = FusedSAM(params, torch.optim.Adam, rho=0.0, backend=backend, **options)
+    plain_options = {k: v for k, v in options.items() if k not in ("foreach", "fused")}
+    plain = torch.optim.Adam(theirs, foreach=False, **plain_options)
+    for first, second in gradient_stream([(33,)], 3, torch.float64):
+        both_passes(opt, params, first, second)
+        set_grads(theirs, second)
+        plain.step()
+    rtol = 1e-7 if "lr" in options else FLOAT64_RTOL  # torch divides a tensor lr in its own dtype, fp32
+    torch.testing.assert_close(params, theirs, rtol=rtol, atol=rtol)
+
+
+def test_a_backend_without_adam_lets_it_step_by_itself(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.randn(33, device=device) for _ in range(2)]
+    theirs = [p.clone() for p in params]
+    opt = FusedSAM(params, torch.optim.Adam, rho=0.0, backend=backend, foreach=False, lr=0.013)
+    plain = torch.optim.Adam(theirs, foreach=False, lr=0.013)
+    monkeypatch.delattr(backends.for_device(device, backend), "BASE_STEPS")
+    for first, second in gradient_stream([(33,)] * 2, 3, torch.float32):
+        both_passes(opt, params, first, second)
+        set_grads(theirs, second)
+        plain.step()
+    assert_same_bits(params, theirs)
+    assert_same_bits(state_of(opt), state_of(plain), "state")
+
+
+class OwnAdam(torch.optim.Adam):
+    """A subclass may step in ways of its own."""
+
+
+@pytest.mark.parametrize("base", [OwnAdam, torch.optim.NAdam, torch.optim.Adamax], ids=lambda x: x.__name__)
+def test_subclasses_and_relatives_are_not_fused(base: Base) -> None:
+    assert not is_fused(FusedSAM(leaves(3), base, lr=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@every_base
+def test_16_bit_state_has_the_dtype_of_the_weights(dtype: torch.dtype, base: str, backend: str, device: str) -> None:
+    params = [torch.randn(130, device=device).to(dtype)]
+    wide = [p.double() for p in params]
+    opt = FusedSAM(params, BASES[base], rho=RHO, backend=backend, **CONFIGS["decay"])
+    reference = ReferenceSAM(wide, rho=RHO, base=base, **CONFIGS["decay"])
+    for first, second in gradient_stream([(130,)], 5, dtype):
+        both_passes(opt, params, first, second)
+        set_grads(wide, first)
+        reference.first_step(zero_grad=True)
+        set_grads(wide, second)
+        reference.second_step()
+    assert opt.state[params[0]]["exp_avg"].dtype == dtype
+    assert opt.state[params[0]]["step"].dtype == torch.float32
+    # Each of the five steps rounds w once: half an ulp at |w| < 4, and the averages' roundings move a step less.
+    tolerance = 5 * 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(params[0].double(), wide[0], rtol=0, atol=tolerance)
+
+
+MALFORMED: dict[str, Callable[[Tensor], Any]] = {
+    "short": lambda m: m[:-1].clone(),
+    "another dtype": lambda m: m.double(),
+    "sparse": lambda m: m.to_sparse(),
+    "list": lambda m: m.tolist(),
+    "gone": lambda m: None,
+}
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize("spoil", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_state_is_refused_and_the_weights_come_back(
+    spoil: Callable[[Tensor], Any], key: str, backend: str, device: str
+) -> None:
+    params = leaves(67, 130, device=device)
+    opt = FusedSAM(params, torch.optim.AdamW, rho=RHO, backend=backend, lr=0.013, amsgrad=True)
+    opt.step(quadratic(params))
+    good, w = opt.state[params[1]][key], snapshot(params)
+    other = bits(opt.state[params[0]][key])
+    opt.state[params[1]][key] = spoil(good)
+    with pytest.raises((TypeError, ValueError)):
+        opt.step(quadratic(params))
+    assert not opt.perturbed
+    assert snapshot(params) == w
+    assert bits(opt.state[params[0]][key]) == other
+    assert float(opt.state[params[0]]["step"]) == 1.0
+    opt.state[params[1]][key] = good
+    opt.step(quadratic(params))
