@@ -173,6 +173,12 @@ def _fused_sam(params: list[Tensor], **options: Any) -> TwoPass:
     return FusedSAM(params, SGD, rho=RHO, **SGD_OPTIONS, **options)
 
 
+def _fused_adamw(params: list[Tensor]) -> TwoPass:
+    from fused_sam import FusedSAM
+
+    return FusedSAM(params, torch.optim.AdamW, rho=RHO, lr=1e-3, weight_decay=0.05)
+
+
 def _pytorch_optimizer(params: list[Tensor], **options: Any) -> TwoPass:
     from pytorch_optimizer import SAM
 
@@ -214,6 +220,7 @@ VARIANTS: dict[str, Variant] = {
 OPTIONS: dict[str, Variant] = {
     "fused_sam_asam": Variant("ASAM", functools.partial(_fused_sam, adaptive=True), 44, needs="fused_sam"),
     "fused_sam_p_inf": Variant("p = inf", functools.partial(_fused_sam, p=math.inf), 36, needs="fused_sam"),
+    "fused_sam_adamw": Variant("AdamW", _fused_adamw, 52, needs="fused_sam"),
 }
 
 
