@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import backends, bases, ops, rng, routing
+from fused_sam import backends, bases, clipping, ops, rng, routing
 from fused_sam.backends import eager
 
 
@@ -59,6 +59,9 @@ class FusedSAM(Optimizer):
         capturable: allow steps to be captured in a CUDA graph, after at least one step outside of it. Of ``rho`` and
             ``lr``, tensors on the device are read at every replay and numbers are captured as they are. Also given to
             base optimizers that have such an option.
+        max_grad_norm: clip the gradient that the base step gets to this 2-norm over all parameters, > 0, as
+            `torch.nn.utils.clip_grad_norm_` does, on the device and without a pass of its own over the gradients
+            (Pascanu et al. 2013). None does not clip.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
     Raises:
@@ -81,6 +84,7 @@ class FusedSAM(Optimizer):
         backend: str | None = None,
         replay_rng: bool = False,
         capturable: bool = False,
+        max_grad_norm: float | None = None,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
@@ -89,6 +93,7 @@ class FusedSAM(Optimizer):
         self._backend = backends.requested(backend)
         self.replay_rng = replay_rng
         self.capturable = capturable
+        self.max_grad_norm = clipping.checked(max_grad_norm)
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: _Ascent | None = None
@@ -218,6 +223,8 @@ class FusedSAM(Optimizer):
                 overflow if not isinstance(found_inf, Tensor) else torch.maximum(found_inf, overflow.to(found_inf))
             )
         try:
+            if self.max_grad_norm is not None:
+                grad_scale = clipping.grad_scale(self, self.max_grad_norm, grad_scale)
             self._base.step(self, ascent.journal, grad_scale, found_inf)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
@@ -287,6 +294,7 @@ class FusedSAM(Optimizer):
             "_ascent": None,
             "replay_rng": self.replay_rng,
             "capturable": self.capturable,
+            "max_grad_norm": self.max_grad_norm,
         }
 
 

@@ -157,7 +157,8 @@ def _sgd_tensor(
         target.copy_(value if found_inf is None else torch.where(found_inf != 0, _wide(target), value))
 
     if grad_scale is not None:
-        grad.mul_(grad_scale.double().reciprocal().float())
+        # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.
+        grad.copy_(_wide(grad) * grad_scale.double().reciprocal().float())
     w, d = _wide(param), _wide(grad)
     if group.maximize:
         d = -d
