@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import backends, bases, clipping, ops, rng, routing
+from fused_sam import backends, bases, clipping, closures, ops, routing
 from fused_sam.backends import eager
 
 
@@ -113,24 +113,36 @@ class FusedSAM(Optimizer):
         return self._backend
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+        r"""With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
 
         The closure runs forward and backward and returns the loss. It is called at w and again at w + e, with gradients
         zeroed before each call. An exception in it, KeyboardInterrupt included, leaves the weights at w.
 
+        A list of k closures, each for m examples of its own, makes one step of m-sharpness (section 4.1 of the paper:
+        smaller m generalises better). Every closure is called at w and at a perturbation of its own, and the base step
+        takes the mean of the second gradients, which is in ``p.grad`` then:
+
+        .. math:: g = \frac{1}{k} \sum_i \nabla L_i(w + \epsilon_i), \qquad
+            \epsilon_i = \rho \, \nabla L_i(w) / \lVert \nabla L_i(w) \rVert_2.
+
+        A gradient that is None for some closures counts as zero there. The sum takes one more gradient-sized buffer.
+
         Returns:
-            The loss at w; None without a closure.
+            The loss at w; None without a closure. With a list, the mean of the losses, detached; the list of what the
+            closures returned if that is not tensors of one element, or numbers.
 
         Raises:
             RuntimeError: without a closure, if there was no ``first_step``; with one, if there was, or under a
                 GradScaler.
+            TypeError: for what is neither a callable nor a list or tuple of callables.
+            ValueError: for an empty list.
         """
         if closure is not None:
-            return self._step_closure(closure)
+            return closures.step(self, closure)
         if self._ascent is None:
             raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
-        self._descend(self._ascent)
+        self._descend()
         return None
 
     @torch.no_grad()
@@ -160,31 +172,7 @@ class FusedSAM(Optimizer):
         ops.undo(self._ascent.journal)
         self._ascent = None
 
-    def _step_closure(self, closure: Callable[[], Any]) -> Any:
-        if self._ascent is not None:
-            raise RuntimeError("step(closure) after first_step(): finish with step() without a closure, or restore().")
-        if getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
-                "first_step() and then scaler.step(optimizer)."
-            )
-        state = rng.capture({p.device for p in self._flat_params()}) if self.replay_rng else None
-        try:
-            self.zero_grad()
-            with torch.enable_grad():
-                loss = closure()
-            ascent = self._ascend(take_grads=True)
-            if state is not None:
-                rng.replay(state)
-            with torch.enable_grad():
-                closure()
-            self._descend(ascent)
-        except BaseException:
-            self.restore()
-            raise
-        return loss
-
-    def _ascend(self, take_grads: bool) -> _Ascent:
+    def _ascend(self, take_grads: bool) -> None:
         if self._ascent is not None:
             raise RuntimeError("first_step() twice: the weights are perturbed already. Call step() or restore() first.")
         params = self._flat_params()
@@ -211,11 +199,12 @@ class FusedSAM(Optimizer):
                     p.grad = g
             self.restore()
             raise
-        return state
 
-    def _descend(self, ascent: _Ascent) -> None:
+    def _descend(self) -> None:
+        """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
+        ascent, journal = self._ascent, self._ascent.journal if self._ascent else []
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None:
+        if found_inf is not None and ascent is not None:
             # The perturbation does not depend on the loss scale, so pass 1 is never unscaled: its norm is the check.
             overflow = (~torch.isfinite(ascent.norm)).float()
             # The scaler sets a plain 0 where pass 2 left no gradient to look at.
@@ -225,7 +214,7 @@ class FusedSAM(Optimizer):
         try:
             if self.max_grad_norm is not None:
                 grad_scale = clipping.grad_scale(self, self.max_grad_norm, grad_scale)
-            self._base.step(self, ascent.journal, grad_scale, found_inf)
+            self._base.step(self, journal, grad_scale, found_inf)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
         finally:
