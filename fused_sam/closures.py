@@ -53,11 +53,18 @@ def _check(closure: Any) -> None:
 
 
 def _gradient(optimizer: FusedSAM, closure: Closure) -> Any:
-    """Both passes: the gradient at w + e in p.grad, with the weights still there. Returns the loss at w."""
-    state = rng.capture({p.device for p in optimizer._flat_params()}) if optimizer.replay_rng else None
+    """Both passes: the gradient at w + e in p.grad, with the weights still there. Returns the loss at w.
+
+    In a step that is not perturbed one pass, and all at w.
+    """
+    perturb = optimizer.perturb_next
+    replay = perturb and optimizer.replay_rng
+    state = rng.capture({p.device for p in optimizer._flat_params()}) if replay else None
     optimizer.zero_grad()
     with torch.enable_grad():
         loss = closure()
+    if not perturb:
+        return loss
     optimizer._ascend(take_grads=True)
     if state is not None:
         rng.replay(state)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import backends, bases, clipping, closures, ops, routing
+from fused_sam import backends, bases, clipping, closures, ops, routing, schedule
 from fused_sam.backends import eager
 
 
@@ -62,6 +62,10 @@ class FusedSAM(Optimizer):
         max_grad_norm: clip the gradient that the base step gets to this 2-norm over all parameters, > 0, as
             `torch.nn.utils.clip_grad_norm_` does, on the device and without a pass of its own over the gradients
             (Pascanu et al. 2013). None does not clip.
+        interval: perturb every ``interval``-th step only, >= 1; the others are steps of the base optimizer, with one
+            gradient. ``perturb_next`` says which comes.
+        start: the first step to be perturbed, counted from 0.
+        stop: the step from which on none is perturbed; None for never.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
     Raises:
@@ -85,6 +89,9 @@ class FusedSAM(Optimizer):
         replay_rng: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        interval: int = 1,
+        start: int = 0,
+        stop: int | None = None,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
@@ -94,6 +101,9 @@ class FusedSAM(Optimizer):
         self.replay_rng = replay_rng
         self.capturable = capturable
         self.max_grad_norm = clipping.checked(max_grad_norm)
+        self._schedule = schedule.Schedule(interval, start, stop)
+        if capturable and not self._schedule.always:
+            raise ValueError(f"Invalid {capturable=} with {interval=}, {start=}, {stop=}. A graph replays one step.")
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: _Ascent | None = None
@@ -101,11 +111,21 @@ class FusedSAM(Optimizer):
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
         super().__init__(inner.param_groups, {**inner.defaults, "rho": rho, "adaptive": adaptive})
+        if not self._schedule.always:
+            self.param_groups[0].setdefault(schedule.KEY, 0)
 
     @property
     def perturbed(self) -> bool:
         """Whether the weights are at w + e: between ``first_step`` and ``step``, ``second_step`` or ``restore``."""
         return self._ascent is not None
+
+    @property
+    def perturb_next(self) -> bool:
+        """Whether ``first_step`` is due: with ``interval``, ``start`` or ``stop`` some steps go without, else none.
+
+        Where it is False a step takes one gradient: backward, then ``step()``, which calls a closure once.
+        """
+        return self._ascent is None and self._schedule.due(self.param_groups)
 
     @property
     def backend(self) -> str | None:
@@ -117,7 +137,8 @@ class FusedSAM(Optimizer):
         r"""With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
 
         The closure runs forward and backward and returns the loss. It is called at w and again at w + e, with gradients
-        zeroed before each call. An exception in it, KeyboardInterrupt included, leaves the weights at w.
+        zeroed before each call; once only, at w, in a step that is not perturbed (``interval``). An exception in it,
+        KeyboardInterrupt included, leaves the weights at w.
 
         A list of k closures, each for m examples of its own, makes one step of m-sharpness (section 4.1 of the paper:
         smaller m generalises better). Every closure is called at w and at a perturbation of its own, and the base step
@@ -133,14 +154,14 @@ class FusedSAM(Optimizer):
             closures returned if that is not tensors of one element, or numbers.
 
         Raises:
-            RuntimeError: without a closure, if there was no ``first_step``; with one, if there was, or under a
-                GradScaler.
+            RuntimeError: without a closure, if there was no ``first_step`` in a step that is to be perturbed; with one,
+                if there was, or under a GradScaler.
             TypeError: for what is neither a callable nor a list or tuple of callables.
             ValueError: for an empty list.
         """
         if closure is not None:
             return closures.step(self, closure)
-        if self._ascent is None:
+        if self.perturb_next:
             raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
         self._descend()
         return None
@@ -153,7 +174,8 @@ class FusedSAM(Optimizer):
         taken. Otherwise they are left as they are and w is kept in memory of its own.
 
         Raises:
-            RuntimeError: if the weights are perturbed already.
+            RuntimeError: if the weights are perturbed already, or in a step that is not to be perturbed
+                (``perturb_next``); nothing is changed then.
             ValueError: for a gradient that is sparse, complex or does not match its parameter; nothing is changed then.
         """
         self._ascend(zero_grad)
@@ -175,9 +197,13 @@ class FusedSAM(Optimizer):
     def _ascend(self, take_grads: bool) -> None:
         if self._ascent is not None:
             raise RuntimeError("first_step() twice: the weights are perturbed already. Call step() or restore() first.")
+        if not self.perturb_next:
+            raise RuntimeError(
+                f"first_step() in a step that is not perturbed ({self._schedule}): call step() with the gradient there "
+                "is. perturb_next tells these steps."
+            )
         params = self._flat_params()
-        if not self.capturable and ops.is_capturing(params):
-            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
+        self._require_capturable(params)
         host = self._host()
         grads = host.get_grads(params)
         groups = []
@@ -204,7 +230,11 @@ class FusedSAM(Optimizer):
         """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
         ascent, journal = self._ascent, self._ascent.journal if self._ascent else []
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and ascent is not None:
+        if ascent is None:
+            self._require_capturable(self._flat_params())
+            # The scaler sets a plain 0 where there is no gradient to look at.
+            found_inf = found_inf if isinstance(found_inf, Tensor) else None
+        elif found_inf is not None:
             # The perturbation does not depend on the loss scale, so pass 1 is never unscaled: its norm is the check.
             overflow = (~torch.isfinite(ascent.norm)).float()
             # The scaler sets a plain 0 where pass 2 left no gradient to look at.
@@ -219,6 +249,11 @@ class FusedSAM(Optimizer):
             raise self._named(error) from None
         finally:
             self.restore()
+        schedule.count(self.param_groups)
+
+    def _require_capturable(self, params: list[Tensor]) -> None:
+        if not self.capturable and ops.is_capturing(params):
+            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
 
     def _flat_params(self) -> list[Tensor]:
         """The parameters of all groups, in order."""
@@ -257,7 +292,8 @@ class FusedSAM(Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus each group's ``rho`` and ``adaptive``.
+        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus each group's ``rho`` and ``adaptive``,
+        and in the first group the number of steps made if not all of them are perturbed (``sam_step``).
 
         Raises:
             RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e.
@@ -284,6 +320,7 @@ class FusedSAM(Optimizer):
             "replay_rng": self.replay_rng,
             "capturable": self.capturable,
             "max_grad_norm": self.max_grad_norm,
+            "_schedule": self._schedule,
         }
 
 
