@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import backends, ops
+from fused_sam import backends, clipping, ops
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -122,7 +122,7 @@ class AnyBase:
             return
         grads = [p.grad for p in optimizer._flat_params() if p.grad is not None]
         if grad_scale is not None and grads:
-            torch._foreach_mul_(grads, grad_scale.double().reciprocal().float().item())
+            clipping.unscale(grads, grad_scale)
         self.inner.param_groups, self.inner.state = optimizer.param_groups, optimizer.state
         step: Any = type(self.inner).step
         # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.

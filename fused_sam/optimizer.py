@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import backends, bases, ops, rng, routing
+from fused_sam import backends, bases, clipping, closures, ops, routing, schedule
 from fused_sam.backends import eager
 
 
@@ -68,6 +68,13 @@ class FusedSAM(Optimizer):
         capturable: allow steps to be captured in a CUDA graph, after at least one step outside of it. Of ``rho`` and
             ``lr``, tensors on the device are read at every replay and numbers are captured as they are. Also given to
             base optimizers that have such an option.
+        max_grad_norm: clip the gradient that the base step gets to this 2-norm over all parameters, > 0, as
+            `torch.nn.utils.clip_grad_norm_` does, on the device and without a pass of its own over the gradients
+            (Pascanu et al. 2013). None does not clip.
+        interval: perturb every ``interval``-th step only, >= 1; the others are steps of the base optimizer, with one
+            gradient. ``perturb_next`` says which comes.
+        start: the first step to be perturbed, counted from 0.
+        stop: the step from which on none is perturbed; None for never.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
     Raises:
@@ -92,6 +99,10 @@ class FusedSAM(Optimizer):
         backend: str | None = None,
         replay_rng: bool = False,
         capturable: bool = False,
+        max_grad_norm: float | None = None,
+        interval: int = 1,
+        start: int = 0,
+        stop: int | None = None,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
@@ -103,6 +114,10 @@ class FusedSAM(Optimizer):
         self._backend = backends.requested(backend)
         self.replay_rng = replay_rng
         self.capturable = capturable
+        self.max_grad_norm = clipping.checked(max_grad_norm)
+        self._schedule = schedule.Schedule(interval, start, stop)
+        if capturable and not self._schedule.always:
+            raise ValueError(f"Invalid {capturable=} with {interval=}, {start=}, {stop=}. A graph replays one step.")
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: _Ascent | None = None
@@ -110,6 +125,8 @@ class FusedSAM(Optimizer):
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
+        if not self._schedule.always:
+            self.param_groups[0].setdefault(schedule.KEY, 0)
 
     @property
     def perturbed(self) -> bool:
@@ -117,29 +134,50 @@ class FusedSAM(Optimizer):
         return self._ascent is not None
 
     @property
+    def perturb_next(self) -> bool:
+        """Whether ``first_step`` is due: with ``interval``, ``start`` or ``stop`` some steps go without, else none.
+
+        Where it is False a step takes one gradient: backward, then ``step()``, which calls a closure once.
+        """
+        return self._ascent is None and self._schedule.due(self.param_groups)
+
+    @property
     def backend(self) -> str | None:
         """The backend that was asked for; None: the best for each device."""
         return self._backend
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+        r"""With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
 
         The closure runs forward and backward and returns the loss. It is called at w and again at w + e, with gradients
-        zeroed before each call. An exception in it, KeyboardInterrupt included, leaves the weights at w.
+        zeroed before each call; once only, at w, in a step that is not perturbed (``interval``). An exception in it,
+        KeyboardInterrupt included, leaves the weights at w.
+
+        A list of k closures, each for m examples of its own, makes one step of m-sharpness (section 4.1 of the paper:
+        smaller m generalises better). Every closure is called at w and at a perturbation of its own, and the base step
+        takes the mean of the second gradients, which is in ``p.grad`` then:
+
+        .. math:: g = \frac{1}{k} \sum_i \nabla L_i(w + \epsilon_i), \qquad
+            \epsilon_i = \rho \, \nabla L_i(w) / \lVert \nabla L_i(w) \rVert_2.
+
+        A gradient that is None for some closures counts as zero there. The sum takes one more gradient-sized buffer.
 
         Returns:
-            The loss at w; None without a closure.
+            The loss at w; None without a closure. With a list, the mean of the losses, detached; the list of what the
+            closures returned if that is not tensors of one element, or numbers.
 
         Raises:
-            RuntimeError: without a closure, if there was no ``first_step``; with one, if there was, or under a
-                GradScaler.
+            RuntimeError: without a closure, if there was no ``first_step`` in a step that is to be perturbed; with one,
+                if there was, or under a GradScaler.
+            TypeError: for what is neither a callable nor a list or tuple of callables.
+            ValueError: for an empty list.
         """
         if closure is not None:
-            return self._step_closure(closure)
-        if self._ascent is None:
+            return closures.step(self, closure)
+        if self.perturb_next:
             raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
-        self._descend(self._ascent)
+        self._descend()
         return None
 
     @torch.no_grad()
@@ -150,7 +188,8 @@ class FusedSAM(Optimizer):
         taken. Otherwise they are left as they are and w is kept in memory of its own.
 
         Raises:
-            RuntimeError: if the weights are perturbed already.
+            RuntimeError: if the weights are perturbed already, or in a step that is not to be perturbed
+                (``perturb_next``); nothing is changed then.
             ValueError: for a gradient that is sparse, complex or does not match its parameter; nothing is changed then.
         """
         self._ascend(zero_grad)
@@ -169,36 +208,16 @@ class FusedSAM(Optimizer):
         ops.undo(self._ascent.journal)
         self._ascent = None
 
-    def _step_closure(self, closure: Callable[[], Any]) -> Any:
-        if self._ascent is not None:
-            raise RuntimeError("step(closure) after first_step(): finish with step() without a closure, or restore().")
-        if getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
-                "first_step() and then scaler.step(optimizer)."
-            )
-        state = rng.capture({p.device for p in self._flat_params()}) if self.replay_rng else None
-        try:
-            self.zero_grad()
-            with torch.enable_grad():
-                loss = closure()
-            ascent = self._ascend(take_grads=True)
-            if state is not None:
-                rng.replay(state)
-            with torch.enable_grad():
-                closure()
-            self._descend(ascent)
-        except BaseException:
-            self.restore()
-            raise
-        return loss
-
-    def _ascend(self, take_grads: bool) -> _Ascent:
+    def _ascend(self, take_grads: bool) -> None:
         if self._ascent is not None:
             raise RuntimeError("first_step() twice: the weights are perturbed already. Call step() or restore() first.")
+        if not self.perturb_next:
+            raise RuntimeError(
+                f"first_step() in a step that is not perturbed ({self._schedule}): call step() with the gradient there "
+                "is. perturb_next tells these steps."
+            )
         params = self._flat_params()
-        if not self.capturable and ops.is_capturing(params):
-            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
+        self._require_capturable(params)
         host = self._host()
         grads = host.get_grads(params)
         left_out = _take_out(self.param_groups, grads)
@@ -217,11 +236,16 @@ class FusedSAM(Optimizer):
                     p.grad = left_out.get(i, grads[i])
             self.restore()
             raise
-        return state
 
-    def _descend(self, ascent: _Ascent) -> None:
+    def _descend(self) -> None:
+        """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
+        ascent, journal = self._ascent, self._ascent.journal if self._ascent else []
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and ascent.norm is not None:
+        if ascent is None:
+            self._require_capturable(self._flat_params())
+            # The scaler sets a plain 0 where there is no gradient to look at.
+            found_inf = found_inf if isinstance(found_inf, Tensor) else None
+        elif found_inf is not None and ascent.norm is not None:
             # The perturbation does not depend on the loss scale, so pass 1 is never unscaled: its norm is the check.
             overflow = (~torch.isfinite(ascent.norm.flatten()[0])).float()
             # The scaler sets a plain 0 where pass 2 left no gradient to look at.
@@ -229,11 +253,18 @@ class FusedSAM(Optimizer):
                 overflow if not isinstance(found_inf, Tensor) else torch.maximum(found_inf, overflow.to(found_inf))
             )
         try:
-            self._base.step(self, ascent.journal, grad_scale, found_inf)
+            if self.max_grad_norm is not None:
+                grad_scale = clipping.grad_scale(self, self.max_grad_norm, grad_scale)
+            self._base.step(self, journal, grad_scale, found_inf)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
         finally:
             self.restore()
+        schedule.count(self.param_groups)
+
+    def _require_capturable(self, params: list[Tensor]) -> None:
+        if not self.capturable and ops.is_capturing(params):
+            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
 
     def _flat_params(self) -> list[Tensor]:
         """The parameters of all groups, in order."""
@@ -272,7 +303,8 @@ class FusedSAM(Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus each group's ``rho`` and ``adaptive``.
+        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus each group's ``rho`` and ``adaptive``,
+        and in the first group the number of steps made if not all of them are perturbed (``sam_step``).
 
         Raises:
             RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e.
@@ -299,6 +331,8 @@ class FusedSAM(Optimizer):
             "replay_rng": self.replay_rng,
             "capturable": self.capturable,
             "p": self.p,
+            "max_grad_norm": self.max_grad_norm,
+            "_schedule": self._schedule,
         }
 
 

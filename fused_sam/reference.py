@@ -193,11 +193,16 @@ class ReferenceSAM:
                 p.grad = None
 
     @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Back to w, then the base step with the gradient taken at w + e (Algorithm 1, lines 6 and 7)."""
+    def restore(self) -> None:
+        """Back to w."""
         for p, w in zip(self._flat(), self._w):
             p.copy_(w)
         self._w = []
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Back to w, then the base step with the gradient taken at w + e (Algorithm 1, lines 6 and 7)."""
+        self.restore()
         for group in self.param_groups:
             options = {key: value for key, value in group.items() if key not in OWN_KEYS}
             for p in group["params"]:
@@ -214,10 +219,21 @@ class ReferenceSAM:
                 if zero_grad:
                     p.grad = None
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Both passes: the closure zeroes the gradients, runs forward and backward and returns the loss."""
-        loss = closure()
-        self.first_step(zero_grad=True)
-        closure()
+    def step(self, closure: Callable[[], Tensor] | Sequence[Callable[[], Tensor]]) -> Tensor:
+        """Both passes: the closure zeroes the gradients, runs forward and backward and returns the loss.
+
+        With a list of closures, m-sharpness (section 4.1): each has an e of its own, gradients and losses are averaged.
+        """
+        closures = [closure] if callable(closure) else list(closure)
+        losses, grads = [], []
+        for run in closures:
+            losses.append(run())
+            self.first_step(zero_grad=True)
+            run()
+            self.restore()
+            grads.append([p.grad for p in self._flat()])
+        for p, *gs in zip(self._flat(), *grads):
+            present = [g for g in gs if g is not None]
+            p.grad = torch.stack(present).sum(0) / len(closures) if present else None
         self.second_step()
-        return loss
+        return torch.stack(losses).mean()

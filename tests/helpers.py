@@ -27,6 +27,8 @@ AVERAGE_ULP = 4.0
 ADAM_ULP = 6.0
 ROOT_ULP = 3.0  # between a step with torch's root and one with ours: two of the quotient, one of the sum
 MOMENTUM_ULP = 2.0  # further ulps for each step before: a momentum buffer carries its rounding along
+# The factor of a clipped gradient: the scale and its reciprocal, each rounded to fp32, in every dtype.
+CLIP_RTOL = 2 * 2.0**-24 + 1e-9
 # 16-bit data is computed in fp32 and rounded once on storing, so half an ulp is all that may be lost, up to
 # ties that the fp32 rounding decides the other way.
 ROUNDED_ONCE_ULP = 0.5 + 2.0**-6

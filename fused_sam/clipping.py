@@ -1,0 +1,80 @@
+"""The second gradient clipped to a norm (Pascanu et al. 2013), as part of the division by a GradScaler's scale.
+
+    g = g * min(1, max_norm / (||g||_2 + 1e-6))        `torch.nn.utils.clip_grad_norm_`, over all parameters
+
+Every base step divides the gradients by ``grad_scale`` and writes them back, which is also what clipping does: a larger
+scale clips. So it takes one more norm and no pass of its own, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_sam import ops
+
+if TYPE_CHECKING:
+    from fused_sam.optimizer import FusedSAM
+
+
+def checked(max_grad_norm: Any) -> float | None:
+    """The option as given.
+
+    Raises:
+        TypeError: for what is neither a number nor None.
+        ValueError: for a number that is not > 0.
+    """
+    if max_grad_norm is None:
+        return None
+    if not isinstance(max_grad_norm, numbers.Real) or isinstance(max_grad_norm, bool):
+        raise TypeError(f"Invalid {max_grad_norm=}. Must be a number > 0, or None.")
+    number = float(max_grad_norm)
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"Invalid {max_grad_norm=}. Must be > 0 and finite, or None.")
+    return number
+
+
+def grad_norm(optimizer: FusedSAM) -> Tensor:
+    """||g||_2 over the gradients there are now, fp64, shape [].
+
+    Raises:
+        InvalidTensor: as `ops.norm`.
+    """
+    params = optimizer._flat_params()
+    grads = optimizer._host().get_grads(params)
+    return ops.norm(params, grads, [ops.AscentGroup(len(params), 0.0, False)], optimizer.backend)
+
+
+def grad_scale(optimizer: FusedSAM, max_norm: float, scale: Tensor | None) -> Tensor:
+    """What to divide the gradients by so that they come out unscaled and clipped: fp32, shape [].
+
+        scale * max(1, (||g||_2 / scale + 1e-6) / max_norm)
+
+    It is ``scale`` itself, exactly, where nothing is to be clipped. NaN gradients give NaN.
+
+    Raises:
+        InvalidTensor: as `ops.norm`.
+    """
+    norm = grad_norm(optimizer)
+    factor = torch.ones_like(norm) if scale is None else scale.to(norm)
+    return (factor * ((norm / factor + 1e-6) / max_norm).clamp(min=1.0)).float()
+
+
+def unscale(grads: list[Tensor], scale: Tensor) -> None:
+    """g = g / scale in place, by the fp32 reciprocal that `torch.amp.GradScaler` multiplies by, on the device."""
+    on_device: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+    for g in grads:
+        if g.device not in on_device:
+            on_device[g.device] = (scale.to(g.device).double().reciprocal().float(), [])
+        multiplier, wide = on_device[g.device]
+        if g.dtype in (torch.float32, torch.float64):
+            wide.append(g)
+        else:  # a tensor as factor would be rounded to the gradient's 16 bits first
+            g.copy_(g.float() * multiplier)
+    for multiplier, wide in on_device.values():
+        if wide:
+            torch._foreach_mul_(wide, multiplier)

@@ -1,0 +1,120 @@
+"""The closure form of a step: one closure for the whole batch, or a list of them, each with an e of its own.
+
+The second is m-sharpness (Foret et al. 2021, section 4.1) on one device: with k closures of m examples,
+
+    g = 1/k sum_i grad L_i(w + e_i),    e_i = rho grad L_i(w) / ||grad L_i(w)||_2
+
+and one base step at w with g. Like `fused_sam.bases`, it works closely with `FusedSAM`.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fused_sam import rng
+
+if TYPE_CHECKING:
+    from fused_sam.optimizer import FusedSAM
+
+Closure: TypeAlias = Callable[[], Any]
+
+
+def step(optimizer: FusedSAM, closure: Closure | Sequence[Closure]) -> Any:
+    """A whole step; arguments, result and errors are those of `FusedSAM.step`."""
+    _check(closure)
+    if optimizer.perturbed:
+        raise RuntimeError("step(closure) after first_step(): finish with step() without a closure, or restore().")
+    if getattr(optimizer, "found_inf", None) is not None:
+        raise RuntimeError(
+            "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
+            "first_step() and then scaler.step(optimizer)."
+        )
+    try:
+        loss = _gradient(optimizer, closure) if callable(closure) else _mean_gradient(optimizer, closure)
+        optimizer._descend()
+    except BaseException:
+        optimizer.restore()
+        raise
+    return loss
+
+
+def _check(closure: Any) -> None:
+    if callable(closure):
+        return
+    if not isinstance(closure, list | tuple) or not all(map(callable, closure)):
+        raise TypeError(f"Invalid {closure=}. Must be a callable, or a list or tuple of callables.")
+    if not closure:
+        raise ValueError(f"Invalid {closure=}. Must hold a callable for each group of examples.")
+
+
+def _gradient(optimizer: FusedSAM, closure: Closure) -> Any:
+    """Both passes: the gradient at w + e in p.grad, with the weights still there. Returns the loss at w.
+
+    In a step that is not perturbed one pass, and all at w.
+    """
+    perturb = optimizer.perturb_next
+    replay = perturb and optimizer.replay_rng
+    state = rng.capture({p.device for p in optimizer._flat_params()}) if replay else None
+    optimizer.zero_grad()
+    with torch.enable_grad():
+        loss = closure()
+    if not perturb:
+        return loss
+    optimizer._ascend(take_grads=True)
+    if state is not None:
+        rng.replay(state)
+    with torch.enable_grad():
+        closure()
+    return loss
+
+
+def _mean_gradient(optimizer: FusedSAM, closures: Sequence[Closure]) -> Any:
+    """The mean of the closures' second gradients in p.grad. Returns the mean loss.
+
+    With several closures the weights are back at w then: every sum is taken before any weight is updated.
+    """
+    if len(closures) == 1:
+        return _mean([_gradient(optimizer, closures[0])])
+    sums: dict[Tensor, Tensor] = {}
+    losses = []
+    for closure in closures:
+        losses.append(_gradient(optimizer, closure))
+        optimizer.restore()
+        _accumulate(sums, optimizer._flat_params())
+    if sums:
+        torch._foreach_div_(list(sums.values()), float(len(closures)))
+    for p in optimizer._flat_params():
+        p.grad = sums.get(p)
+    return _mean(losses)
+
+
+def _accumulate(sums: dict[Tensor, Tensor], params: list[Tensor]) -> None:
+    """sums[p] += p.grad, for the parameters that have one.
+
+    The first gradient is copied, and not taken: it may be a view of a buffer into which the next backward writes.
+    """
+    totals, grads = [], []
+    for p in params:
+        if p.grad is None:
+            continue
+        if p in sums:
+            totals.append(sums[p])
+            grads.append(p.grad)
+        else:
+            sums[p] = p.grad.detach().clone()
+    if totals:
+        torch._foreach_add_(totals, grads)
+
+
+def _mean(losses: list[Any]) -> Any:
+    """The mean of numbers, or of tensors of one element, as a tensor; anything else as it is."""
+    if all(isinstance(x, Tensor) and x.numel() == 1 for x in losses):
+        return torch.stack([x.detach().reshape(()) for x in losses]).mean()
+    if all(isinstance(x, numbers.Real) for x in losses):
+        return sum(losses) / len(losses)
+    return losses
