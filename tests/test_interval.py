@@ -106,7 +106,7 @@ def test_the_scheduled_steps_are_perturbed_and_the_others_are_plain_sgd(
 @pytest.mark.parametrize("base", BASES)
 @every_form
 def test_unperturbed_steps_are_the_base_optimizers_bit_for_bit(
-    base: str, form: Callable[..., None], backend: str, device: str
+    base: str, form: Callable[..., None], backend: str, device: str, ieee_roots: None
 ) -> None:
     base_class, options = BASES[base]
     params = leaves(9, LARGE, 67, device=device)

@@ -1,0 +1,40 @@
+"""The op surface: checks every argument once, then hands it to the backend of the tensors' device.
+
+All lists are parallel: entry i of each belongs to parameter i, and None in ``grads``, ``backups`` or a list of state
+means that there is none. Groups cover the lists in order, ``size`` tensors each.
+
+    norm        ||T g||_q over all groups, T = |w| + eta elementwise in adaptive groups, 1 elsewhere; 1/p + 1/q = 1
+    perturb     backup = w, w = w + rho_k T sign(g) (|T g| / ||T g||_q)^(q-1) for the tensors of group k, which is
+                rho_k T^2 g / ||T g||_2 for p = 2                                            (Foret et al. 2021, eq. 2)
+    restore     w = backup
+    sgd_update  w = backup, then SGD with momentum at w with the gradient taken at w + e     (Algorithm 1)
+    adam_update w = backup, then Adam or AdamW likewise
+
+fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm always in fp64.
+"""
+
+from fused_sam.ops.ascent import Ascent, norm, perturb
+from fused_sam.ops.descent import adam_update, restore, sgd_update
+from fused_sam.ops.groups import AdamGroup, AscentGroup, SGDGroup, dual_exponent, host_number, is_capturing
+from fused_sam.ops.journal import Journal, all_present, one_batch, undo
+from fused_sam.routing import InvalidTensor
+
+__all__ = [
+    "AdamGroup",
+    "Ascent",
+    "AscentGroup",
+    "InvalidTensor",
+    "Journal",
+    "SGDGroup",
+    "adam_update",
+    "all_present",
+    "dual_exponent",
+    "host_number",
+    "is_capturing",
+    "norm",
+    "one_batch",
+    "perturb",
+    "restore",
+    "sgd_update",
+    "undo",
+]

@@ -1,0 +1,126 @@
+"""norm and perturb: from w to w + e."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sam.ops.groups import AscentGroup, dual_exponent, require_sizes
+from fused_sam.ops.journal import Copies, Journal, bump_versions
+from fused_sam.routing import TensorList, contiguous, route, stand_ins
+
+
+class Ascent:
+    """The first half of a SAM step: `norm` and `perturb` with one look at the tensors.
+
+    Raises:
+        InvalidTensor: for a sparse, complex, integer or mismatched tensor.
+        ValueError: if lists and groups differ in length.
+    """
+
+    def __init__(
+        self, params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None, p: float = 2
+    ) -> None:
+        require_sizes(params, groups)
+        self.q = dual_exponent(p)
+        self.params = params
+        self.grads = grads
+        self.groups = groups
+        self._parts = route(backend, params, grads)
+
+    def norm(self) -> Tensor | None:
+        """||T g||_q as a float64 tensor of shape [] on the device of the first gradient; None for p = inf, which needs
+        none. For p = 1 of shape [3]: the largest |T g|, the number of its tensor, and its place in that tensor."""
+        if self.q == 1:
+            return None
+        norms = []
+        for part in self._parts:
+            batch = part.batch or part.backend.batch(
+                contiguous(part.take(self.params)), contiguous(part.take(self.grads))
+            )
+            norms.append(part.globally(batch.norm(part.regroup(self.groups), self.q)))
+        if not norms:
+            return torch.zeros(3 if self.q == math.inf else (), dtype=torch.float64)
+        return norms[0] if len(norms) == 1 else _joint_norm([n.to(norms[0].device) for n in norms], self.q)
+
+    def perturb(
+        self, norm: Tensor | None, journal: Journal, backups: TensorList | None = None, owned: bool = False
+    ) -> None:
+        """w = w + e in place, with w kept in ``backups``, or in memory found here.
+
+        With ``owned``, the gradients are the caller's to give: one whose memory nothing else can reach comes to hold
+        its parameter (the in-place swap: no memory is taken and none stays behind). Nothing but the list given to the
+        constructor may refer to it then. Backups of small tensors share one allocation instead.
+        """
+        for part in self._parts:
+            there = None if norm is None else part.locally(norm.to(part.device))
+            scalars = there, part.regroup(self.groups), self.q
+            kept = part.take_any(backups)
+            if part.batch is not None:
+                if kept is None:
+                    part.batch.make_backups(owned)
+                else:
+                    part.batch.set_backups(kept)
+                part.batch.perturb(*scalars, journal)
+                continue
+            p, g = part.take(self.params), part.take(self.grads)
+            journal.append(Copies(p, kept or [None if x is None else torch.empty_like(w) for w, x in zip(p, g)]))
+            with stand_ins(p) as p_:
+                batch = part.backend.batch(p_, contiguous(g))
+                batch.make_backups(owned=False)
+                batch.perturb(*scalars, [])
+        bump_versions(self.params, self.grads)
+
+
+def _joint_norm(norms: list[Tensor], q: float) -> Tensor:
+    """The norm of all parts from those of each."""
+    values = torch.stack(norms)
+    if q == 2:
+        return torch.linalg.vector_norm(values)
+    if q == math.inf:
+        peak = values[:, 0].amax()
+        first = torch.where(values[:, 0] == peak, values[:, 1], math.inf).argmin()
+        return torch.cat([peak.reshape(1), values[first, 1:]])
+    peak = values.amax()
+    return torch.where(torch.isfinite(peak) & (peak > 0), peak * ((values / peak) ** q).sum() ** (1 / q), peak)
+
+
+def norm(
+    params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None, p: float = 2
+) -> Any:
+    """||T g||_q over the gradients of all groups, accumulated in fp64. Returns and raises as `Ascent`."""
+    return Ascent(params, grads, groups, backend, p).norm()
+
+
+def perturb(
+    params: TensorList,
+    grads: TensorList,
+    backups: TensorList,
+    norm: Tensor | None,
+    groups: list[AscentGroup],
+    backend: str | None = None,
+    journal: Journal | None = None,
+    p: float = 2,
+) -> None:
+    """backup = w and w = w + e, in place, for every parameter with a gradient; ``norm`` is as `norm` returns it.
+
+    A norm that is zero or not finite leaves w as it is (decided on the device). ``backups[i] is grads[i]`` swaps in
+    place. ``journal`` receives an entry when, and as soon as, there is something to restore.
+
+    Raises:
+        InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched backup; nothing has been changed then.
+    """
+    route(backend, params, grads, backups)
+    if any((g is None) != (b is None) for g, b in zip(grads, backups)):
+        raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient.")
+    shape = None if p == math.inf else (3,) if p == 1 else ()
+    if shape != (None if norm is None else norm.shape):
+        given = None if norm is None else f"of shape {list(norm.shape)}"
+        raise ValueError(f"Invalid norm {given} for {p=}. Must be what ops.norm returns.")
+    others = {id(g): i for i, g in enumerate(grads) if g is not None}
+    if any(others.get(id(b), i) != i for i, b in enumerate(backups)):
+        raise ValueError("Invalid backups. A gradient may hold no parameter but its own.")
+    Ascent(params, grads, groups, backend, p).perturb(norm, [] if journal is None else journal, backups)

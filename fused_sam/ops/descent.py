@@ -1,0 +1,213 @@
+"""restore and the base steps: back to w, and the update with the gradient taken at w + e."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fused_sam.ops.groups import AdamGroup, SGDGroup, require_sizes
+from fused_sam.ops.journal import Journal, all_present, bump_versions, copy, undo
+from fused_sam.routing import Part, TensorList, route, stand_ins
+
+G = TypeVar("G", bound=Any)  # a group of one of the ops
+
+
+def restore(params: TensorList, backups: TensorList, backend: str | None = None) -> None:
+    """w = backup for every parameter that has one, bit for bit.
+
+    Raises:
+        InvalidTensor, ValueError: for a backup that does not match its parameter; nothing has been changed then.
+    """
+    for part in route(backend, params, None, backups):
+        if part.batch is not None:
+            part.batch.restore()
+            continue
+        copy(part.take(backups), part.take(params))
+    bump_versions(params, backups)
+
+
+def sgd_update(
+    params: TensorList,
+    grads: TensorList,
+    backups: TensorList | Any | None,
+    momentum_buffers: TensorList | None,
+    groups: list[SGDGroup],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+    journal: Journal | None = None,
+) -> None:
+    """w = backup (w itself where there is none), then one step of SGD with the gradients given, in one pass.
+
+        d = (-g if maximize else g) + weight_decay * w
+        m = d if first else momentum * m + (1 - dampening) * d
+        w = w - lr * (d + momentum * m if nesterov else m if momentum else d)
+
+    Parameters without a gradient are only restored. Momentum buffers are written in place. With ``grad_scale`` (a
+    GradScaler's, shape []) the gradients are divided by it in place first; with a nonzero ``found_inf`` (shape [])
+    every parameter is only restored. ``backups`` may be `one_batch` of a journal. ``journal`` is cleared as
+    soon as there is nothing left to restore.
+
+    Raises:
+        InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched momentum buffer; nothing has been
+            changed then.
+    """
+    require_sizes(params, groups)
+    _require_state("momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0)
+
+    def update(part: Part, batch: Any, *scalars: Any) -> None:
+        batch.sgd_update(part.regroup(groups), *scalars)
+
+    states = (momentum_buffers,)
+    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal)
+
+
+def adam_update(
+    params: TensorList,
+    grads: TensorList,
+    backups: TensorList | Any | None,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    max_exp_avg_sqs: TensorList | None,
+    steps: TensorList,
+    groups: list[AdamGroup],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+    journal: Journal | None = None,
+    capturable: bool = False,
+) -> None:
+    """w = backup (w itself where there is none), then step t of Adam with the gradients given, in one pass.
+
+        g = -g if maximize else g
+        w = (1 - lr * weight_decay) * w    if decoupled,  else  g = g + weight_decay * w
+        m = m + (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g^2
+        u = max(u, v) if amsgrad else v
+        w = w - lr / (1 - beta1^t) * m / (sqrt(u) / sqrt(1 - beta2^t) + eps)
+
+    m, v and u are the entries of ``exp_avgs``, ``exp_avg_sqs`` and ``max_exp_avg_sqs``, 0 in groups that say ``first``,
+    and are written in place. ``steps`` hold t - 1 for every parameter, a tensor of one element each, and then t. They
+    are read by the host, which also waits for ``found_inf`` then; with ``capturable`` they are float32, on the device
+    of their parameters, and nothing waits. Otherwise as `sgd_update`.
+
+    Raises:
+        InvalidTensor, ValueError: as `sgd_update`; nothing has been changed then.
+    """
+    require_sizes(params, groups)
+    _require_state("exp_avgs", grads, exp_avgs, groups)
+    _require_state("exp_avg_sqs", grads, exp_avg_sqs, groups)
+    _require_state("max_exp_avg_sqs", grads, max_exp_avg_sqs, groups, lambda group: group.amsgrad)
+    _require_state("steps", grads, steps, groups)
+    advanced = [(t, p) for t, p, g in zip(steps, params, grads) if g is not None]
+    if not all(isinstance(t, Tensor) and t.numel() == 1 and t.is_floating_point() for t, _ in advanced):
+        raise ValueError("Invalid steps. Must be floating tensors of one element.")
+    if capturable and any(t.dtype != torch.float32 or t.device != p.device for t, p in advanced):
+        raise ValueError("Invalid steps. Must be float32 and on the device of their parameters if capturable.")
+    skipped = False
+    if not capturable:
+        skipped = found_inf is not None and bool(found_inf)
+        found_inf = found_inf if skipped else None
+        groups = _by_step(groups, grads, steps)
+
+    def update(part: Part, batch: Any, *scalars: Any) -> None:
+        on_device = part.take(steps) if capturable else None
+        batch.adam_update(part.regroup(groups), on_device, *scalars)
+        if on_device is not None:
+            _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
+
+    states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal)
+    if not capturable and not skipped:
+        _advance([t for t, _ in advanced], None)
+
+
+def _by_step(groups: list[AdamGroup], grads: TensorList, steps: TensorList) -> list[AdamGroup]:
+    """The groups cut into runs of one step, with the corrections of the step that now begins."""
+    runs: list[AdamGroup] = []
+    start = 0
+    for group in groups:
+        # A parameter without a gradient is only restored: it goes with any step.
+        current, size = None, 0
+        for i in range(start, start + group.size):
+            step = None if grads[i] is None else steps[i].item() + 1
+            if current is not None and step is not None and step != current:
+                runs.append(group.at(size, current))
+                current, size = step, 0
+            current = current if step is None else step
+            size += 1
+        runs.append(group.at(size, 1.0 if current is None else current))
+        start += group.size
+    return runs
+
+
+def _advance(steps: TensorList, found_inf: Tensor | None) -> None:
+    """t + 1, unless the step is skipped, which only the device knows."""
+    if not steps:
+        return
+    one: Any = 1 if found_inf is None else (found_inf == 0).to(steps[0])
+    if found_inf is None and steps[0].is_cpu:
+        one = torch.ones(())  # of a number torch would make one for every step
+    torch._foreach_add_(steps, one)
+
+
+def _descend(
+    params: TensorList,
+    grads: TensorList,
+    backups: TensorList | Any | None,
+    states: Sequence[TensorList | None],
+    update: Callable[..., None],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    backend: str | None,
+    journal: Journal | None,
+) -> None:
+    """A base step: the restore, and ``update(part, batch, grad_scale, found_inf, journal)`` for every part."""
+    journal = [] if journal is None else journal
+    parts = route(backend, params, grads, backups, states)
+    written = [grads, backups]
+    if backups is not None and (len(parts) != 1 or parts[0].batch is None or parts[0].index is not None):
+        # Only a single call can restore and update as one; elsewhere all of w comes back before any of it is updated.
+        if isinstance(backups, list):
+            restore(params, backups, backend)
+            journal.clear()
+        else:
+            undo(journal)
+        written = [grads]
+        parts = route(backend, params, grads, None, states)
+    for part in parts:
+        scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
+        if part.batch is not None:
+            update(part, part.batch, *scalars, journal)
+            continue
+        with contextlib.ExitStack() as stack:
+            lists = [part.take(params), part.take(grads), *map(part.take_any, states)]
+            p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
+            update(part, part.backend.batch(p_, g_, None, *states_), *scalars, journal)
+    bump_versions(params, *written)
+
+
+def _require_state(
+    name: str,
+    grads: TensorList,
+    states: TensorList | None,
+    groups: Sequence[G],
+    needs: Callable[[G], bool] = lambda group: True,
+) -> None:
+    """Refuse a list of state that lacks an entry for a gradient of a group that needs one."""
+    if states is not None and len(states) != len(grads):
+        raise ValueError(f"Invalid list of {len(states)} tensors. Must be as long as params: {len(grads)}.")
+    if states is not None and all_present(states):
+        return
+    start = 0
+    for group in groups:
+        stop = start + group.size
+        if needs(group) and (
+            states is None or any(g is not None and m is None for g, m in zip(grads[start:stop], states[start:stop]))
+        ):
+            raise ValueError(f"Invalid {name}. There must be one for every gradient.")
+        start = stop
