@@ -243,15 +243,9 @@ class FusedSAM(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if ascent is None:
             self._require_capturable(self._flat_params())
+        if found_inf is not None:
             # The scaler sets a plain 0 where there is no gradient to look at.
-            found_inf = found_inf if isinstance(found_inf, Tensor) else None
-        elif found_inf is not None and ascent.norm is not None:
-            # The perturbation does not depend on the loss scale, so pass 1 is never unscaled: its norm is the check.
-            overflow = (~torch.isfinite(ascent.norm.flatten()[0])).float()
-            # The scaler sets a plain 0 where pass 2 left no gradient to look at.
-            found_inf = (
-                overflow if not isinstance(found_inf, Tensor) else torch.maximum(found_inf, overflow.to(found_inf))
-            )
+            found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, _overflow(ascent))
         try:
             if self.max_grad_norm is not None:
                 grad_scale = clipping.grad_scale(self, self.max_grad_norm, grad_scale)
@@ -334,6 +328,20 @@ class FusedSAM(Optimizer):
             "max_grad_norm": self.max_grad_norm,
             "_schedule": self._schedule,
         }
+
+
+def _overflow(ascent: _Ascent | None) -> Tensor | None:
+    """1 where pass 1 overflowed. e does not depend on the loss scale, so pass 1 is never unscaled: its norm tells."""
+    if ascent is None or ascent.norm is None:
+        return None
+    return (~torch.isfinite(ascent.norm.flatten()[0])).float()
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The larger of two flags that may be absent."""
+    if a is None or b is None:
+        return b if a is None else a
+    return torch.maximum(a, b.to(a))
 
 
 def _take_out(param_groups: list[dict], grads: list[Any]) -> dict[int, Any]:

@@ -285,3 +285,29 @@ def test_autocast_bf16_trains(device: str, backend: str) -> None:
         losses.append(float(opt.step(closure)))
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf], ids=str)
+@pytest.mark.parametrize("overflow", [False, True], ids=["finite", "overflow"])
+def test_every_p_under_a_scaler(p: float, overflow: bool, backend: str, device: str) -> None:
+    """p = inf has no norm that tells of an overflow in pass 1, nor needs one: e is finite. Pass 2 without gradients."""
+    params = leaves(9, 130, device=device)
+    opt, scaler = FusedSAM(params, p=p, rho=RHO, lr=0.1, momentum=0.9, backend=backend), scaler_for(device)
+    for second in (True, False):
+        w = snapshot(params)
+        scaler.scale(sum((q * q).sum() for q in params)).backward()
+        if overflow:
+            params[0].grad[3] = math.inf
+        opt.first_step(zero_grad=True)
+        if second:
+            scaler.scale(sum((q * q).sum() for q in params)).backward()
+            scaler.step(opt)
+            scaler.update()
+        else:
+            opt.found_inf, opt.grad_scale = 0, None  # what the scaler sets where it found no gradient
+            opt.step()
+            del opt.found_inf, opt.grad_scale
+        opt.zero_grad()
+        moved = second and not (overflow and p != math.inf)
+        assert (snapshot(params) != w) == moved
+        assert all(bool(torch.isfinite(q).all()) for q in params)
