@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 
 from fused_sam import backends, bases, clipping, closures, ops, routing, schedule
 from fused_sam.backends import eager
+from fused_sam.telemetry import Probe, Report, measured
 
 
 @dataclass
@@ -23,6 +24,7 @@ class _Ascent:
     """What is known between the passes. The weights are at w + e exactly where the journal says so."""
 
     norm: Tensor
+    probe: Probe | None
     journal: ops.Journal = field(default_factory=list)
 
 
@@ -66,6 +68,7 @@ class FusedSAM(Optimizer):
             gradient. ``perturb_next`` says which comes.
         start: the first step to be perturbed, counted from 0.
         stop: the step from which on none is perturbed; None for never.
+        telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
     Raises:
@@ -92,6 +95,7 @@ class FusedSAM(Optimizer):
         interval: int = 1,
         start: int = 0,
         stop: int | None = None,
+        telemetry: bool = False,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
@@ -104,6 +108,11 @@ class FusedSAM(Optimizer):
         self._schedule = schedule.Schedule(interval, start, stop)
         if capturable and not self._schedule.always:
             raise ValueError(f"Invalid {capturable=} with {interval=}, {start=}, {stop=}. A graph replays one step.")
+        if not isinstance(telemetry, bool):
+            raise ValueError(f"Invalid {telemetry=}. Must be True or False.")
+        self.telemetry = telemetry
+        #: What the last step saw, a `fused_sam.telemetry.Report` of tensors on the device.
+        self.last = Report()
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: _Ascent | None = None
@@ -214,11 +223,13 @@ class FusedSAM(Optimizer):
             ascent = ops.Ascent(params, grads, groups, self._backend)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
-        state = self._ascent = _Ascent(ascent.norm())
+        state = self._ascent = _Ascent(ascent.norm(), Probe(params, grads) if self.telemetry else None)
         try:
             if take_grads:
                 host.clear_grads(params)
             ascent.perturb(state.norm, state.journal, owned=take_grads)
+            if state.probe is not None:
+                state.probe.measure_radius()
         except BaseException:
             if not state.journal:  # else the gradients' memory has held w
                 for p, g in zip(params, grads):
@@ -226,7 +237,7 @@ class FusedSAM(Optimizer):
             self.restore()
             raise
 
-    def _descend(self) -> None:
+    def _descend(self, report: Report | None = None) -> None:
         """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
         ascent, journal = self._ascent, self._ascent.journal if self._ascent else []
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -242,14 +253,19 @@ class FusedSAM(Optimizer):
                 overflow if not isinstance(found_inf, Tensor) else torch.maximum(found_inf, overflow.to(found_inf))
             )
         try:
-            if self.max_grad_norm is not None:
-                grad_scale = clipping.grad_scale(self, self.max_grad_norm, grad_scale)
+            report = measured(self) if report is None else report
+            if self.max_grad_norm is not None or self.telemetry:
+                norm = clipping.grad_norm(self)
+                report = report._replace(second_grad_norm=norm)
+                if self.max_grad_norm is not None:
+                    grad_scale = clipping.grad_scale(norm, self.max_grad_norm, grad_scale)
             self._base.step(self, journal, grad_scale, found_inf)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
         finally:
             self.restore()
         schedule.count(self.param_groups)
+        self.last = report
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -321,6 +337,8 @@ class FusedSAM(Optimizer):
             "capturable": self.capturable,
             "max_grad_norm": self.max_grad_norm,
             "_schedule": self._schedule,
+            "telemetry": self.telemetry,
+            "last": Report(),
         }
 
 
