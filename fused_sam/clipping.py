@@ -49,17 +49,13 @@ def grad_norm(optimizer: FusedSAM) -> Tensor:
     return ops.norm(params, grads, [ops.AscentGroup(len(params), 0.0, False)], optimizer.backend)
 
 
-def grad_scale(optimizer: FusedSAM, max_norm: float, scale: Tensor | None) -> Tensor:
-    """What to divide the gradients by so that they come out unscaled and clipped: fp32, shape [].
+def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:
+    """What to divide gradients of that norm by so that they come out unscaled and clipped: fp32, shape [].
 
-        scale * max(1, (||g||_2 / scale + 1e-6) / max_norm)
+        scale * max(1, (norm / scale + 1e-6) / max_norm)
 
     It is ``scale`` itself, exactly, where nothing is to be clipped. NaN gradients give NaN.
-
-    Raises:
-        InvalidTensor: as `ops.norm`.
     """
-    norm = grad_norm(optimizer)
     factor = torch.ones_like(norm) if scale is None else scale.to(norm)
     return (factor * ((norm / factor + 1e-6) / max_norm).clamp(min=1.0)).float()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_sam import rng
+from fused_sam.telemetry import Report, measured, stacked
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -35,8 +36,8 @@ def step(optimizer: FusedSAM, closure: Closure | Sequence[Closure]) -> Any:
             "first_step() and then scaler.step(optimizer)."
         )
     try:
-        loss = _gradient(optimizer, closure) if callable(closure) else _mean_gradient(optimizer, closure)
-        optimizer._descend()
+        loss, report = _gradient(optimizer, closure) if callable(closure) else _mean_gradient(optimizer, closure)
+        optimizer._descend(report)
     except BaseException:
         optimizer.restore()
         raise
@@ -52,8 +53,8 @@ def _check(closure: Any) -> None:
         raise ValueError(f"Invalid {closure=}. Must hold a callable for each group of examples.")
 
 
-def _gradient(optimizer: FusedSAM, closure: Closure) -> Any:
-    """Both passes: the gradient at w + e in p.grad, with the weights still there. Returns the loss at w.
+def _gradient(optimizer: FusedSAM, closure: Closure) -> tuple[Any, Report]:
+    """Both passes: the gradient at w + e in p.grad, with the weights still there. Also the loss at w.
 
     In a step that is not perturbed one pass, and all at w.
     """
@@ -64,33 +65,36 @@ def _gradient(optimizer: FusedSAM, closure: Closure) -> Any:
     with torch.enable_grad():
         loss = closure()
     if not perturb:
-        return loss
+        return loss, measured(optimizer, loss)
     optimizer._ascend(take_grads=True)
     if state is not None:
         rng.replay(state)
     with torch.enable_grad():
-        closure()
-    return loss
+        loss_perturbed = closure()
+    return loss, measured(optimizer, loss, loss_perturbed)
 
 
-def _mean_gradient(optimizer: FusedSAM, closures: Sequence[Closure]) -> Any:
-    """The mean of the closures' second gradients in p.grad. Returns the mean loss.
+def _mean_gradient(optimizer: FusedSAM, closures: Sequence[Closure]) -> tuple[Any, Report]:
+    """The mean of the closures' second gradients in p.grad. Also the mean loss.
 
     With several closures the weights are back at w then: every sum is taken before any weight is updated.
     """
     if len(closures) == 1:
-        return _mean([_gradient(optimizer, closures[0])])
+        loss, report = _gradient(optimizer, closures[0])
+        return _mean([loss]), stacked([report])
     sums: dict[Tensor, Tensor] = {}
-    losses = []
+    losses, reports = [], []
     for closure in closures:
-        losses.append(_gradient(optimizer, closure))
+        loss, report = _gradient(optimizer, closure)
+        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)  # a graph would keep memory
+        reports.append(report)
         optimizer.restore()
         _accumulate(sums, optimizer._flat_params())
     if sums:
         torch._foreach_div_(list(sums.values()), float(len(closures)))
     for p in optimizer._flat_params():
         p.grad = sums.get(p)
-    return _mean(losses)
+    return _mean(losses), stacked(reports)
 
 
 def _accumulate(sums: dict[Tensor, Tensor], params: list[Tensor]) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -15,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import backends, bases, clipping, closures, ops, routing, schedule
+from fused_sam import backends, bases, clipping, closures, ops, param_groups, routing, schedule
 from fused_sam.backends import eager
+from fused_sam.telemetry import Probe, Report, measured
 
 
 @dataclass
@@ -24,6 +22,7 @@ class _Ascent:
     """What is known between the passes. The weights are at w + e exactly where the journal says so."""
 
     norm: Tensor | None
+    probe: Probe | None
     journal: ops.Journal = field(default_factory=list)
 
 
@@ -75,6 +74,7 @@ class FusedSAM(Optimizer):
             gradient. ``perturb_next`` says which comes.
         start: the first step to be perturbed, counted from 0.
         stop: the step from which on none is perturbed; None for never.
+        telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
     Raises:
@@ -103,12 +103,13 @@ class FusedSAM(Optimizer):
         interval: int = 1,
         start: int = 0,
         stop: int | None = None,
+        telemetry: bool = False,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise TypeError(f"Invalid {base_optimizer=}. Must be a subclass of torch.optim.Optimizer.")
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
-        _check_ascent(ascent)
+        param_groups.check_ascent(ascent)
         ops.dual_exponent(p)
         self.p = float(p)
         self._backend = backends.requested(backend)
@@ -118,6 +119,11 @@ class FusedSAM(Optimizer):
         self._schedule = schedule.Schedule(interval, start, stop)
         if capturable and not self._schedule.always:
             raise ValueError(f"Invalid {capturable=} with {interval=}, {start=}, {stop=}. A graph replays one step.")
+        if not isinstance(telemetry, bool):
+            raise ValueError(f"Invalid {telemetry=}. Must be True or False.")
+        self.telemetry = telemetry
+        #: What the last step saw, a `fused_sam.telemetry.Report` of tensors on the device.
+        self.last = Report()
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: _Ascent | None = None
@@ -220,16 +226,18 @@ class FusedSAM(Optimizer):
         self._require_capturable(params)
         host = self._host()
         grads = host.get_grads(params)
-        left_out = _take_out(self.param_groups, grads)
+        left_out = param_groups.take_out(self.param_groups, grads)
         try:
-            ascent = ops.Ascent(params, grads, _ascent_groups(self.param_groups), self._backend, self.p)
+            ascent = ops.Ascent(params, grads, param_groups.ascent_groups(self.param_groups), self._backend, self.p)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
-        state = self._ascent = _Ascent(ascent.norm())
+        state = self._ascent = _Ascent(ascent.norm(), Probe(params, grads) if self.telemetry else None)
         try:
             if take_grads:
                 host.clear_grads(params)
             ascent.perturb(state.norm, state.journal, owned=take_grads)
+            if state.probe is not None:
+                state.probe.measure_radius()
         except BaseException:
             if not state.journal:  # else the gradients' memory has held w
                 for i, p in enumerate(params):
@@ -237,7 +245,7 @@ class FusedSAM(Optimizer):
             self.restore()
             raise
 
-    def _descend(self) -> None:
+    def _descend(self, report: Report | None = None) -> None:
         """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
         ascent, journal = self._ascent, self._ascent.journal if self._ascent else []
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -247,14 +255,19 @@ class FusedSAM(Optimizer):
             # The scaler sets a plain 0 where there is no gradient to look at.
             found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, _overflow(ascent))
         try:
-            if self.max_grad_norm is not None:
-                grad_scale = clipping.grad_scale(self, self.max_grad_norm, grad_scale)
+            report = measured(self) if report is None else report
+            if self.max_grad_norm is not None or self.telemetry:
+                norm = clipping.grad_norm(self)
+                report = report._replace(second_grad_norm=norm)
+                if self.max_grad_norm is not None:
+                    grad_scale = clipping.grad_scale(norm, self.max_grad_norm, grad_scale)
             self._base.step(self, journal, grad_scale, found_inf)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
         finally:
             self.restore()
         schedule.count(self.param_groups)
+        self.last = report
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -288,7 +301,7 @@ class FusedSAM(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_ascent(group)
+            param_groups.check_ascent(group)
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])
@@ -309,7 +322,7 @@ class FusedSAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         self._require_unperturbed("load_state_dict()")
-        super().load_state_dict(_with_missing(state_dict, self.param_groups))
+        super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -327,6 +340,8 @@ class FusedSAM(Optimizer):
             "p": self.p,
             "max_grad_norm": self.max_grad_norm,
             "_schedule": self._schedule,
+            "telemetry": self.telemetry,
+            "last": Report(),
         }
 
 
@@ -342,56 +357,3 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return torch.maximum(a, b.to(a))
-
-
-def _take_out(param_groups: list[dict], grads: list[Any]) -> dict[int, Any]:
-    """Take the gradients of the groups that stay at w out of the list; they by their place in it."""
-    taken: dict[int, Any] = {}
-    start = 0
-    for group in param_groups:
-        stop = start + len(group["params"])
-        if not group["perturb"]:
-            taken.update((i, grads[i]) for i in range(start, stop))
-            grads[start:stop] = [None] * (stop - start)
-        start = stop
-    return taken
-
-
-def _ascent_groups(param_groups: list[dict]) -> list[ops.AscentGroup]:
-    """Groups as the ops take them: runs of scaled and of unscaled tensors where only weights are adaptive."""
-    groups = []
-    for group in param_groups:
-        _check_ascent(group)
-        rho, eta, adaptive = ops.host_number(group["rho"]), float(group["eta"]), group["adaptive"]
-        if adaptive != "weights":
-            groups.append(ops.AscentGroup(len(group["params"]), rho, bool(adaptive), eta))
-            continue
-        for scaled, run in itertools.groupby(p.dim() > 1 for p in group["params"]):
-            groups.append(ops.AscentGroup(len(list(run)), rho, scaled, eta))
-    return groups
-
-
-def _check_ascent(group: dict) -> None:
-    _check_rho(group["rho"])
-    adaptive, eta = group["adaptive"], group["eta"]
-    if adaptive not in (False, True, "weights"):
-        raise ValueError(f"Invalid {adaptive=}. Must be True, False or 'weights'.")
-    if not 0.0 <= eta < math.inf:
-        raise ValueError(f"Invalid {eta=}. Must be >= 0 and finite.")
-
-
-def _check_rho(rho: Any) -> None:
-    if not isinstance(rho, numbers.Real | Tensor) or (isinstance(rho, Tensor) and rho.numel() != 1):
-        raise TypeError(f"Invalid {rho=}. Must be a number, or a tensor of one element.")
-    number = ops.host_number(rho)  # what is on another device is not waited for
-    if isinstance(number, float) and not 0.0 <= number < math.inf:
-        raise ValueError(f"Invalid {rho=}. Must be >= 0 and finite.")
-
-
-def _with_missing(state_dict: dict[str, Any], param_groups: list[dict]) -> dict[str, Any]:
-    """The checkpoint with what its groups lack (rho, in one of a base optimizer) as our groups have it now."""
-    groups = state_dict["param_groups"]
-    if len(groups) != len(param_groups):
-        return state_dict  # torch says what is wrong
-    missing = [{k: v for k, v in ours.items() if k not in ("params", "param_names")} for ours in param_groups]
-    return {**state_dict, "param_groups": [{**ours, **saved} for ours, saved in zip(missing, groups)]}
