@@ -180,7 +180,7 @@ class FusedAdam(AnyBase):
         """Whether every backend concerned has the step, and every hyperparameter but lr can be read without waiting."""
         for device_type in {p.device.type for p in params}:
             backend = backends.for_device(device_type, optimizer.backend)
-            if "adam_update" not in getattr(backend, "BASE_STEPS", ()):
+            if "adam_update" not in backend.BASE_STEPS:
                 return False
             if device_type == "cpu" and any(group["capturable"] for group in optimizer.param_groups):
                 return False  # torch's own step says why it refuses

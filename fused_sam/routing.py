@@ -55,15 +55,19 @@ class Part:
         """A norm of this part; a tensor's number in it becomes that in the whole list."""
         if norm.dim() == 0 or self.index is None:
             return norm
-        numbers = torch.tensor(self.index, dtype=torch.float64, device=norm.device)
+        numbers = self._numbers(norm)
         return torch.stack([norm[0], numbers[norm[1].long().clamp(min=0)], norm[2]])
 
     def locally(self, norm: Tensor) -> Tensor:
         """The inverse: -1 for a tensor of another part."""
         if norm.dim() == 0 or self.index is None:
             return norm
-        found = torch.tensor(self.index, dtype=torch.float64, device=norm.device) == norm[1]
+        found = self._numbers(norm) == norm[1]
         return torch.stack([norm[0], torch.where(found.any(), found.double().argmax(), -1).double(), norm[2]])
+
+    def _numbers(self, norm: Tensor) -> Tensor:
+        """Each tensor's number in the whole list; filled on the device, for which the host need not wait."""
+        return torch.stack([torch.full_like(norm[0], i) for i in self.index or []])
 
     def regroup(self, groups: list[Any]) -> list[Any]:
         """The groups with the sizes they have within this part, and what is a tensor on its device."""

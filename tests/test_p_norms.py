@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -242,8 +243,6 @@ def test_trajectories_follow_the_reference(p: float, adaptive: bool | str, backe
 
 
 def test_options_survive_copies_and_checkpoints(backend: str, device: str) -> None:
-    import copy
-
     params = leaves(9, 130, device=device)
     optimizer = FusedSAM(params, p=3, eta=0.1, adaptive="weights", lr=0.1, backend=backend)
     twin = copy.deepcopy(optimizer)

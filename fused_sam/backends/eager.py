@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Whether tensors of other layouts than dense ones must be replaced by contiguous stand-ins.
 NEEDS_DENSE = False
 
-# The base steps that a batch has; a backend that does not say has sgd_update.
+# The base steps that a batch has.
 BASE_STEPS = ("sgd_update", "adam_update")
 
 
@@ -97,7 +97,8 @@ class Batch:
         peaks = torch.stack([x.abs().amax().double() for _, x in members])
         if q == math.inf:
             first = peaks.argmax()  # of NaN and of equal ones the first
-            numbers = torch.tensor([i for i, _ in members], dtype=torch.float64, device=peaks.device)
+            # Filled where they are: a list is sent from the host, which waits for that.
+            numbers = torch.stack([torch.full_like(peaks[0], i) for i, _ in members])
             elements = torch.stack([x.abs().flatten().argmax() for _, x in members])
             return torch.stack([peaks[first], numbers[first], elements[first].double()])
         peak = peaks.amax()
@@ -120,8 +121,7 @@ class Batch:
         w, g = _wide(self.params[i]), _wide(self.grads[i])
         t = _neighbourhood(w, group) if group.adaptive else 1.0
         if norm is None:
-            step = torch.nan_to_num(torch.sign(g), nan=0.0) * _radius(group.rho).to(w)
-            return w + t * step
+            return w + t * (torch.nan_to_num(torch.sign(g), nan=0.0) * group.rho)
         if q == 2:
             pre, post, active = _ascent_factors(group.rho, norm, w.dtype)
             return torch.where(active, w + t * (t * (g * pre) * post), w)
@@ -132,9 +132,8 @@ class Batch:
         w = self.params[i].double()
         t = _neighbourhood(w, group)
         x = t * self.grads[i].double()
-        rho = _radius(group.rho).to(w)
-        active = torch.isfinite(value) & (value > 0) & (rho != 0)
-        size = rho * t
+        active = torch.isfinite(value) & (value > 0) & (group.rho != 0)
+        size = group.rho * t
         if q == math.inf:
             elements = torch.arange(w.numel(), device=w.device).view(w.shape)
             active = active & (place[0] == i) & (elements == place[1])
@@ -212,11 +211,8 @@ def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tu
     far = torch.where(exponent < -limit, shift, torch.where(exponent > limit, -shift, 0.0)).double()
     pre = torch.exp2(far)
     # A number divided by a tensor is rounded twice: torch multiplies by the reciprocal.
-    return pre.to(dtype), (_radius(rho) / (norm * pre)).to(dtype), active
-
-
-def _radius(rho: float | Tensor) -> Tensor:
-    return rho if isinstance(rho, Tensor) else torch.scalar_tensor(rho, dtype=torch.float64)
+    radius = rho if isinstance(rho, Tensor) else torch.scalar_tensor(rho, dtype=torch.float64)
+    return pre.to(dtype), (radius / (norm * pre)).to(dtype), active
 
 
 def _sgd_tensor(
