@@ -51,9 +51,10 @@ FUSED_SAM_HD AscentScalars ascent_scalars(double rho, const AscentGroup& group, 
   const double scale = rho / norm;
   AscentScalars s{1.0, scale, group.eta, group.adaptive, false, rho != 0.0 && norm > 0.0 && norm <= largest};
   const double limit = is_double ? 0x1p900 : 0x1p100;
-  if (scale > limit || scale < 1.0 / limit) {
+  const double size = ::fabs(scale);  // rho < 0 leads the other way
+  if (size > limit || size < 1.0 / limit) {
     const double shift = is_double ? 0x1p512 : 0x1p64;
-    s.pre = scale > 1.0 ? shift : 1.0 / shift;
+    s.pre = size > 1.0 ? shift : 1.0 / shift;
     // rho / norm overflows in fp64 when the norm is subnormal, so the norm is scaled, not the quotient.
     s.post = rho / (norm * s.pre);
   }

@@ -13,7 +13,10 @@ from fused_sam.routing import TensorList
 
 
 class AscentGroup(NamedTuple):
-    """How far the next ``size`` tensors are displaced. ``rho`` may be a tensor of one element, read on the device."""
+    """How far the next ``size`` tensors are displaced; with ``rho`` < 0 (p = 2 only) the other way.
+
+    ``rho`` may be a tensor of one element, read on the device.
+    """
 
     size: int
     rho: float | Tensor

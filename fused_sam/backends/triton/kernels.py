@@ -189,8 +189,9 @@ def _ascent_factors(rho, norm, C: tl.constexpr):
     active = (rho != 0) & (norm > 0) & (norm < float("inf"))
     norm = tl.where(active, norm, 1.0)
     scale = rho / norm
-    far = (scale > limit) | (scale < 1.0 / limit)
-    pre = tl.where(far, tl.where(scale > 1.0, shift, 1.0 / shift), 1.0).to(tl.float64)
+    size = tl.abs(scale)  # rho < 0 leads the other way
+    far = (size > limit) | (size < 1.0 / limit)
+    pre = tl.where(far, tl.where(size > 1.0, shift, 1.0 / shift), 1.0).to(tl.float64)
     # rho / norm overflows in fp64 when the norm is subnormal, so the norm is scaled, not the quotient.
     post = tl.where(far, rho / (norm * pre), scale)
     return pre.to(C), post.to(C), active
