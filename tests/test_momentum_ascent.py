@@ -142,7 +142,11 @@ def test_between_steps_the_weights_are_those_to_evaluate_and_to_save(base: str, 
 
 def test_a_group_without_momentum_and_one_that_stays_are_not_moved(backend: str, device: str) -> None:
     params = leaves(9, 67, 5, device=device, dtype=torch.float64)
-    groups = [{"params": params[:1]}, {"params": params[1:2], "momentum": 0.0}, {"params": params[2:], "perturb": False}]
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "momentum": 0.0},
+        {"params": params[2:], "perturb": False},
+    ]
     opt = FusedSAM(groups, rho=0.4, direction="momentum", backend=backend, lr=0.13, momentum=0.9)
     opt.step(quadratic(params))
     w = [x.detach().clone() for x in params]
