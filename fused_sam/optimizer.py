@@ -51,8 +51,8 @@ class FusedSAM(Optimizer):
         optimizer.step()                          # back to w, then SGD with the gradient taken at w + e
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``, ``eta``
-            and ``perturb``.
+        params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``,
+            ``eta``, ``perturb`` and ``decay_in_ascent``.
         base_optimizer: class of the base optimizer. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run fused with the
             restore, any other class runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
@@ -74,6 +74,9 @@ class FusedSAM(Optimizer):
             gradient. ``perturb_next`` says which comes.
         start: the first step to be perturbed, counted from 0.
         stop: the step from which on none is perturbed; None for never.
+        decay_in_ascent: take the gradient of the loss plus ``weight_decay`` / 2 ||w||^2 for the ascent too, as the
+            paper's own code does: g + weight_decay * w, with the group's ``weight_decay``; g - weight_decay * w in
+            groups with ``maximize``. Not for decay that is decoupled from the loss (AdamW).
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
@@ -103,12 +106,13 @@ class FusedSAM(Optimizer):
         interval: int = 1,
         start: int = 0,
         stop: int | None = None,
+        decay_in_ascent: bool = False,
         telemetry: bool = False,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise TypeError(f"Invalid {base_optimizer=}. Must be a subclass of torch.optim.Optimizer.")
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, "decay_in_ascent": decay_in_ascent}
         param_groups.check_ascent(ascent)
         ops.dual_exponent(p)
         self.p = float(p)
@@ -255,6 +259,8 @@ class FusedSAM(Optimizer):
             # The scaler sets a plain 0 where there is no gradient to look at.
             found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, _overflow(ascent))
         try:
+            if ascent is not None and found_inf is not None:
+                param_groups.require_unscaled(self.param_groups)
             report = measured(self) if report is None else report
             if self.max_grad_norm is not None or self.telemetry:
                 norm = clipping.grad_norm(self)
@@ -302,6 +308,8 @@ class FusedSAM(Optimizer):
         group = self.param_groups[-1]
         try:
             param_groups.check_ascent(group)
+            if group["decay_in_ascent"] and bases.is_decoupled(self._base, group):
+                raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])
