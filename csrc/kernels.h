@@ -2,9 +2,10 @@
 //
 // Notation (Foret et al. 2021, Algorithm 1 and eq. 2; Kwon et al. 2021 for the adaptive form):
 //   w  parameter        g  gradient at w        g' gradient at w + e
-//   x  = T g  with T = |w| + eta elementwise for adaptive groups, 1 otherwise
+//   x  = T (g + decay * w)  with T = |w| + eta elementwise for adaptive groups, 1 otherwise; decay is 0 where weight
+//        decay is no part of the ascent
 //   e  = rho * T sign(x) (|x| / ||x||_q)^(q-1)  with 1/p + 1/q = 1, so that ||e / T||_p = rho; one norm over all groups
-//        p = 2: rho * T^2 g / ||T g||_2;  p = inf: rho * T sign(g);  p = 1: all of rho T at the largest |x|
+//        p = 2: rho * T x / ||x||_2;  p = inf: rho * T sign(x);  p = 1: all of rho T at the largest |x|
 //
 // Callers guarantee: every pointer is valid for `numel` elements of `dtype` (null only where said),
 // tensors that are written do not overlap one another, elements of one item correspond by index.
@@ -34,7 +35,10 @@ struct Tensor {
 struct AscentGroup {
   double rho;
   bool adaptive;
-  double eta;
+  double eta, decay;
+
+  // Whether x depends on w.
+  FUSED_SAM_HD bool reads_weights() const { return adaptive || decay != 0.0; }
 };
 
 // ||x||_q; for q = inf also where its largest element is: the tensor's number in the list, the element's in the tensor
@@ -64,7 +68,7 @@ constexpr int64_t kBlock = 16384;
 
 namespace cpu {
 
-// ||T g||_q over all tensors, accumulated in fp64. q > 1, possibly infinite.
+// ||x||_q over all tensors, accumulated in fp64. q > 1, possibly infinite.
 Norm norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, int threads);
 
 // backup <- w, param <- w + e. `backup == grad` swaps in place: the first gradient's storage, of the parameter's dtype,

@@ -57,7 +57,14 @@ DIRECTIONS = ("gradient", "momentum")
 
 
 def make_ascent(
-    base: Optimizer, direction: str, ascent_steps: int, second_order: bool, reuse: float | None, p: float, interval: int
+    base: Optimizer,
+    direction: str,
+    ascent_steps: int,
+    second_order: bool,
+    reuse: float | None,
+    p: float,
+    interval: int,
+    decay_in_ascent: bool,
 ) -> AlongGradient | AlongMomentum:
     """The ascent that the options ask for.
 
@@ -84,6 +91,8 @@ def make_ascent(
         )
     if p != 2:
         raise ValueError(f"Invalid {direction=} with {p=}. Must be p = 2.")
+    if decay_in_ascent:
+        raise ValueError(f"Invalid {direction=} with {decay_in_ascent=}. The momentum holds the weight decay already.")
     if isinstance(base, SGD) and not any(group["momentum"] for group in base.param_groups):
         raise ValueError(f"Invalid {direction=} with momentum=0. There must be a momentum to follow.")
     return AlongMomentum()
@@ -166,7 +175,9 @@ class AlongMomentum:
         """The ascent; ``take_grads`` sets the gradients to None."""
         momenta = self._momenta(optimizer, params)
         param_groups.take_out(optimizer.param_groups, momenta)
-        groups = [group._replace(rho=-group.rho) for group in param_groups.ascent_groups(optimizer.param_groups)]
+        groups = [
+            group._replace(rho=-group.rho, decay=0.0) for group in param_groups.ascent_groups(optimizer.param_groups)
+        ]
         ascent = ops.Ascent(params, momenta, groups, optimizer.backend, optimizer.p)
         norm = ascent.norm()
         assert norm is not None

@@ -187,8 +187,6 @@ class FusedAdam(AnyBase):
         return not any(isinstance(beta, Tensor) for group in optimizer.param_groups for beta in group["betas"])
 
     def _groups(self, param_groups: list[dict], fresh: set[int]) -> list[ops.AdamGroup]:
-        # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
-        is_adamw = type(self.inner) is AdamW
         return [
             ops.AdamGroup(
                 length,
@@ -197,13 +195,20 @@ class FusedAdam(AnyBase):
                 float(group["betas"][1]),
                 float(group["eps"]),
                 float(group["weight_decay"]),
-                is_adamw or group.get("decoupled_weight_decay", False),
+                is_decoupled(self, group),
                 group["amsgrad"],
                 group["maximize"],
                 first,
             )
             for group, length, first in _runs(param_groups, fresh)
         ]
+
+
+def is_decoupled(base: FusedSGD | AnyBase, group: dict) -> bool:
+    """Whether the weight decay of a group is no part of the gradient, as in AdamW."""
+    # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
+    is_adamw = isinstance(base, AnyBase) and isinstance(base.inner, AdamW)
+    return is_adamw or group.get("decoupled_weight_decay", False)
 
 
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")

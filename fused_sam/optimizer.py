@@ -40,8 +40,8 @@ class FusedSAM(Optimizer):
         optimizer.step()                          # back to w, then SGD with the gradient taken at w + e
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``, ``eta``
-            and ``perturb``.
+        params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``,
+            ``eta``, ``perturb`` and ``decay_in_ascent``.
         base_optimizer: class of the base optimizer. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run fused with the
             restore, any other class runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
@@ -74,6 +74,9 @@ class FusedSAM(Optimizer):
         reuse: LookSAM's alpha, > 0 (Liu et al. 2022): the steps between the perturbed ones, of which ``interval`` must
             leave some, go by g + alpha ||g|| / ||g_v|| g_v, where g_v is the part of the last SAM gradient that is
             orthogonal to g. None does not.
+        decay_in_ascent: take the gradient of the loss plus ``weight_decay`` / 2 ||w||^2 for the ascent too, as the
+            paper's own code does: g + weight_decay * w, with the group's ``weight_decay``; g - weight_decay * w in
+            groups with ``maximize``. Not for decay that is decoupled from the loss (AdamW).
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
@@ -107,12 +110,13 @@ class FusedSAM(Optimizer):
         ascent_steps: int = 1,
         second_order: bool = False,
         reuse: float | None = None,
+        decay_in_ascent: bool = False,
         telemetry: bool = False,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise TypeError(f"Invalid {base_optimizer=}. Must be a subclass of torch.optim.Optimizer.")
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, "decay_in_ascent": decay_in_ascent}
         param_groups.check_ascent(ascent)
         ops.dual_exponent(p)
         self.p = float(p)
@@ -136,7 +140,9 @@ class FusedSAM(Optimizer):
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
-        self._along = ascents.make_ascent(inner, direction, ascent_steps, second_order, self.reuse, self.p, interval)
+        self._along = ascents.make_ascent(
+            inner, direction, ascent_steps, second_order, self.reuse, self.p, interval, decay_in_ascent
+        )
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
         if not self._schedule.always:
             self.param_groups[0].setdefault(schedule.KEY, 0)
@@ -264,6 +270,8 @@ class FusedSAM(Optimizer):
             overflow = None if ascent is None else ascent.overflow()
             found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, overflow)
         try:
+            if ascent is not None and found_inf is not None:
+                param_groups.require_unscaled(self.param_groups)
             report = measured(self) if report is None else report
             if self.reuse is not None and ascent is not None:
                 looksam.keep(self, ascent)
@@ -315,6 +323,8 @@ class FusedSAM(Optimizer):
         group = self.param_groups[-1]
         try:
             param_groups.check_ascent(group)
+            if group["decay_in_ascent"] and bases.is_decoupled(self._base, group):
+                raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])

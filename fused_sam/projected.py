@@ -34,9 +34,14 @@ def advance(
         The norm of the gradients, as `ops.norm` does. Where it is zero or not finite e stays.
     """
     _keep_newcomers(params, grads, backups, journal)
+    of_tensor = [group for group in groups for _ in range(group.size)]
+    # Weight decay is taken where the gradient was, at w + e.
+    grads = [
+        g if g is None or not group.decay else g + group.decay * w for w, g, group in zip(params, grads, of_tensor)
+    ]
+    groups = [group._replace(decay=0.0) for group in groups]
     weights = [w if b is None else b for w, b in zip(params, backups)]
     norm = ops.norm(weights, grads, groups, backend, p)
-    of_tensor = [group for group in groups for _ in range(group.size)]
     moved = [i for i, b in enumerate(backups) if b is not None]
     es, sizes = [], []
     for i in moved:

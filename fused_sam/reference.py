@@ -191,13 +191,19 @@ def adam_update(
     return w - lr * m_hat / (v_hat.sqrt() + eps), AdamState(t, m, v, v_max)
 
 
-OWN_KEYS = ("params", "rho", "adaptive", "perturb")
+def decayed(w: Tensor, g: Tensor, weight_decay: float) -> Tensor:
+    """The gradient of L + weight_decay / 2 ||w||^2: what the authors' own code ascends by."""
+    return g + weight_decay * w
+
+
+OWN_KEYS = ("params", "rho", "adaptive", "perturb", "decay_in_ascent")
 
 
 class ReferenceSAM:
     """Algorithm 1 with SGD, Adam or AdamW as the base step. Groups are as in torch, plus ``rho`` and ``adaptive``.
 
     ``adaptive="weights"`` scales tensors of two and more dimensions only; groups with ``perturb=False`` are left out.
+    ``decay_in_ascent`` has weight decay in the first gradient, of the sign that it has in the objective.
     """
 
     def __init__(
@@ -216,7 +222,8 @@ class ReferenceSAM:
         self.base, self.p, self.eta, self.ascent_steps = base, p, eta, ascent_steps
         items = list(params)
         groups = items if items and isinstance(items[0], dict) else [{"params": items}]
-        defaults = {"rho": rho, "adaptive": adaptive, "perturb": True, "lr": 1e-3, **base_options}
+        defaults = {"rho": rho, "adaptive": adaptive, "perturb": True, "lr": 1e-3, "decay_in_ascent": False}
+        defaults |= base_options
         self.param_groups: list[dict[str, Any]] = [
             {**defaults, **group, "params": list(group["params"])} for group in groups
         ]
@@ -227,6 +234,11 @@ class ReferenceSAM:
     def _flat(self, key: str | None = None) -> list:
         return [p if key is None else group[key] for group in self.param_groups for p in group["params"]]
 
+    def _decay(self, group: dict[str, Any]) -> float:
+        if not group["decay_in_ascent"]:
+            return 0.0
+        return -group["weight_decay"] if group.get("maximize") else group["weight_decay"]
+
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e (Algorithm 1, line 5); again, from w + e: one more step of the ascent, and into the ball."""
@@ -236,6 +248,8 @@ class ReferenceSAM:
             self._w = [p.clone() for p in params]
         grads = [p.grad if moves else None for p, moves in zip(params, self._flat("perturb"))]
         adaptive = [p.dim() > 1 if a == "weights" else a for p, a in zip(params, self._flat("adaptive"))]
+        decays = [self._decay(group) for group in self.param_groups for _ in group["params"]]
+        grads = [None if g is None else decayed(p, g, decay) for p, g, decay in zip(params, grads, decays)]
         stepped = perturb(self._w, grads, rho, adaptive, self.p, self.eta)
         if again:
             es = [p - w + (x - w) for p, w, x in zip(params, self._w, stepped)]

@@ -73,7 +73,8 @@ def displacements(params: list[Tensor], grads: list[Any], groups: list[ops.Ascen
     """e as a function that autograd can differentiate of the weights and of their gradients, None without gradient."""
     of_tensor = [group for group in groups for _ in range(group.size)]
     scales = [w.abs() + group.eta if group.adaptive else torch.ones_like(w) for w, group in zip(params, of_tensor)]
-    xs = {i: scales[i] * g for i, g in enumerate(grads) if g is not None}
+    there = [(i, w, g, of_tensor[i].decay) for i, (w, g) in enumerate(zip(params, grads)) if g is not None]
+    xs = {i: scales[i] * (g + decay * w if decay else g) for i, w, g, decay in there}
     es: list[Any] = [None] * len(params)
     for i, direction in zip(xs, _directions(list(xs.values()), ops.dual_exponent(p))):
         es[i] = of_tensor[i].rho * scales[i] * direction

@@ -37,6 +37,7 @@ NEIGHBOURHOODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "adaptive": {"adaptive": True, "eta": 0.013},
     "weights": {"adaptive": "weights"},
+    "decay": {"adaptive": True, "decay_in_ascent": True},
 }
 
 

@@ -234,6 +234,7 @@ def test_another_base_with_momentum_and_one_without(backend: str, device: str) -
         ({"direction": "sideways"}, r"Invalid direction='sideways'. Must be one of \['gradient', 'momentum'\]"),
         ({"p": 3.0}, r"Invalid direction='momentum' with p=3\.0"),
         ({"momentum": 0.0}, "Invalid direction='momentum' with momentum=0"),
+        ({"decay_in_ascent": True}, "Invalid direction='momentum' with decay_in_ascent=True"),
         ({"ascent_steps": 2}, "Invalid direction='momentum' with ascent_steps=2"),
         ({"second_order": True}, "second_order=True"),
         ({"interval": 2, "reuse": 0.3}, r"reuse=0\.3"),

@@ -99,6 +99,19 @@ def test_a_trajectory_with_groups_and_one_that_stays(backend: str, device: str) 
         assert_close([x.detach() for x in params], twins)
 
 
+def test_weight_decay_in_the_ascent_is_differentiated_too(backend: str, device: str) -> None:
+    params = leaves(4, 9, device=device, dtype=torch.float64)
+    w = [x.detach().clone() for x in params]
+    opt = FusedSAM(params, rho=0.3, second_order=True, decay_in_ascent=True, backend=backend, **HYPER)
+    opt.step(closure_of(bent, params))
+    whole = [x.clone().requires_grad_() for x in w]
+    g = torch.autograd.grad(bent(whole), whole, create_graph=True)
+    g = [a + HYPER["weight_decay"] * b for a, b in zip(g, whole)]
+    length = torch.sqrt(sum(x.square().sum() for x in g))
+    expected = torch.autograd.grad(bent([a + 0.3 * b / length for a, b in zip(whole, g)]), whole)
+    assert_close([x.grad for x in params], expected)
+
+
 def test_a_zero_gradient_and_one_that_is_none(backend: str, device: str) -> None:
     params = leaves(4, 9, device=device, dtype=torch.float64)
     w = [x.detach().clone() for x in params]

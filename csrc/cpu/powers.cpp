@@ -21,14 +21,14 @@ void for_each_element(const Tensor& t, int64_t begin, int64_t count, const Visit
 
 Peak peak(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group) {
   Peak result;
-  for_each_element(t, begin, count, [&](double w, double g, int64_t i) { result.add(neighbourhood(w, group) * g, i); });
+  for_each_element(t, begin, count, [&](double w, double g, int64_t i) { result.add(scaled(w, g, group), i); });
   return result;
 }
 
 double sum_of_powers(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group, double q, double scale) {
   double sum = 0.0;
   for_each_element(t, begin, count,
-                   [&](double w, double g, int64_t) { sum += power_of(neighbourhood(w, group) * g, scale, q); });
+                   [&](double w, double g, int64_t) { sum += power_of(scaled(w, g, group), scale, q); });
   return sum;
 }
 

@@ -51,16 +51,16 @@ struct Pointed<T*> {
 template <class T>
 using Pointee = typename Pointed<T>::type;
 
-// This lane's part of the sum of squares of T g, over elements that depend on the sizes alone.
-template <class P, class G, bool kAdaptive>
-FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, double eta, int count, int lane) {
-  constexpr int V = kAdaptive ? pack_width<P, G>() : pack_width<G>();
-  constexpr int kUnroll = kAdaptive ? 2 : 4;
-  const bool aligned = misalignment<V>(g) == 0 && (!kAdaptive || misalignment<V>(w) == 0);
+// This lane's part of the sum of squares of x, over elements that depend on the sizes alone. Without `kWeighted` x is
+// g.
+template <class P, class G, bool kWeighted>
+FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, const AscentGroup& group, int count, int lane) {
+  constexpr int V = kWeighted ? pack_width<P, G>() : pack_width<G>();
+  constexpr int kUnroll = kWeighted ? 2 : 4;
+  const bool aligned = misalignment<V>(g) == 0 && (!kWeighted || misalignment<V>(w) == 0);
   double sums[kUnroll] = {};
   const auto add = [&](int k, G gradient, P weight) {
-    double x = widen(gradient);
-    if (kAdaptive) x *= ::fabs(static_cast<double>(widen(weight))) + eta;
+    const double x = kWeighted ? scaled(widen(weight), widen(gradient), group) : widen(gradient);
     sums[k] = ::fma(x, x, sums[k]);
   };
   const int packs = count / V;
@@ -74,20 +74,20 @@ FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, double eta, int count
       if (j + k * kWarp >= packs) break;
       if (aligned) {
         gradients[k] = load<V>(g + i);
-        if (kAdaptive) weights[k] = load<V>(w + i);
+        if (kWeighted) weights[k] = load<V>(w + i);
       } else {
         for (int e = 0; e < V; ++e) gradients[k].v[e] = g[i + e];
-        for (int e = 0; kAdaptive && e < V; ++e) weights[k].v[e] = w[i + e];
+        for (int e = 0; kWeighted && e < V; ++e) weights[k].v[e] = w[i + e];
       }
     }
     FUSED_SAM_UNROLL
     for (int k = 0; k < kUnroll; ++k) {
       if (j + k * kWarp >= packs) break;
-      for (int e = 0; e < V; ++e) add(k, gradients[k].v[e], kAdaptive ? weights[k].v[e] : P{});
+      for (int e = 0; e < V; ++e) add(k, gradients[k].v[e], kWeighted ? weights[k].v[e] : P{});
     }
   }
   const int i = packs * V + lane;
-  if (i < count) add(0, g[i], kAdaptive ? w[i] : P{});
+  if (i < count) add(0, g[i], kWeighted ? w[i] : P{});
   for (int half = kUnroll / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
   }
@@ -238,8 +238,8 @@ FUSED_SAM_HD double norm_unit(const Unit<SlimEntry>& u, const AscentGroup& group
     using G = decltype(g);
     const P* w = static_cast<const P*>(u.entry->param()) + u.begin;
     const G* gradient = static_cast<const G*>(u.entry->grad()) + u.begin;
-    sum = group.adaptive ? sum_of_squares<P, G, true>(w, gradient, group.eta, u.count, lane)
-                         : sum_of_squares<P, G, false>(w, gradient, 0.0, u.count, lane);
+    sum = group.reads_weights() ? sum_of_squares<P, G, true>(w, gradient, group, u.count, lane)
+                                : sum_of_squares<P, G, false>(w, gradient, group, u.count, lane);
   });
   return sum;
 }

@@ -25,14 +25,13 @@ FUSED_SAM_HD void for_each_element(const Unit<SlimEntry>& u, int lane, const Vis
 
 FUSED_SAM_HD Peak peak_unit(const Unit<SlimEntry>& u, const AscentGroup& group, int lane) {
   Peak result;
-  for_each_element(u, lane, [&](double w, double g, int64_t i) { result.add(neighbourhood(w, group) * g, i); });
+  for_each_element(u, lane, [&](double w, double g, int64_t i) { result.add(scaled(w, g, group), i); });
   return result;
 }
 
 FUSED_SAM_HD double powers_unit(const Unit<SlimEntry>& u, const AscentGroup& group, double q, double scale, int lane) {
   double sum = 0.0;
-  for_each_element(u, lane,
-                   [&](double w, double g, int64_t) { sum += power_of(neighbourhood(w, group) * g, scale, q); });
+  for_each_element(u, lane, [&](double w, double g, int64_t) { sum += power_of(scaled(w, g, group), scale, q); });
   return sum;
 }
 

@@ -118,7 +118,8 @@ class Batch:
 
     def _perturbed(self, i: int, group: AscentGroup, norm: Tensor | None, q: float) -> Tensor:
         """w + e of one tensor."""
-        w, g = _wide(self.params[i]), _wide(self.grads[i])
+        w = _wide(self.params[i])
+        g = _decayed(w, _wide(self.grads[i]), group)
         t = _neighbourhood(w, group) if group.adaptive else 1.0
         if norm is None:
             return w + t * (torch.nan_to_num(torch.sign(g), nan=0.0) * group.rho)
@@ -131,7 +132,7 @@ class Batch:
         value, *place = norm.unbind() if q == math.inf else (norm,)
         w = self.params[i].double()
         t = _neighbourhood(w, group)
-        x = t * self.grads[i].double()
+        x = t * _decayed(w, self.grads[i].double(), group)
         active = torch.isfinite(value) & (value > 0) & (group.rho != 0)
         size = group.rho * t
         if q == math.inf:
@@ -194,8 +195,16 @@ def _neighbourhood(w: Tensor, group: AscentGroup) -> Tensor:
 
 
 def _scaled(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
-    """T g"""
-    return _neighbourhood(w.double(), group) * g.double() if group.adaptive else g
+    """T (g + decay w)"""
+    if not group.adaptive and group.decay == 0:
+        return g
+    x = _decayed(w.double(), g.double(), group)
+    return _neighbourhood(w.double(), group) * x if group.adaptive else x
+
+
+def _decayed(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
+    """The gradient as the ascent takes it."""
+    return g if group.decay == 0 else g.add(w, alpha=group.decay)
 
 
 def _wide(x: Tensor) -> Tensor:
