@@ -85,7 +85,8 @@ def _mean_gradient(optimizer: FusedSAM, closures: Sequence[Closure]) -> tuple[An
     sums: dict[Tensor, Tensor] = {}
     losses, reports = [], []
     for closure in closures:
-        loss, report = _gradient(optimizer, closure)
+        with optimizer._peers.deferred():
+            loss, report = _gradient(optimizer, closure)
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)  # a graph would keep memory
         reports.append(report)
         optimizer.restore()

@@ -14,6 +14,9 @@ from torch.optim import SGD, Optimizer
 
 from fused_sam import backends, bases, clipping, closures, ops, param_groups, routing, schedule
 from fused_sam.backends import eager
+from fused_sam.distributed import shards
+from fused_sam.distributed.alone import Alone
+from fused_sam.distributed.peers import Peers
 from fused_sam.telemetry import Probe, Report, measured
 
 
@@ -127,6 +130,7 @@ class FusedSAM(Optimizer):
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: _Ascent | None = None
+        self._peers: Peers = Alone()
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
@@ -209,6 +213,7 @@ class FusedSAM(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
+        self._peers.reset()
         if self._ascent is None:
             return
         ops.undo(self._ascent.journal)
@@ -224,14 +229,18 @@ class FusedSAM(Optimizer):
             )
         params = self._flat_params()
         self._require_capturable(params)
-        host = self._host()
+        self._peers.average_first(self)
+        host, local = self._host(), self._peers.local
         grads = host.get_grads(params)
         left_out = param_groups.take_out(self.param_groups, grads)
         try:
-            ascent = ops.Ascent(params, grads, param_groups.ascent_groups(self.param_groups), self._backend, self.p)
+            groups = param_groups.ascent_groups(self.param_groups)
+            ascent = ops.Ascent(local(params), local(grads), groups, self._backend, self.p)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
-        state = self._ascent = _Ascent(ascent.norm(), Probe(params, grads) if self.telemetry else None)
+        state = self._ascent = _Ascent(
+            self._peers.norm(ascent, params), Probe(params, grads) if self.telemetry else None
+        )
         try:
             if take_grads:
                 host.clear_grads(params)
@@ -251,10 +260,12 @@ class FusedSAM(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if ascent is None:
             self._require_capturable(self._flat_params())
-        if found_inf is not None:
-            # The scaler sets a plain 0 where there is no gradient to look at.
-            found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, _overflow(ascent))
         try:
+            self._peers.average_second(self)
+            if found_inf is not None:
+                # The scaler sets a plain 0 where there is no gradient to look at.
+                found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, _overflow(ascent))
+                found_inf = self._peers.any_overflow(found_inf, self)
             report = measured(self) if report is None else report
             if self.max_grad_norm is not None or self.telemetry:
                 norm = clipping.grad_norm(self)
@@ -268,6 +279,7 @@ class FusedSAM(Optimizer):
             self.restore()
         schedule.count(self.param_groups)
         self.last = report
+        self._peers.after_step(self)
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -304,7 +316,9 @@ class FusedSAM(Optimizer):
             param_groups.check_ascent(group)
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
-            routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])
+            params = shards.local_parts(self._flat_params())
+            routing.require_disjoint([p for p in params if p.layout == torch.strided])
+            self._peers = self._peers.adopt(group["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -335,6 +349,7 @@ class FusedSAM(Optimizer):
             "_base": self._base,
             "_backend": self._backend,
             "_ascent": None,
+            "_peers": self._peers.copied(),
             "replay_rng": self.replay_rng,
             "capturable": self.capturable,
             "p": self.p,
