@@ -19,11 +19,22 @@ from fused_sam.backends.triton.tiles import (
 
 
 @triton.jit
-def _add_squares(acc, w, g, start, count, adaptive, eta, C: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
-    x = widened(load(g, start, count, True, TILE, FULL), C).to(tl.float64)
-    if adaptive:
-        x = x * (tl.abs(widened(load(w, start, count, True, TILE, FULL), C).to(tl.float64)) + eta)
-    return tl.fma(x, x, acc)
+def terms_of(ascent, groups, row):
+    """(entry of the table, flags, whether adaptive, eta, decay) of a tensor."""
+    entry = ascent + tl.load(groups + row) * 6
+    flags = tl.load(entry + 2)
+    return entry, flags, (flags & 2) != 0, number(tl.load(entry + 3)), number(tl.load(entry + 5))
+
+
+@triton.jit
+def scaled(w_, g_, start, count, adaptive, eta, decay, C: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
+    """x = T (g + decay w) of a tile in fp64, zeros beyond the end. Where x does not depend on w, w is not read."""
+    x = widened(load(g_, start, count, True, TILE, FULL), C).to(tl.float64)
+    if adaptive | (decay != 0):
+        w = widened(load(w_, start, count, True, TILE, FULL), C).to(tl.float64)
+        x = tl.where(decay != 0, tl.fma(w, tl.broadcast_to(decay, [TILE]), x), x)
+        x = x * tl.where(adaptive, tl.abs(w) + eta, 1.0)
+    return x
 
 
 @triton.jit(do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "ascent", "partials", "first"])
@@ -42,20 +53,20 @@ def norm_partials(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """partials[chunk] = sum of (T g)^2 over the chunk in float64; element i of it goes to lane i % TILE."""
+    """partials[chunk] = sum of x^2 over the chunk in float64; element i of it goes to lane i % TILE."""
     index = first + tl.program_id(0)
     row, begin, count = chunk(chunks, sizes, index, CHUNK)
-    entry = ascent + tl.load(groups + row) * 5
-    adaptive = (tl.load(entry + 2) & 2) != 0
-    eta = number(tl.load(entry + 3))
+    _, _, adaptive, eta, decay = terms_of(ascent, groups, row)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
     full = in_full_tiles(w_address | g_address, count, TILE)
     acc = tl.zeros([TILE], tl.float64)
     for start in range(0, full, TILE):
-        acc = _add_squares(acc, w, g, start, count, adaptive, eta, C, TILE, True)
+        x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, True)
+        acc = tl.fma(x, x, acc)
     for start in range(full, count, TILE):
-        acc = _add_squares(acc, w, g, start, count, adaptive, eta, C, TILE, False)
+        x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, False)
+        acc = tl.fma(x, x, acc)
     tl.store(partials + index, sum_of_lanes(acc, TILE))
 
 
@@ -97,6 +108,7 @@ def _perturb_tile(
     active,
     adaptive,
     eta,
+    decay,
     C: tl.constexpr,
     SIGN: tl.constexpr,
     TILE: tl.constexpr,
@@ -106,6 +118,7 @@ def _perturb_tile(
     w = widened(raw, C)
     # Read before the backup is written: they may be the same memory.
     g = widened(load(g_, start, count, active, TILE, FULL), C)
+    g = tl.where(decay != 0, tl.fma(w, tl.broadcast_to(decay, [TILE]), g), g)
     t = tl.abs(w) + eta
     if SIGN:
         step = tl.where(g > 0, post, tl.where(g < 0, post * -1.0, post * 0.0))
@@ -146,21 +159,19 @@ def perturb(
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
     b_address, b = pointer(backups, row, begin, P)
-    entry = ascent + tl.load(groups + row) * 5
-    flags = tl.load(entry + 2)
+    entry, flags, adaptive, eta, decay = terms_of(ascent, groups, row)
     rho = scalar(tl.load(entry), tl.load(entry + 1), (flags & 1) != 0)
     SIGN: tl.constexpr = norm is None
     if SIGN:
         pre, post, active = 1.0, rho.to(C), rho != 0
     else:
         pre, post, active = _ascent_factors(rho, tl.load(norm), C)
-    adaptive = (flags & 2) != 0
-    eta = number(tl.load(entry + 3)).to(C)
+    eta, decay = eta.to(C), decay.to(C)
     full = in_full_tiles(w_address | g_address | b_address, count, TILE)
     for start in range(0, full, TILE):
-        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, C, SIGN, TILE, True)
+        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, TILE, True)
     for start in range(full, count, REST):
-        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, C, SIGN, REST, False)
+        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, REST, False)
 
 
 @triton.jit(do_not_specialize=["chunks", "sizes", "weights", "backups", "first"])

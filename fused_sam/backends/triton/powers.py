@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_sam.backends.triton.ascent import scaled, terms_of
 from fused_sam.backends.triton.tiles import (
     chunk,
     in_full_tiles,
@@ -84,17 +85,8 @@ def power(x, y):
 
 
 @triton.jit
-def _scaled(w_, g_, start, count, adaptive, eta, C: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
-    """|T g| of a tile in fp64, with zeros beyond the end."""
-    x = widened(load(g_, start, count, True, TILE, FULL), C).to(tl.float64)
-    if adaptive:
-        x = x * (tl.abs(widened(load(w_, start, count, True, TILE, FULL), C).to(tl.float64)) + eta)
-    return tl.abs(x)
-
-
-@triton.jit
 def _higher(x, start, best, at, TILE: tl.constexpr):
-    """(bits of the largest number so far, where) in every lane: bits of numbers >= 0 are in their order, NaN above."""
+    """(bits of the largest |x| so far, where) in every lane: bits of numbers >= 0 are in their order, NaN above."""
     bits = tl.where(x == x, x, float("nan")).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     higher = bits > best
     return tl.where(higher, bits, best), tl.where(higher, start + tl.arange(0, TILE), at)
@@ -119,22 +111,20 @@ def peak_partials(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """peaks[chunk] = the bits of the largest |T g|, elements[chunk] = the first such element; -1 if all are 0."""
+    """peaks[chunk] = the bits of the largest |x|, elements[chunk] = the first such element; -1 if all are 0."""
     index = first + tl.program_id(0)
     row, begin, count = chunk(chunks, sizes, index, CHUNK)
-    entry = ascent + tl.load(groups + row) * 5
-    adaptive = (tl.load(entry + 2) & 2) != 0
-    eta = number(tl.load(entry + 3))
+    _, _, adaptive, eta, decay = terms_of(ascent, groups, row)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
     full = in_full_tiles(w_address | g_address, count, TILE)
     best = tl.zeros([TILE], tl.int64)
     at = tl.full([TILE], -1, tl.int32)
     for start in range(0, full, TILE):
-        x = _scaled(w, g, start, count, adaptive, eta, C, TILE, True)
+        x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, True)
         best, at = _higher(x, start, best, at, TILE)
     for start in range(full, count, TILE):
-        x = _scaled(w, g, start, count, adaptive, eta, C, TILE, False)
+        x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, False)
         best, at = _higher(x, start, best, at, TILE)
     peak = tl.max(best, axis=0)
     place = tl.min(tl.where(best == peak, at, CHUNK), axis=0)
@@ -184,12 +174,10 @@ def power_partials(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """partials[chunk] = sum of (|T g| / peak)^q over the chunk; element i of it goes to lane i % TILE."""
+    """partials[chunk] = sum of (|x| / peak)^q over the chunk; element i of it goes to lane i % TILE."""
     index = first + tl.program_id(0)
     row, begin, count = chunk(chunks, sizes, index, CHUNK)
-    entry = ascent + tl.load(groups + row) * 5
-    adaptive = (tl.load(entry + 2) & 2) != 0
-    eta = number(tl.load(entry + 3))
+    entry, _, adaptive, eta, decay = terms_of(ascent, groups, row)
     q = number(tl.load(entry + 4))
     scale = tl.load(peak)
     w_address, w = pointer(weights, row, begin, P)
@@ -197,9 +185,9 @@ def power_partials(
     full = in_full_tiles(w_address | g_address, count, TILE)
     acc = tl.zeros([TILE], tl.float64)
     for start in range(0, full, TILE):
-        acc += power(_scaled(w, g, start, count, adaptive, eta, C, TILE, True) / scale, q)
+        acc += power(tl.abs(scaled(w, g, start, count, adaptive, eta, decay, C, TILE, True)) / scale, q)
     for start in range(full, count, TILE):
-        acc += power(_scaled(w, g, start, count, adaptive, eta, C, TILE, False) / scale, q)
+        acc += power(tl.abs(scaled(w, g, start, count, adaptive, eta, decay, C, TILE, False)) / scale, q)
     tl.store(partials + index, sum_of_lanes(acc, TILE))
 
 
@@ -237,6 +225,7 @@ def _displaced_tile(
     element,
     adaptive,
     eta,
+    decay,
     C: tl.constexpr,
     PEAK: tl.constexpr,
     TILE: tl.constexpr,
@@ -247,7 +236,7 @@ def _displaced_tile(
     # Read before the backup is written: they may be the same memory.
     g = widened(load(g_, start, count, active, TILE, FULL), C).to(tl.float64)
     t = tl.where(adaptive, tl.abs(w) + eta, 1.0)
-    x = t * g
+    x = t * tl.where(decay != 0, tl.fma(w, tl.broadcast_to(decay, [TILE]), g), g)
     size = rho * t
     if PEAK:
         size = tl.where(start + tl.arange(0, TILE) == element, size, 0.0)
@@ -282,8 +271,7 @@ def perturb_by_powers(
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
     b_address, b = pointer(backups, row, begin, P)
-    entry = ascent + tl.load(groups + row) * 5
-    flags = tl.load(entry + 2)
+    entry, flags, adaptive, eta, decay = terms_of(ascent, groups, row)
     rho = scalar(tl.load(entry), tl.load(entry + 1), (flags & 1) != 0)
     value = tl.load(norm)
     active = (rho != 0) & (value > 0) & (value < float("inf"))
@@ -292,10 +280,12 @@ def perturb_by_powers(
         active = active & (tl.load(norm + 1) == row.to(tl.float64))
         element = tl.load(norm + 2).to(tl.int64) - begin
     exponent = number(tl.load(entry + 4)) - 1.0
-    adaptive = (flags & 2) != 0
-    eta = number(tl.load(entry + 3))
     full = in_full_tiles(w_address | g_address | b_address, count, TILE)
     for i in range(0, full, TILE):
-        _displaced_tile(w, g, b, i, count, rho, value, exponent, active, element, adaptive, eta, C, PEAK, TILE, True)
+        _displaced_tile(
+            w, g, b, i, count, rho, value, exponent, active, element, adaptive, eta, decay, C, PEAK, TILE, True
+        )
     for i in range(full, count, REST):
-        _displaced_tile(w, g, b, i, count, rho, value, exponent, active, element, adaptive, eta, C, PEAK, REST, False)
+        _displaced_tile(
+            w, g, b, i, count, rho, value, exponent, active, element, adaptive, eta, decay, C, PEAK, REST, False
+        )

@@ -75,7 +75,7 @@ def ascent_table(groups: list[AscentGroup], q: float) -> bytes:
     for group in groups:
         number, address, flags = _scalar(group.rho)
         flags |= kernels.ADAPTIVE * group.adaptive
-        rows.append(struct.pack("=dqqdd", number, address, flags, group.eta, q))
+        rows.append(struct.pack("=dqqddd", number, address, flags, group.eta, q, group.decay))
     return b"".join(rows)
 
 
