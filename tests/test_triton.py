@@ -45,13 +45,19 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 
 SUITES = {
     "ops": ("test_ops.py test_ops_update.py", "not thousand"),
+    "adam": (
+        "test_ops_adam.py test_adam.py",
+        "ops_adam and (not closed_form or float32 or all) or strided or network and all or own_step or leaves_no_trace "
+        "or malformed and exp_avg_sq or 16_bit or tensor",
+    ),
     "operands": (
         "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py",
         "",
     ),
     "p-norms": (
         "test_p_norms.py",
-        "perturb and backup and (float32 or bfloat16) or p_1 or p_inf or layouts or trajectories or (stay and swap)",
+        "perturb and swap and (1.0 or 3.0 or inf and float32) or p_1 or p_inf or length or moves or layouts or strided "
+        "or trajectories and (1.5 or 4.0) or stay and swap",
     ),
     "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),
     "numbers": (
