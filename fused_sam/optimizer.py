@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import backends, bases, clipping, closures, ops, param_groups, routing, schedule
+from fused_sam import backends, bases, clipping, closures, masters, ops, param_groups, routing, schedule
 from fused_sam.backends import eager
 from fused_sam.telemetry import Probe, Report, measured
 
@@ -77,6 +77,8 @@ class FusedSAM(Optimizer):
         decay_in_ascent: take the gradient of the loss plus ``weight_decay`` / 2 ||w||^2 for the ascent too, as the
             paper's own code does: g + weight_decay * w, with the group's ``weight_decay``; g - weight_decay * w in
             groups with ``maximize``. Not for decay that is decoupled from the loss (AdamW).
+        master_weights: keep w of fp16 and bf16 parameters in fp32 (``"master"`` in their state), and all other state of
+            theirs in fp32. The parameters are w or w + e, rounded. For SGD, Adam and AdamW.
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
@@ -107,6 +109,7 @@ class FusedSAM(Optimizer):
         start: int = 0,
         stop: int | None = None,
         decay_in_ascent: bool = False,
+        master_weights: bool = False,
         telemetry: bool = False,
         **base_options: Any,
     ) -> None:
@@ -134,6 +137,7 @@ class FusedSAM(Optimizer):
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
+        self._masters = bases.make_masters(self._base, master_weights)
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
         if not self._schedule.always:
             self.param_groups[0].setdefault(schedule.KEY, 0)
@@ -217,6 +221,7 @@ class FusedSAM(Optimizer):
             return
         ops.undo(self._ascent.journal)
         self._ascent = None
+        self._note_masters()
 
     def _ascend(self, take_grads: bool) -> None:
         if self._ascent is not None:
@@ -232,7 +237,9 @@ class FusedSAM(Optimizer):
         grads = host.get_grads(params)
         left_out = param_groups.take_out(self.param_groups, grads)
         try:
-            ascent = ops.Ascent(params, grads, param_groups.ascent_groups(self.param_groups), self._backend, self.p)
+            copies = self._masters_of(params, grads)
+            groups = param_groups.ascent_groups(self.param_groups)
+            ascent = ops.Ascent(params, grads, groups, self._backend, self.p, copies)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
         state = self._ascent = _Ascent(ascent.norm(), Probe(params, grads) if self.telemetry else None)
@@ -240,6 +247,7 @@ class FusedSAM(Optimizer):
             if take_grads:
                 host.clear_grads(params)
             ascent.perturb(state.norm, state.journal, owned=take_grads)
+            masters.enter(self.state, params, copies)
             if state.probe is not None:
                 state.probe.measure_radius()
         except BaseException:
@@ -272,8 +280,23 @@ class FusedSAM(Optimizer):
             raise self._named(error) from None
         finally:
             self.restore()
+        if ascent is None:
+            self._note_masters()
         schedule.count(self.param_groups)
         self.last = report
+
+    def _masters_of(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None] | None:
+        """The fp32 copies of w, with what was written into the parameters since the last step; None without any."""
+        if self._masters is None:
+            return None
+        copies = self._masters.of(self.state, params, grads)
+        if self._ascent is None:
+            self._masters.refresh(params, copies)
+        return copies
+
+    def _note_masters(self) -> None:
+        if self._masters is not None:
+            self._masters.note(self._flat_params())
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -331,6 +354,7 @@ class FusedSAM(Optimizer):
         """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         self._require_unperturbed("load_state_dict()")
         super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
+        masters.load(self._masters, state_dict, self.state, self.param_groups)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -341,6 +365,7 @@ class FusedSAM(Optimizer):
         return {
             **super().__getstate__(),
             "_base": self._base,
+            "_masters": self._masters,
             "_backend": self._backend,
             "_ascent": None,
             "replay_rng": self.replay_rng,
