@@ -311,10 +311,12 @@ def _adam_tensor(
 
 def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """The gradient as the base step takes it, after unscaling it in place."""
+    g = _wide(grad)
     if grad_scale is not None:
         # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.
-        grad.copy_(_wide(grad) * grad_scale.double().reciprocal().float())
-    return -_wide(grad) if maximize else _wide(grad)
+        g = g * grad_scale.double().reciprocal().float()
+        grad.copy_(g)
+    return -g if maximize else g
 
 
 def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
