@@ -175,7 +175,7 @@ class FusedSAM(Optimizer):
         .. math:: g = \frac{1}{k} \sum_i \nabla L_i(w + \epsilon_i), \qquad
             \epsilon_i = \rho \, \nabla L_i(w) / \lVert \nabla L_i(w) \rVert_2.
 
-        A gradient that is None for some closures counts as zero there. The sum takes one more gradient-sized buffer.
+        A gradient that is None for some closures counts as zero there. The mean takes one more gradient-sized buffer.
 
         Returns:
             The loss at w; None without a closure. With a list, the mean of the losses, detached; the list of what the
