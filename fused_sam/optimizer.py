@@ -374,6 +374,11 @@ class FusedSAM(Optimizer):
             peers = self._peers.adopt(group["params"])
             if isinstance(peers, shards.Shards):
                 self._along.require_whole_parameters(self.second_order)
+                if self._masters is not None:
+                    raise ValueError(
+                        "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "
+                        "MixedPrecisionPolicy(param_dtype=...)."
+                    )
             self._peers = peers
         except (TypeError, ValueError):
             self.param_groups.pop()

@@ -152,8 +152,9 @@ bool Batch::describe(Py_ssize_t index, Tensor* out) {
   PyObject* backup = item(backups_, index);
   *out = Tensor{};
   if (grad == nullptr && backup == nullptr) return true;
-  TensorView param, weights;
-  if (!read_weights(index, &param, &weights, out)) return false;
+  TensorView param, master;
+  if (!read_weights(index, &param, &master, out)) return false;
+  const TensorView& weights = out->has_model() ? master : param;
   layouts_[static_cast<size_t>(index)] = layout_key(param);
   if (out->has_model() && backup != nullptr) return false;
   if (!read_grad(grad, device_, param, out) || !read_operand(backup, device_, param, &out->backup)) return false;
@@ -163,21 +164,18 @@ bool Batch::describe(Py_ssize_t index, Tensor* out) {
   return true;
 }
 
-// The parameter, and what the kernels take for it: its master where it has one, which becomes out->param.
-bool Batch::read_weights(Py_ssize_t index, TensorView* param, TensorView* weights, Tensor* out) const {
+// The parameter, and its master where it has one, which the kernels take for it.
+bool Batch::read_weights(Py_ssize_t index, TensorView* param, TensorView* master, Tensor* out) const {
   if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), device_, param, out)) return false;
-  PyObject* master = item(masters_, index);
-  if (master == nullptr) {
-    *weights = *param;
-    return true;
-  }
-  if (size_of(param->dtype) != 2 || !read_tensor(master, device_, weights) || weights->dtype != DType::f32 ||
-      !same_layout(*weights, *param)) {
+  PyObject* object = item(masters_, index);
+  if (object == nullptr) return true;
+  if (size_of(param->dtype) != 2 || !read_tensor(object, device_, master) || master->dtype != DType::f32 ||
+      !same_layout(*master, *param)) {
     return false;
   }
   out->model = param->data;
   out->model_dtype = param->dtype;
-  out->param = weights->data;
+  out->param = master->data;
   out->dtype = DType::f32;
   return true;
 }
@@ -206,9 +204,9 @@ void Batch::adopt_backups(const Batch& ascent) {
     const auto k = static_cast<size_t>(i);
     if (ascent.tensors_[k].backup == nullptr) continue;
     PyObject* object = PyTuple_GET_ITEM(params_.ptr(), i);
-    TensorView param, weights;
+    TensorView param, master;
     const bool taking_part = tensors_[k].param != nullptr;
-    const bool fits = taking_part || read_weights(i, &param, &weights, &tensors_[k]);
+    const bool fits = taking_part || read_weights(i, &param, &master, &tensors_[k]);
     if (fits && !taking_part) layouts_[k] = layout_key(param);
     const bool same_master = tensors_[k].dtype == ascent.tensors_[k].dtype &&
                              (!tensors_[k].has_model() || tensors_[k].param == ascent.tensors_[k].param);
@@ -224,8 +222,8 @@ void Batch::refresh() {
   for (Py_ssize_t i = 0; i < count_; ++i) {
     const auto k = static_cast<size_t>(i);
     if (tensors_[k].backup == nullptr) continue;
-    TensorView param, weights;
-    if (!read_weights(i, &param, &weights, &tensors_[k]) || layout_key(param) != layouts_[k]) {
+    TensorView param, master;
+    if (!read_weights(i, &param, &master, &tensors_[k]) || layout_key(param) != layouts_[k]) {
       throw changed(i);
     }
   }

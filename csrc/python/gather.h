@@ -64,7 +64,7 @@ class Batch {
 
  private:
   bool describe(Py_ssize_t index, Tensor* out);
-  bool read_weights(Py_ssize_t index, TensorView* param, TensorView* weights, Tensor* out) const;
+  bool read_weights(Py_ssize_t index, TensorView* param, TensorView* master, Tensor* out) const;
   void adopt_backups(const Batch& ascent);
   void require_disjoint() const;
 
