@@ -77,6 +77,7 @@ def test_the_surface_is_the_loss_at_each_point() -> None:
     directions = [random_direction(net.parameters(), seed=i, vectors=True) for i in (1, 2)]
     found = landscape(net, F.cross_entropy, data, directions, [[-0.7, 0.0, 0.3], torch.tensor([0.2, -1.1])])
     assert found.loss.shape == (3, 2)
+    assert found.coordinates[0].tolist() == [-0.7, 0.0, 0.3]  # not rounded to fp32
     assert found.loss.dtype is torch.float64
     for i, a in enumerate(found.coordinates[0]):
         for j, b in enumerate(found.coordinates[1]):

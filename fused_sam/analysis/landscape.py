@@ -123,7 +123,7 @@ def landscape(
     """
     objective = Objective(model, loss_fn, data, params, replay_rng)
     vectors = _vectors(directions, objective.params)
-    axes = tuple(torch.as_tensor(c).detach().to("cpu", torch.float64) for c in coordinates)
+    axes = tuple(torch.as_tensor(c, dtype=torch.float64).detach().cpu() for c in coordinates)
     if len(axes) != len(vectors) or any(axis.dim() != 1 or not len(axis) for axis in axes):
         shapes = [list(axis.shape) for axis in axes]
         raise ValueError(f"Invalid coordinates of shapes {shapes}. Must be one non-empty list for each direction.")

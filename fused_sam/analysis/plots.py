@@ -38,7 +38,9 @@ def plot_surfaces(landscapes: Mapping[str, Landscape], ceiling: float | None = N
         x, y, loss = _mesh(result)
         axes.plot_surface(x, y, loss.clamp(max=high).numpy(), cmap="viridis", vmin=low, vmax=high, rstride=1, cstride=1)
         axes.set_zlim(low, high)
-        axes.set_zlabel("loss")
+        axes.locator_params(nbins=4)
+        axes.set_box_aspect(None, zoom=0.8)  # or labels are cut off
+        axes.set(xlabel="$c_1$", ylabel="$c_2$", zlabel="loss")
 
     return _panels(landscapes, draw, projection="3d")
 
@@ -54,8 +56,7 @@ def plot_contours(landscapes: Mapping[str, Landscape], ceiling: float | None = N
         axes.contourf(x, y, loss.numpy(), levels=levels, cmap="viridis", extend="max")
         axes.plot(0, 0, marker="+", color="white")
         axes.set_aspect("equal")
-        axes.set_xlabel("$c_1$")
-        axes.set_ylabel("$c_2$")
+        axes.set(xlabel="$c_1$", ylabel="$c_2$")
 
     return _panels(landscapes, draw)
 
@@ -70,8 +71,7 @@ def plot_lines(landscapes: Mapping[str, Landscape]) -> Any:
     figure, axes = _one_panel()
     for name, result in landscapes.items():
         axes.plot(result.coordinates[0].numpy(), result.loss.numpy(), label=name)
-    axes.set_xlabel("$c_1$")
-    axes.set_ylabel("loss")
+    axes.set(xlabel="$c_1$", ylabel="loss")
     axes.legend()
     return figure
 
@@ -86,10 +86,9 @@ def plot_densities(densities: Mapping[str, Density]) -> Any:
         raise ValueError("Invalid densities={}. Must hold at least one.")
     figure, axes = _one_panel()
     for name, result in densities.items():
-        floor = DENSITY_FLOOR * float(result.density.max())
-        axes.semilogy(result.grid.numpy(), result.density.clamp(min=floor).numpy(), label=name)
-    axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("density")
+        axes.semilogy(result.grid.numpy(), result.density.numpy(), label=name)
+    peak = max(float(result.density.max()) for result in densities.values())
+    axes.set(xlabel="eigenvalue", ylabel="density", ylim=(DENSITY_FLOOR * peak, 2 * peak))
     axes.legend()
     return figure
 
