@@ -290,6 +290,25 @@ def test_an_error_in_the_users_code_keeps_its_traceback(subjects: Any) -> None:
         main(["sharpness", "subjects_of_the_cli:failing"])
 
 
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("scipy", "matplotlib"):
+        pytest.importorskip(package)
+    page = (ROOT / "docs" / "analysis.md").read_text()
+    library, targets = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(compile(library, "analysis.md", "exec"), {})
+    assert {file.name for file in tmp_path.iterdir()} == {"density.png", "surface.png"}
+    (tmp_path / "nets.py").write_text(targets)
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    fused-sam ")]
+    assert [command[0] for command in commands] == ["sharpness", "spectrum", "landscape", "bench"]
+    shorter = {"sharpness": [], "spectrum": ["--probes", "2"], "landscape": ["--points", "3"]}
+    for command in commands[:-1]:
+        assert main([*command, *shorter[command[0]]]) == 0
+    del sys.modules["nets"]
+    assert {file.name for file in tmp_path.iterdir()} >= {"spectrum.png", "spectrum.json", "landscape.png"}
+
+
 def test_modules_are_found_in_the_current_folder(tmp_path: Path) -> None:
     """By the installed command too, whose own folder python searches instead."""
     (tmp_path / "mine.py").write_text(SUBJECTS)
