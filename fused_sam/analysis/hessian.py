@@ -67,7 +67,7 @@ class Hessian:
         directions = [x.to(p.device, p.dtype) for x, p in zip(split(v, params), params)]
         total, size = torch.zeros_like(v), 0
         with self._objective.untouched(), torch.enable_grad():
-            for batch in self._objective.batches():
+            for batch in self._objective:
                 total += batch.size * self._product(self._objective.loss(batch), directions)
                 size += batch.size
         self.products += 1

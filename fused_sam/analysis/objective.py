@@ -87,8 +87,8 @@ class Objective:
             if state is not None:
                 rng.replay(state)
 
-    def batches(self) -> Iterator[Batch]:
-        """All examples, on the device of the parameters.
+    def __iter__(self) -> Iterator[Batch]:
+        """All examples in batches, on the device of the parameters.
 
         Raises:
             ValueError: for a batch that is no pair, or whose tensors differ in their number of examples.
@@ -98,7 +98,7 @@ class Objective:
         for batch in self.data:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise ValueError(f"Invalid batch of type {type(batch).__name__}. Must be a pair (x, y).")
-            x, y = (_map_tensors(lambda t: t.to(self.device, non_blocking=True), side) for side in batch)
+            x, y = (_map_tensors(lambda t: t.to(self.device), side) for side in batch)
             sizes = {t.shape[0] for t in _tensors((x, y)) if t.dim()}
             if len(sizes) != 1:
                 raise ValueError(
@@ -128,7 +128,7 @@ class Objective:
             ValueError: for data without examples.
         """
         total, size = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in self.batches():
+        for batch in self:
             total += self.loss(batch).double() * batch.size
             size += batch.size
         return total / require_examples(size)
@@ -188,7 +188,12 @@ def _rows(part: slice, x: Tensor) -> Tensor:
 
 def _tensors(x: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    _map_tensors(lambda t: found.append(t) or t, x)  # type: ignore[func-returns-value]
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    _map_tensors(keep, x)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -123,10 +123,10 @@ class _Group:
     """Examples that share an epsilon: their mean loss and its gradient at the present weights."""
 
     def __init__(
-        self, objective: Objective, pieces: Callable[[], Iterable[Batch]], process_group: dist.ProcessGroup | None
+        self, objective: Objective, batches: Iterable[Batch], process_group: dist.ProcessGroup | None = None
     ) -> None:
         self._objective = objective
-        self._pieces = pieces
+        self._batches = batches
         self._process_group = process_group
         self._random_state = objective.random_state()
         self.size = torch.zeros((), dtype=torch.float64, device=objective.device)
@@ -148,7 +148,7 @@ class _Group:
         if self._random_state is not None:
             rng.replay(self._random_state)
         total, size = (torch.zeros((), dtype=torch.float64, device=self._objective.device) for _ in range(2))
-        for batch in self._pieces():
+        for batch in self._batches:
             with torch.set_grad_enabled(sums is not None):
                 loss = self._objective.loss(batch)
                 if sums is not None:
@@ -164,13 +164,13 @@ class _Group:
 
 def _groups(objective: Objective, m: int | None, process_group: dist.ProcessGroup | None) -> Iterator[_Group]:
     if m is None:
-        yield _Group(objective, objective.batches, process_group)
+        yield _Group(objective, objective, process_group)
         return
-    for number, batch in enumerate(objective.batches()):
+    for number, batch in enumerate(objective):
         if number == 0 and batch.size < m:
             raise ValueError(f"Invalid {m=}. Must be at most the size of a batch; the first has {batch.size} examples.")
         for piece in batch.cut(m):
-            yield _Group(objective, lambda piece=piece: [piece], None)  # type: ignore[misc]
+            yield _Group(objective, [piece])
 
 
 def _climb(group: _Group, climb: Climb, steps: int) -> tuple[Tensor, Tensor]:
