@@ -129,7 +129,7 @@ class Objective:
         """
         total, size = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self:
-            total += self.loss(batch).double() * batch.size
+            total += self.loss(batch).to(total) * batch.size
             size += batch.size
         return total / require_examples(size)
 

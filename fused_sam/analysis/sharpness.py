@@ -155,7 +155,7 @@ class _Group:
                     grads = torch.autograd.grad(loss, self._objective.params, allow_unused=True, materialize_grads=True)
                     for s, g in zip(sums, grads):
                         s.add_(g, alpha=batch.size)
-            total += loss.detach().double() * batch.size
+            total += loss.detach().to(total) * batch.size
             size += batch.size
         _add_up([total, size, *(sums or [])], self._process_group)
         self.size = size
