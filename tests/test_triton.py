@@ -56,9 +56,10 @@ SUITES = {
         "",
     ),
     "p-norms": (
-        "test_p_norms.py",
+        "test_p_norms.py test_decay_in_ascent.py",
         "perturb and swap and (1.0 or 3.0 or inf and float32) or p_1 or p_inf or length or moves or layouts or strided "
-        "or trajectories and (1.5 or 4.0) or stay and swap",
+        "or p_norms and trajectories and (1.5 or 4.0) or stay and swap "
+        "or decay_in_ascent and (closed_form and swap or other_norms or without_need)",
     ),
     "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),
     "numbers": (
@@ -135,29 +136,6 @@ def test_adam_has_the_bits_of_the_native_kernels(dtype: torch.dtype, capturable:
             lists.update(groups, backend=backend, capturable=capturable)
             results.append([snapshot(x) for x in (lists.params, *lists.states, lists.steps)])
         assert results[0] == results[1]
-
-
-@interpreted
-@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
-@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, math.inf], ids=str)
-def test_decay_is_as_if_it_were_in_the_gradients(p: float, adaptive: bool) -> None:
-    """In the group that says so; the norm of the other reads no weights unless it is adaptive."""
-    weights = [torch.randn(n, dtype=torch.float64) for n in FEW_SIZES]
-    grads = [torch.randn_like(w) for w in weights]
-    decayed = [g + 0.37 * w if i < 5 else g for i, (w, g) in enumerate(zip(weights, grads, strict=True))]
-    results = []
-    for gradients, decay in ((grads, 0.37), (decayed, 0.0)):
-        params = [w.clone() for w in weights]
-        groups = [AscentGroup(5, 0.07, adaptive, 0.03, decay), AscentGroup(len(weights) - 5, 0.2, adaptive, 0.03)]
-        norm = ops.norm(params, gradients, groups, backend="triton", p=p)
-        ops.perturb(params, gradients, [torch.empty_like(w) for w in params], norm, groups, backend="triton", p=p)
-        results.append(params if norm is None else [norm, *params])
-        if not adaptive and norm is not None:
-            spoilt = [torch.full_like(w, math.nan) if decay == 0 or i >= 5 else w for i, w in enumerate(weights)]
-            again = ops.norm(spoilt, gradients, groups, backend="triton", p=p)
-            assert again.tolist() == norm.tolist()
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("exponent", [1e-8, 0.11, 1 / 3, 1.0, 2.5, 20.0, 1000.0])
