@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_SECONDS = 20  # until a collective that a rank does not come to raises on the others
-CASE_SECONDS = 90  # until a case is ended by force: no failure may hang
+COLLECTIVE_SECONDS = 60  # until a collective that a rank does not come to raises on the others
+CASE_SECONDS = 120  # until a case is ended by force: no failure may hang
 
 
 class Ranks:
@@ -60,7 +60,9 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported everything once, and has never computed.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor", "helpers", "fused_sam"])
         store = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
