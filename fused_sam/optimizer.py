@@ -186,9 +186,20 @@ class FusedSAM(Optimizer):
         if closure is not None:
             return closures.step(self, closure)
         if self.perturb_next:
-            raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
+            if not self._makes_state_only():
+                raise RuntimeError(
+                    "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
+                )
+            self._base.step(self, [], None, None)
+            return None
         self._descend()
         return None
+
+    def _makes_state_only(self) -> bool:
+        """Whether a step without an ascent is torch.distributed.checkpoint's: with lr 0, before the first, so that
+        there is state to load into."""
+        rates = [ops.host_number(group["lr"]) for group in self.param_groups]
+        return not self.state and all(isinstance(lr, float) and lr == 0.0 for lr in rates)
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -318,7 +329,10 @@ class FusedSAM(Optimizer):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             params = shards.local_parts(self._flat_params())
             routing.require_disjoint([p for p in params if p.layout == torch.strided])
-            self._peers = self._peers.adopt(group["params"])
+            peers = self._peers.adopt(group["params"])
+            if self.telemetry and isinstance(peers, shards.Shards):
+                raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
+            self._peers = peers
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

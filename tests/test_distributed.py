@@ -107,9 +107,9 @@ def two_calls(opt: FusedSAM, backward: Callable[[], Any]) -> None:
     opt.zero_grad()
 
 
-def close(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+def close(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str, atol: float = FLOAT64_RTOL) -> None:
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL, msg=lambda m, i=i: f"{what}, {i}: {m}")
+        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=atol, msg=lambda m, i=i: f"{what}, {i}: {m}")
 
 
 def follows_the_oracle(
