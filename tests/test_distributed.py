@@ -173,10 +173,15 @@ def test_steps_that_are_not_perturbed(wrap: str, pair: Ranks) -> None:
     pair.run(follows_the_oracle, wrap, "rank", "two calls", sam={"interval": 2, "start": 1})
 
 
-def accumulates(wrap: str, m: str, silent: str) -> None:
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_static_graph_learnt_in_either_kind_of_step(start: int, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, "ddp", "rank", "two calls", "static", {"interval": 2, "start": start})
+
+
+def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") -> None:
     rank, size, k = dist.get_rank(), dist.get_world_size(), 3
     net, oracle, opt = pair_of(m)
-    model = wrapped(net, wrap)
+    model = wrapped(net, wrap, **WRAP_OPTIONS[wrap_option])
     handle = data_parallel(model, opt, m_sharpness=m, check_replicas_every=1)
 
     def backwards(micro: Sequence[Batch]) -> None:
@@ -200,6 +205,10 @@ def accumulates(wrap: str, m: str, silent: str) -> None:
 @pytest.mark.parametrize("m", ["rank", "world"])
 def test_accumulation(wrap: str, m: str, silent: str, pair: Ranks) -> None:
     pair.run(accumulates, wrap, m, silent)
+
+
+def test_accumulation_in_a_static_graph(pair: Ranks) -> None:
+    pair.run(accumulates, "ddp", "rank", "none", "static")
 
 
 def steps_with_micro_batches(wrap: str, m: Any) -> None:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam import FusedSAM
 from fused_sam.distributed import agreement, data_parallel
-from fused_sam.distributed.buckets import Mean, make_buckets
+from fused_sam.distributed.buckets import Layout, Mean
 
 STEPS = 500
 
@@ -130,7 +130,7 @@ def averages(dtype: torch.dtype, cap_bytes: float) -> None:
         p.grad = g
     before = [None if g is None else g.clone() for g in grads[rank]]
     group: Any = dist.group.WORLD
-    Mean(make_buckets(params, cap_bytes), group).finish()
+    Mean(Layout(cap_bytes).of(params), group).finish()
     for i, (p, *gs) in enumerate(zip(params, *grads)):
         present = [g for g in gs if g is not None]
         if i == 7:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -105,17 +107,18 @@ def data_parallel(
     names = _names(model if ddp is None else ddp.module, optimizer)
     mine: list[Any] = [f"m_sharpness={size}", *agreement.entries((name, p) for p, name in names.items())]
     agreement.require_same(mine, "parameters", group)
+    if ddp is not None:
+        require_members(names, ddp)
     ddp_averages_first = ddp is not None and size == world_size
     scope = scopes.scope_of_this_rank(size, group, timeout) if size > 1 and not ddp_averages_first else None
     averager: Overlap | DistributedDataParallel
     local_first = None
     if ddp is None:
         agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
-        averager = Overlap(list(names), group, cap_bytes, lambda: not optimizer.perturb_next)
+        averager = Overlap(list(names), group, cap_bytes, _second_pass(optimizer))
     else:
-        require_members(names, ddp)
         averager, local_first = ddp, None if ddp_averages_first else LocalFirstPass(ddp, optimizer)
-    optimizer._peers = Replicas(names, group, scope, cap_bytes, averager, local_first, int(check_replicas_every))
+    optimizer._peers = Replicas(names, group, scope, cap_bytes, averager, int(check_replicas_every))
     return DataParallel(optimizer, averager, local_first)
 
 
@@ -143,6 +146,17 @@ def _group(ddp: DistributedDataParallel | None, process_group: dist.ProcessGroup
     if dist.get_rank(process_group) < 0:
         raise ValueError("Invalid process_group. This rank must belong to it.")
     return process_group
+
+
+def _second_pass(optimizer: FusedSAM) -> Callable[[], bool]:
+    """Whether a gradient that is made now is for the base step. Hooks of parameters keep no optimizer alive."""
+    reference = weakref.ref(optimizer)
+
+    def answer() -> bool:
+        owner = reference()
+        return owner is not None and not owner.perturb_next
+
+    return answer
 
 
 def _names(model: nn.Module, optimizer: FusedSAM) -> dict[Tensor, str]:

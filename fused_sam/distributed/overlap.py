@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 
-from fused_sam.distributed.buckets import Mean, make_buckets
+from fused_sam.distributed.buckets import Layout, Mean
 
 
 class Overlap:
@@ -30,7 +30,7 @@ class Overlap:
         self, params: list[Tensor], group: dist.ProcessGroup, cap_bytes: float, wanted: Callable[[], bool]
     ) -> None:
         self._group = group
-        self._cap_bytes = cap_bytes
+        self._layout = Layout(cap_bytes)
         self._wanted = wanted
         self._params: list[Tensor] = []
         self._hooks: list[Any] = []
@@ -92,8 +92,7 @@ class Overlap:
             self._mean.send()
 
     def _begun(self) -> Mean:
-        # Cut anew for every step: parameters may be frozen and thawed.
-        buckets = make_buckets(self._params, self._cap_bytes)
+        buckets = self._layout.of(self._params)
         self._place = {p: i for i, bucket in enumerate(buckets) for p in bucket.params}
         self._left = [len(bucket.params) for bucket in buckets]
         return Mean(buckets, self._group)
