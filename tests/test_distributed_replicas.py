@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -257,6 +259,32 @@ def parts() -> list[bytes]:
     step(net, opt)
     assert bits(net[0].weight) == bits(twin[0].weight)
     return [bits(p) for p in net.parameters()]
+
+
+def leaves_nothing_behind(wrap: str) -> list[bool]:
+    def train() -> list[Any]:
+        net = small_net()
+        opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+        model = net if wrap == "plain" else DistributedDataParallel(net)
+        handle = data_parallel(model, opt, check_replicas_every=1)
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+        def closure() -> Tensor:
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        return [weakref.ref(thing) for thing in (net, opt, handle, net[0].weight)]
+
+    references = train()
+    gc.collect()
+    return [reference() is None for reference in references]
+
+
+@pytest.mark.parametrize("wrap", ["plain", "ddp"])
+def test_models_and_optimizers_are_collected(wrap: str, pair: Ranks) -> None:
+    assert pair.run(leaves_nothing_behind, wrap) == [[True] * 4] * 2
 
 
 def test_copies_and_removal(pair: Ranks) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-import weakref
-from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +113,7 @@ def data_parallel(
     local_first = None
     if ddp is None:
         agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
-        averager = Overlap(list(names), group, cap_bytes, _second_pass(optimizer))
+        averager = Overlap(list(names), group, cap_bytes, lambda: not optimizer.perturb_next)
     else:
         averager, local_first = ddp, None if ddp_averages_first else LocalFirstPass(ddp, optimizer)
     optimizer._peers = Replicas(names, group, scope, cap_bytes, averager, int(check_replicas_every))
@@ -146,17 +144,6 @@ def _group(ddp: DistributedDataParallel | None, process_group: dist.ProcessGroup
     if dist.get_rank(process_group) < 0:
         raise ValueError("Invalid process_group. This rank must belong to it.")
     return process_group
-
-
-def _second_pass(optimizer: FusedSAM) -> Callable[[], bool]:
-    """Whether a gradient that is made now is for the base step. Hooks of parameters keep no optimizer alive."""
-    reference = weakref.ref(optimizer)
-
-    def answer() -> bool:
-        owner = reference()
-        return owner is not None and not owner.perturb_next
-
-    return answer
 
 
 def _names(model: nn.Module, optimizer: FusedSAM) -> dict[Tensor, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,7 +46,8 @@ class Overlap:
     def watch(self, params: list[Tensor]) -> None:
         """More parameters."""
         self._params += params
-        self._hooks += [p.register_post_accumulate_grad_hook(self._on_grad) for p in params if p.requires_grad]
+        hook = _weak(self._on_grad)
+        self._hooks += [p.register_post_accumulate_grad_hook(hook) for p in params if p.requires_grad]
 
     @contextlib.contextmanager
     def skipped(self) -> Iterator[None]:
@@ -96,3 +98,14 @@ class Overlap:
         self._place = {p: i for i, bucket in enumerate(buckets) for p in bucket.params}
         self._left = [len(bucket.params) for bucket in buckets]
         return Mean(buckets, self._group)
+
+
+def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that keeps nothing alive: the collector does not see through those of a parameter."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(param: Tensor) -> None:
+        if (target := reference()) is not None:
+            target(param)
+
+    return hook
