@@ -55,7 +55,7 @@ class FusedSGD:
             found_inf,
             optimizer.backend,
             journal,
-            copies,
+            copies if copies is None else local(copies),
         )
         masters.enter(optimizer.state, params, copies)
         if buffers is not None:
@@ -182,7 +182,7 @@ class FusedAdam(AnyBase):
             optimizer.backend,
             journal,
             capturable=not any(isinstance(t, Tensor) and t.is_cpu for t in steps),
-            masters=copies,
+            masters=copies if copies is None else local(copies),
         )
         masters.enter(optimizer.state, params, copies)
         for i in fresh:

@@ -337,7 +337,7 @@ class FusedSAM(Optimizer):
         copies = self._masters.of(self.state, params, grads)
         if self._ascent is None:
             self._masters.refresh(params, copies)
-        return copies
+        return copies if any(m is not None for m in copies) else None
 
     def _note_masters(self) -> None:
         if self._masters is not None:
