@@ -151,10 +151,10 @@ class Batch:
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
         self.restore()
-        journal.clear()
         for i, group in self._members(groups):
             buffer = self._state(0, i) if group.momentum != 0 else None
             _sgd_tensor(self.params[i], self.grads[i], buffer, group, grad_scale, found_inf)
+        journal.clear()
 
     def adam_update(
         self,
@@ -166,11 +166,11 @@ class Batch:
     ) -> None:
         """``steps`` done before are read where the groups do not hold the corrections; None if none is."""
         self.restore()
-        journal.clear()
         for i, group in self._members(groups):
             state = self._state(0, i), self._state(1, i), self._state(2, i) if group.amsgrad else None
             step = None if steps is None else steps[i]
             _adam_tensor(self.params[i], self.grads[i], *state, step, group, grad_scale, found_inf)
+        journal.clear()
 
     def _state(self, kind: int, index: int) -> Any:
         states = self.states[kind] if kind < len(self.states) else None
