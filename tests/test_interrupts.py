@@ -43,12 +43,15 @@ class InterruptAt:
 
 
 class Training:
-    """An optimizer on a small and a large parameter, stepped with gradients known in advance."""
+    """An optimizer on small parameters and a large one, stepped with gradients known in advance."""
 
-    def __init__(self, base: type[torch.optim.Optimizer], options: dict[str, Any], form: str, backend: str) -> None:
+    def __init__(
+        self, base: type[torch.optim.Optimizer], options: dict[str, Any], form: str, backend: str, small: int = 1
+    ) -> None:
         generator = torch.Generator().manual_seed(11)
-        self.params = [torch.randn(n, generator=generator).requires_grad_() for n in (5, LARGE)]
-        self.grads = [[torch.randn(n, generator=generator) for n in (5, LARGE)] for _ in range(2)]
+        sizes = [5] * small + [LARGE]
+        self.params = [torch.randn(n, generator=generator).requires_grad_() for n in sizes]
+        self.grads = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(2)]
         self.opt = FusedSAM(self.params, base, rho=RHO, backend=backend, **options)
         self.form = form
 

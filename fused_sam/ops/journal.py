@@ -50,14 +50,23 @@ class NewState:
         self.entries = entries
 
     def enter(self) -> None:
-        """Put the entries into the state."""
+        """Put the entries into the state.
+
+        Raises:
+            TypeError: where something other than a dict is there.
+        """
         for param, entry in self.entries.items():
-            self.state[param].update(entry)
+            there = self.state[param]
+            if not isinstance(there, dict):
+                raise TypeError(f"Invalid state of a parameter, a {type(there).__name__}. Must be a dict.")
+            there.update(entry)
 
     def restore(self) -> None:
         """Take them out."""
         for param, entry in self.entries.items():
             there = self.state.get(param, {})
+            if not isinstance(there, dict):
+                continue
             for key in entry:
                 there.pop(key, None)
             if not there:
