@@ -155,6 +155,7 @@ class FusedSAM(Optimizer):
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: ascents.Displacement | None = None
+        self._journal: ops.Journal = []  # of a step at w
         self._peers: Peers = Alone()
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
@@ -271,6 +272,7 @@ class FusedSAM(Optimizer):
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
         self._peers.reset()
+        ops.undo(self._journal)
         if self._ascent is None:
             return
         ops.undo(self._ascent.journal)
@@ -296,7 +298,7 @@ class FusedSAM(Optimizer):
 
     def _descend(self, report: Report | None = None) -> None:
         """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
-        ascent, journal = self._ascent, self._ascent.journal if self._ascent else []
+        ascent, journal = self._ascent, self._ascent.journal if self._ascent else self._journal
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if ascent is None:
             self._require_capturable(self._flat_params())
@@ -420,7 +422,8 @@ class FusedSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("Copying or pickling")
         ours = {key: getattr(self, key) for key in _COPIED}
-        return {**super().__getstate__(), **ours, "_ascent": None, "_peers": self._peers.copied(), "last": Report()}
+        fresh: dict[str, Any] = {"_ascent": None, "_journal": [], "_peers": self._peers.copied(), "last": Report()}
+        return {**super().__getstate__(), **ours, **fresh}
 
 
 # What a copy takes along, beside what torch.optim.Optimizer does.
