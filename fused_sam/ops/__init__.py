@@ -6,6 +6,7 @@ means that there is none. Groups cover the lists in order, ``size`` tensors each
     norm        ||T g||_q over all groups, T = |w| + eta elementwise in adaptive groups, 1 elsewhere; 1/p + 1/q = 1
     perturb     backup = w, w = w + rho_k T sign(g) (|T g| / ||T g||_q)^(q-1) for the tensors of group k, which is
                 rho_k T^2 g / ||T g||_2 for p = 2                                            (Foret et al. 2021, eq. 2)
+                Both take g + decay_k w for g in groups that say so.
     restore     w = backup
     sgd_update  w = backup, then SGD with momentum at w with the gradient taken at w + e     (Algorithm 1)
     adam_update w = backup, then Adam or AdamW likewise
@@ -13,7 +14,7 @@ means that there is none. Groups cover the lists in order, ``size`` tensors each
 fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm always in fp64.
 """
 
-from fused_sam.ops.ascent import Ascent, norm, perturb
+from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, sgd_update
 from fused_sam.ops.groups import AdamGroup, AscentGroup, SGDGroup, dual_exponent, host_number, is_capturing
 from fused_sam.ops.journal import Journal, all_present, one_batch, undo
@@ -31,6 +32,7 @@ __all__ = [
     "dual_exponent",
     "host_number",
     "is_capturing",
+    "joint_norm",
     "norm",
     "one_batch",
     "perturb",
