@@ -58,17 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_task(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--data-dir", type=Path, metavar="DIR", help="folder with train and val")
-    add("--image-size", type=int, default=224, help="side of the crops, in pixels")
+    add("--image-size", type=int, default=224, metavar="PIXELS", help="side of the crops")
     add("--model", default="resnet50", metavar="NAME", help="of torchvision: resnet101, vit_b_16, ...")
     add("--synthetic", action="store_true", help="random images: print images/s and the parts of a step, and end")
-    add("--steps", type=int, default=30, help=f"with --synthetic: steps to measure, after {WARM_UP} others")
+    add("--steps", type=int, default=30, metavar="N", help=f"with --synthetic: measured after {WARM_UP} others")
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--optimizer", choices=("sam", "sgd"), default="sam", help="FusedSAM around SGD, or SGD alone")
-    add("--epochs", type=int, default=90, help="the paper trains 100, 200 and 400")
-    add("--batch-size", type=int, default=4096, help="images per step, over all ranks")
+    add("--epochs", type=int, default=90, metavar="N", help="the paper trains 100, 200 and 400")
+    add("--batch-size", type=int, default=4096, metavar="N", help="images per step, over all ranks")
     add("--micro-batches", type=int, default=1, metavar="K", help="cut a rank's images in so many, for less memory")
     add("--lr", type=float, default=1.0, help="highest learning rate; goes down to 0 on half a cosine")
     add("--warmup", type=float, default=0.0, metavar="EPOCHS", help="epochs in which the learning rate rises from 0")
@@ -100,9 +100,11 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="a rank takes the GPU of its number")
-    add("--workers", type=int, help="processes that read images, per rank (default: a rank's share of the cores, or 8)")
+    workers = "processes that read images, per rank (default: its share of the cores, at most 8)"
+    add("--workers", type=int, metavar="N", help=workers)
     add("--log-every", type=int, default=50, metavar="STEPS", help="look at the losses; the host waits for the device")
-    add("--out", type=Path, help="folder of checkpoint, row and curves (default: runs/imagenet/MODEL-OPTIMIZER)")
+    out = "folder of checkpoint, row and curves (default: runs/imagenet/MODEL-OPTIMIZER)"
+    add("--out", type=Path, metavar="DIR", help=out)
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--results", type=Path, metavar="FILE", help="append the row here (default: results.jsonl in --out)")
 

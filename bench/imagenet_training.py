@@ -64,17 +64,18 @@ class Trainer:
 
         Raises:
             FloatingPointError: for a loss that is not finite; the last checkpoint stays.
-            Interrupted: at the end of the step in which a signal came; the run is saved then.
+            Interrupted: at the end of the step in which a signal came, or of the evaluation if that was not the last
+                one; the run is saved then.
         """
         self._looked = time.perf_counter()
         while self.epoch < self.config.epochs:
+            self._stop_if_asked(requests, out)
             self.train_epoch(out, reporter, requests)
             self.save(out)  # evaluation takes a while
             self.history.append(self._point())
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
             self.save(out)
             reporter.epoch(self.history[-1], self.steps_made)
-            self._stop_if_asked(requests)
 
     def train_epoch(self, out: Path, reporter: Reporter, requests: checkpoint.Requests) -> None:
         """The steps of the present epoch that are left."""
@@ -215,15 +216,14 @@ class Trainer:
         loss, first, five, images = self.ranks.sum_(sums).tolist()
         return {"val_loss": loss / images, "top1": 100 * first / images, "top5": 100 * five / images}
 
-    def _stop_if_asked(self, requests: checkpoint.Requests, out: Path | None = None) -> None:
-        """On all ranks after the same step, whichever of them has heard the signal. Saves if there is a folder."""
+    def _stop_if_asked(self, requests: checkpoint.Requests, out: Path) -> None:
+        """On all ranks after the same step, whichever of them has heard the signal."""
         signum = self.ranks.largest(requests.signum)
         if not signum:
             return
-        if out is not None:
-            if self._pending:
-                self.look()
-            self.save(out)
+        if self._pending:
+            self.look()
+        self.save(out)
         raise checkpoint.Interrupted(signum)
 
     def save(self, out: Path) -> None:

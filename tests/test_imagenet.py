@@ -104,6 +104,20 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path, monkeypatch, capsys
     assert [name for name in whole if name != "seconds" and not same(whole[name], parts[name])] == []
 
 
+def test_a_signal_in_an_evaluation_stops_a_run_that_has_not_come_to_its_end(run, tmp_path, monkeypatch):
+    def evaluate(self, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model)
+
+    original = imagenet_training.Trainer.evaluate
+    monkeypatch.setattr(imagenet_training.Trainer, "evaluate", evaluate)
+    flags = [*NET, "--optimizer", "sgd"]
+    assert run(*flags) == 128 + signal.SIGTERM
+    assert [checkpoint(tmp_path / "out")[name] for name in ("epoch", "step")] == [1, 0]
+    assert run(*flags, "--resume") == 0
+    assert [point["epoch"] for point in rows(tmp_path / "out")[0]["history"]] == [1, 2]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_checkpoint(run, tmp_path, capsys):
     assert run(*NET, "--optimizer", "sgd", "--lr", "1e30") == 1
     assert "Training stopped: loss is nan in step 2 of epoch 1. Lower --lr or --rho." in capsys.readouterr().out
