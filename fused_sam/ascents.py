@@ -109,19 +109,33 @@ class AlongGradient:
 
     def step(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
         """One step of the ascent; with ``take_grads`` the gradients become None, and their memory may hold w."""
+        optimizer._peers.average_first(optimizer)
         if optimizer._ascent is None:
             self._first(optimizer, params, take_grads)
         else:
             self._next(optimizer, params, optimizer._ascent, take_grads)
 
+    def require_whole_parameters(self, second_order: bool) -> None:
+        """Refuse what takes gradients apart, for parameters of which a rank has only a part.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        for option, asked in (
+            ("ascent_steps > 1", self.steps > 1),
+            ("second_order=True", second_order),
+            ("reuse", self.keep_grads),
+        ):
+            if asked:
+                raise ValueError(f"Invalid {option} with DTensor parameters. Every rank must have them whole.")
+
     def _first(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
-        host = optimizer._host()
+        host, local = optimizer._host(), optimizer._peers.local
         grads = host.get_grads(params)
         left_out = param_groups.take_out(optimizer.param_groups, grads)
-        ascent = ops.Ascent(
-            params, grads, param_groups.ascent_groups(optimizer.param_groups), optimizer.backend, optimizer.p
-        )
-        norm = ascent.norm()
+        groups = param_groups.ascent_groups(optimizer.param_groups)
+        ascent = ops.Ascent(local(params), local(grads), groups, optimizer.backend, optimizer.p)
+        norm = optimizer._peers.norm(ascent, params)
         state = Displacement(
             [] if norm is None else [norm], probe=Probe(params, grads) if optimizer.telemetry else None
         )
@@ -171,6 +185,9 @@ class AlongMomentum:
     steps = 1
     KEYS = ("momentum_buffer", "exp_avg")
 
+    def require_whole_parameters(self, second_order: bool) -> None:
+        """It takes nothing apart."""
+
     def step(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
         """The ascent; ``take_grads`` sets the gradients to None."""
         momenta = self._momenta(optimizer, params)
@@ -178,8 +195,9 @@ class AlongMomentum:
         groups = [
             group._replace(rho=-group.rho, decay=0.0) for group in param_groups.ascent_groups(optimizer.param_groups)
         ]
-        ascent = ops.Ascent(params, momenta, groups, optimizer.backend, optimizer.p)
-        norm = ascent.norm()
+        local = optimizer._peers.local
+        ascent = ops.Ascent(local(params), local(momenta), groups, optimizer.backend, optimizer.p)
+        norm = optimizer._peers.norm(ascent, params)
         assert norm is not None
         state = Displacement([norm], of_gradients=False)
         if optimizer.telemetry:

@@ -28,7 +28,7 @@ class FusedSGD:
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """One `ops.sgd_update` over all groups; new momentum buffers enter the state once they hold something."""
-        params, host = optimizer._flat_params(), optimizer._host()
+        params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
         grads = host.get_grads(params)
         buffers: list[Any] | None = None
         fresh: set[int] = set()
@@ -45,10 +45,10 @@ class FusedSGD:
             ops.undo(journal)
             return
         ops.sgd_update(
-            params,
-            grads,
+            local(params),
+            local(grads),
             ops.one_batch(journal, len(params)),
-            buffers,
+            buffers if buffers is None else local(buffers),
             _sgd_groups(optimizer.param_groups, fresh),
             grad_scale,
             found_inf,
@@ -120,7 +120,7 @@ class AnyBase:
         ops.undo(journal)
         if found_inf is not None and bool(found_inf):
             return
-        grads = [p.grad for p in optimizer._flat_params() if p.grad is not None]
+        grads = optimizer._peers.local([p.grad for p in optimizer._flat_params() if p.grad is not None])
         if grad_scale is not None and grads:
             clipping.unscale(grads, grad_scale)
         self.inner.param_groups, self.inner.state = optimizer.param_groups, optimizer.state
@@ -141,7 +141,7 @@ class FusedAdam(AnyBase):
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """One `ops.adam_update` over all groups; new state enters the optimizer's once it holds something."""
-        params, host = optimizer._flat_params(), optimizer._host()
+        params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
         if not self._is_fusable(optimizer, params):
             super().step(optimizer, journal, grad_scale, found_inf)
             return
@@ -158,13 +158,13 @@ class FusedAdam(AnyBase):
         if fresh:
             _make_adam_state(optimizer.param_groups, fresh, state)
         ops.adam_update(
-            params,
-            grads,
+            local(params),
+            local(grads),
             ops.one_batch(journal, len(params)),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if any(group["amsgrad"] for group in optimizer.param_groups) else None,
-            steps,
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            local(state["max_exp_avg_sq"]) if any(group["amsgrad"] for group in optimizer.param_groups) else None,
+            local(steps),
             self._groups(optimizer.param_groups, fresh),
             grad_scale,
             found_inf,

@@ -44,9 +44,11 @@ def grad_norm(optimizer: FusedSAM) -> Tensor:
     Raises:
         InvalidTensor: as `ops.norm`.
     """
-    params = optimizer._flat_params()
+    params, peers = optimizer._flat_params(), optimizer._peers
     grads = optimizer._host().get_grads(params)
-    return ops.norm(params, grads, [ops.AscentGroup(len(params), 0.0, False)], optimizer.backend)
+    groups = [ops.AscentGroup(len(params), 0.0, False)]
+    norm: Any = peers.norm(ops.Ascent(peers.local(params), peers.local(grads), groups, optimizer.backend), params)
+    return norm
 
 
 def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:

@@ -116,7 +116,8 @@ def _mean_gradient(optimizer: FusedSAM, pairs: Sequence[tuple[Closure, Closure]]
     sums: dict[Tensor, Tensor] = {}
     losses, reports = [], []
     for closure, ascent in pairs:
-        loss, report = _gradient(optimizer, closure, ascent)
+        with optimizer._peers.deferred():
+            loss, report = _gradient(optimizer, closure, ascent)
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)  # a graph would keep memory
         reports.append(report)
         optimizer.restore()

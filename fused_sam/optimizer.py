@@ -12,6 +12,9 @@ from torch.optim import SGD, Optimizer
 
 from fused_sam import ascents, backends, bases, clipping, closures, looksam, ops, param_groups, routing, schedule
 from fused_sam.backends import eager
+from fused_sam.distributed import shards
+from fused_sam.distributed.alone import Alone
+from fused_sam.distributed.peers import Peers
 from fused_sam.telemetry import Report, measured
 
 
@@ -137,6 +140,7 @@ class FusedSAM(Optimizer):
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: ascents.Displacement | None = None
+        self._peers: Peers = Alone()
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
@@ -237,6 +241,7 @@ class FusedSAM(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
+        self._peers.reset()
         if self._ascent is None:
             return
         ops.undo(self._ascent.journal)
@@ -265,13 +270,15 @@ class FusedSAM(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if ascent is None:
             self._require_capturable(self._flat_params())
-        if found_inf is not None:
-            # The scaler sets a plain 0 where there is no gradient to look at.
-            overflow = None if ascent is None else ascent.overflow()
-            found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, overflow)
         try:
-            if ascent is not None and found_inf is not None:
-                param_groups.require_unscaled(self.param_groups)
+            self._peers.average_second(self)
+            if found_inf is not None:
+                # The scaler sets a plain 0 where there is no gradient to look at.
+                overflow = None if ascent is None else ascent.overflow()
+                found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, overflow)
+                found_inf = self._peers.any_overflow(found_inf, self)
+                if ascent is not None:
+                    param_groups.require_unscaled(self.param_groups)
             report = measured(self) if report is None else report
             if self.reuse is not None and ascent is not None:
                 looksam.keep(self, ascent)
@@ -289,6 +296,7 @@ class FusedSAM(Optimizer):
             self.restore()
         schedule.count(self.param_groups)
         self.last = report
+        self._peers.after_step(self)
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -327,7 +335,12 @@ class FusedSAM(Optimizer):
                 raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
-            routing.require_disjoint([p for p in self._flat_params() if p.layout == torch.strided])
+            params = shards.local_parts(self._flat_params())
+            routing.require_disjoint([p for p in params if p.layout == torch.strided])
+            peers = self._peers.adopt(group["params"])
+            if isinstance(peers, shards.Shards):
+                self._along.require_whole_parameters(self.second_order)
+            self._peers = peers
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -354,7 +367,7 @@ class FusedSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("Copying or pickling")
         ours = {key: getattr(self, key) for key in _COPIED}
-        return {**super().__getstate__(), **ours, "_ascent": None, "last": Report()}
+        return {**super().__getstate__(), **ours, "_ascent": None, "_peers": self._peers.copied(), "last": Report()}
 
 
 # What a copy takes along, beside what torch.optim.Optimizer does.

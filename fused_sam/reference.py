@@ -22,7 +22,7 @@ def scaling(w: Tensor, adaptive: bool, eta: float = 0.0) -> Tensor:
 
 def dual_norm(xs: Sequence[Tensor], p: float) -> Tensor:
     """||x||_q of all tensors together, 1/p + 1/q = 1; shape []."""
-    flat = torch.cat([x.flatten() for x in xs]) if xs else torch.zeros(1)
+    flat = torch.cat([x.flatten() for x in xs]) if any(x.numel() for x in xs) else torch.zeros(1)
     q = math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
     return torch.linalg.vector_norm(flat, ord=q)
 

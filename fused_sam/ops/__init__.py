@@ -14,7 +14,7 @@ means that there is none. Groups cover the lists in order, ``size`` tensors each
 fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm always in fp64.
 """
 
-from fused_sam.ops.ascent import Ascent, norm, perturb
+from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, sgd_update
 from fused_sam.ops.groups import AdamGroup, AscentGroup, SGDGroup, dual_exponent, host_number, is_capturing
 from fused_sam.ops.journal import Journal, all_present, one_batch, undo
@@ -32,6 +32,7 @@ __all__ = [
     "dual_exponent",
     "host_number",
     "is_capturing",
+    "joint_norm",
     "norm",
     "one_batch",
     "perturb",

@@ -29,7 +29,13 @@ class Ascent:
         self.params = params
         self.grads = grads
         self.groups = groups
+        self._choice = backend, p
         self._parts = route(backend, params, grads)
+
+    def of(self, index: set[int]) -> Ascent:
+        """That of some of the tensors: the others count as without a gradient."""
+        grads = [g if i in index else None for i, g in enumerate(self.grads)]
+        return Ascent(self.params, grads, self.groups, *self._choice)
 
     def norm(self) -> Tensor | None:
         """||T g||_q as a float64 tensor of shape [] on the device of the first gradient; None for p = inf, which needs
@@ -44,7 +50,7 @@ class Ascent:
             norms.append(part.globally(batch.norm(part.regroup(self.groups), self.q)))
         if not norms:
             return torch.zeros(3 if self.q == math.inf else (), dtype=torch.float64)
-        return norms[0] if len(norms) == 1 else _joint_norm([n.to(norms[0].device) for n in norms], self.q)
+        return norms[0] if len(norms) == 1 else joint_norm([n.to(norms[0].device) for n in norms], self.q)
 
     def perturb(
         self, norm: Tensor | None, journal: Journal, backups: TensorList | None = None, owned: bool = False
@@ -75,8 +81,8 @@ class Ascent:
         bump_versions(self.params, self.grads)
 
 
-def _joint_norm(norms: list[Tensor], q: float) -> Tensor:
-    """The norm of all parts from those of each."""
+def joint_norm(norms: list[Tensor], q: float) -> Tensor:
+    """The norm of all parts from those of each, as `Ascent.norm` returns them."""
     values = torch.stack(norms)
     if q == 2:
         return torch.linalg.vector_norm(values)

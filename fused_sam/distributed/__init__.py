@@ -1,0 +1,17 @@
+"""m-sharpness over processes: who shares a perturbation with whom, and who averages which gradients.
+
+data_parallel.py  the call at set-up
+peers.py          what the optimizer asks of the other ranks
+alone.py          a process that has been told of none
+replicas.py       ranks that have the whole model: averaging, overflow, comparison of the weights
+ddp.py            first passes of a DistributedDataParallel that stay on their rank
+overlap.py        second gradients averaged during backward, without a DistributedDataParallel
+buckets.py        gradients in flat buckets, one all-reduce each
+scopes.py         which ranks share one e
+agreement.py      that all ranks have the same parameters
+shards.py         DTensor parameters: FSDP2, tensor parallelism
+"""
+
+from fused_sam.distributed.data_parallel import DataParallel, data_parallel
+
+__all__ = ["DataParallel", "data_parallel"]

@@ -1,0 +1,99 @@
+"""Gradients averaged while backward still makes others, for a model that is not in a DistributedDataParallel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+
+from fused_sam.distributed.buckets import Mean, make_buckets
+
+
+class Overlap:
+    """Sends a bucket as soon as backward has made its last gradient, and waits for all of them when backward ends.
+
+    So ``p.grad`` is the mean after every backward, as with DistributedDataParallel. Several backwards before a step may
+    each be averaged: the mean of (a mean + what is new here) is the mean of both. `skipped` saves all but the last.
+
+    Args:
+        params: of which gradients are averaged.
+        group: over whose ranks.
+        cap_bytes: size of a bucket.
+        wanted: whether a backward that runs now is to be averaged.
+    """
+
+    def __init__(
+        self, params: list[Tensor], group: dist.ProcessGroup, cap_bytes: float, wanted: Callable[[], bool]
+    ) -> None:
+        self._group = group
+        self._cap_bytes = cap_bytes
+        self._wanted = wanted
+        self._params: list[Tensor] = []
+        self._hooks: list[Any] = []
+        self._skipping = 0
+        self._mean: Mean | None = None
+        self._place: dict[Tensor, int] = {}  # the bucket of each parameter
+        self._left: list[int] = []  # gradients that each bucket lacks
+        # Whether there may be a gradient of this rank alone. A rank whose backward made none must take part, too.
+        self.pending = True
+        self.watch(params)
+
+    def watch(self, params: list[Tensor]) -> None:
+        """More parameters."""
+        self._params += params
+        self._hooks += [p.register_post_accumulate_grad_hook(self._on_grad) for p in params if p.requires_grad]
+
+    @contextlib.contextmanager
+    def skipped(self) -> Iterator[None]:
+        """A backward inside the block is not averaged."""
+        self._skipping += 1
+        try:
+            yield
+        finally:
+            self._skipping -= 1
+
+    def finish(self) -> None:
+        """Average what there is, and wait for it."""
+        mean, self._mean = self._mean or self._begun(), None
+        mean.finish()
+        self.pending = False
+
+    def reset(self) -> None:
+        """For the next step: its gradients are new."""
+        self._mean = None
+        self.pending = True
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _on_grad(self, param: Tensor) -> None:
+        self.pending = True
+        if self._skipping or not self._wanted():
+            return
+        if self._mean is None:
+            self._mean = self._begun()
+            Variable._execution_engine.queue_callback(self.finish)
+        place = self._place.get(param)
+        if place is None:  # unfrozen since: `finish` sends it
+            return
+        if place < self._mean.sent:
+            raise RuntimeError(
+                f"Invalid second gradient of a parameter (shape {list(param.shape)}) in one backward: the first has "
+                "been sent. Checkpointing of shared layers needs use_reentrant=False, or no_sync() around it."
+            )
+        self._left[place] -= 1
+        while self._mean.sent < len(self._left) and self._left[self._mean.sent] <= 0:
+            self._mean.send()
+
+    def _begun(self) -> Mean:
+        # Cut anew for every step: parameters may be frozen and thawed.
+        buckets = make_buckets(self._params, self._cap_bytes)
+        self._place = {p: i for i, bucket in enumerate(buckets) for p in bucket.params}
+        self._left = [len(bucket.params) for bucket in buckets]
+        return Mean(buckets, self._group)

@@ -1,0 +1,69 @@
+"""What FusedSAM asks of the other processes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_sam import ops
+
+if TYPE_CHECKING:
+    from fused_sam.optimizer import FusedSAM
+    from fused_sam.routing import TensorList
+
+
+class Peers:
+    """The points of a step at which ranks may have to do something together. Here they do nothing.
+
+    They are called on all ranks in the same order, and none of them waits for the device where a subclass does not say
+    so.
+    """
+
+    def adopt(self, params: list[Tensor]) -> Peers:
+        """Parameters have come to the optimizer: the peers to go on with."""
+        return self
+
+    def copied(self) -> Peers:
+        """The peers of a copy of the optimizer, which steps another model."""
+        return self
+
+    def local(self, tensors: TensorList) -> TensorList:
+        """What this rank has of each tensor."""
+        return tensors
+
+    def average_first(self, optimizer: FusedSAM) -> None:
+        """p.grad = its mean over those ranks that share one e. Before the norm."""
+
+    def norm(self, ascent: ops.Ascent, params: list[Tensor]) -> Tensor | None:
+        """`ops.Ascent.norm`, over what all ranks have of the parameters."""
+        return ascent.norm()
+
+    def average_second(self, optimizer: FusedSAM) -> None:
+        """p.grad = its mean over all ranks, unless it is that already. At w + e, before the base step."""
+
+    def any_overflow(self, found_inf: Tensor | None, optimizer: FusedSAM) -> Tensor | None:
+        """The flag of a GradScaler, nonzero if it is on any rank."""
+        return found_inf
+
+    def deferred(self) -> contextlib.AbstractContextManager[None]:
+        """While several second gradients are summed: a context in which none is averaged, if that can wait."""
+        return contextlib.nullcontext()
+
+    def after_step(self, optimizer: FusedSAM) -> None:
+        """A step has been made, and the weights are at w."""
+
+    def reset(self) -> None:
+        """Forget what was begun in a step that has ended, whichever way."""
+
+
+def any_of(flag: Tensor | None, device: torch.device, group: dist.ProcessGroup) -> Tensor:
+    """The largest of the ranks' flags, fp32 of shape []; None counts as 0."""
+    largest = torch.zeros((), device=device)
+    if flag is not None:
+        largest.copy_(flag.detach().reshape(()))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest

@@ -1,0 +1,117 @@
+"""Ranks that all have the whole model, each with examples of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_sam.distributed import agreement
+from fused_sam.distributed.alone import Alone
+from fused_sam.distributed.buckets import Mean, make_buckets
+from fused_sam.distributed.ddp import LocalFirstPass
+from fused_sam.distributed.overlap import Overlap
+from fused_sam.distributed.peers import Peers, any_of
+from fused_sam.distributed.shards import is_sharded
+
+if TYPE_CHECKING:
+    from fused_sam.optimizer import FusedSAM
+
+
+class Replicas(Peers):
+    """Data parallel ranks: the mean of the second gradients over all of them, of the first over those that share one e.
+
+    Args:
+        names: of the parameters of the optimizer.
+        group: all ranks.
+        scope: those whose first gradients are averaged by us; None if theirs are not.
+        cap_bytes: size of a bucket.
+        averager: what averages the second gradients.
+        local_first: what keeps first gradients from being averaged where ``averager`` would do it.
+        check_every: compare the weights of all ranks after every so many steps; 0 for never.
+    """
+
+    def __init__(
+        self,
+        names: dict[Tensor, str],
+        group: dist.ProcessGroup,
+        scope: dist.ProcessGroup | None,
+        cap_bytes: float,
+        averager: Overlap | DistributedDataParallel,
+        local_first: LocalFirstPass | None,
+        check_every: int,
+    ) -> None:
+        self._names = names
+        self._group = group
+        self._scope = scope
+        self._cap_bytes = cap_bytes
+        self._averager = averager
+        self._local_first = local_first
+        self._check_every = check_every
+        self._steps = 0
+
+    def adopt(self, params: list[Tensor]) -> Peers:
+        if any(map(is_sharded, params)):
+            raise ValueError("Invalid parameters: DTensors. Must be whole on every rank after data_parallel().")
+        named = {p: f"{len(self._names) + i} of the optimizer" for i, p in enumerate(params)}
+        if isinstance(self._averager, DistributedDataParallel):
+            require_members(named, self._averager)
+        agreement.require_same(agreement.entries((name, p) for p, name in named.items()), "parameters", self._group)
+        if isinstance(self._averager, Overlap):
+            agreement.broadcast(params, self._group)
+            self._averager.watch(params)
+        self._names.update(named)
+        return self
+
+    def copied(self) -> Peers:
+        return Alone()
+
+    def average_first(self, optimizer: FusedSAM) -> None:
+        if self._local_first is not None:
+            self._local_first.finish()
+        if self._scope is not None:
+            Mean(make_buckets(optimizer._flat_params(), self._cap_bytes), self._scope).finish()
+
+    def average_second(self, optimizer: FusedSAM) -> None:
+        if isinstance(self._averager, Overlap) and self._averager.pending:
+            self._averager.finish()
+
+    def any_overflow(self, found_inf: Tensor | None, optimizer: FusedSAM) -> Tensor | None:
+        return any_of(found_inf, optimizer._flat_params()[0].device, self._group)
+
+    def deferred(self) -> contextlib.AbstractContextManager[None]:
+        # A DistributedDataParallel can only average what a backward has just made.
+        return self._averager.skipped() if isinstance(self._averager, Overlap) else contextlib.nullcontext()
+
+    def after_step(self, optimizer: FusedSAM) -> None:
+        self._steps += 1
+        if not self._check_every or self._steps % self._check_every:
+            return
+        params = list(self._names)
+        if places := agreement.differing(params, self._group):
+            raise RuntimeError(
+                f"Replicas differ after step {self._steps}: parameter {self._names[params[places[0]]]} and "
+                f"{len(places) - 1} others. Gradients were not averaged, or weights or state were not equal before."
+            )
+
+    def reset(self) -> None:
+        if isinstance(self._averager, Overlap):
+            self._averager.reset()
+
+
+def require_members(names: dict[Tensor, str], ddp: DistributedDataParallel) -> None:
+    """Refuse parameters whose gradients the model does not average.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    members = set(ddp.parameters())
+    for p, name in names.items():
+        if p.requires_grad and p not in members:
+            raise ValueError(
+                f"Invalid parameter {name} (shape {list(p.shape)}). Must belong to the DistributedDataParallel, which "
+                "averages no others."
+            )

@@ -1,0 +1,104 @@
+"""Parameters that are DTensors: of ``fully_shard`` (FSDP2), of tensor parallelism, or of both.
+
+A rank computes with what it has of each tensor; the norm is that of all shards. The gradients of both passes come
+averaged from whatever made the DTensors, so that all ranks share one e.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_sam import ops
+from fused_sam.distributed.peers import Peers, any_of
+
+if TYPE_CHECKING:
+    from fused_sam.optimizer import FusedSAM
+    from fused_sam.routing import TensorList
+
+# A mesh, and those of its dimensions along which a tensor is cut.
+Sharding: TypeAlias = tuple[Any, tuple[int, ...]]
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether it is a DTensor. Importing them takes most of a second: where nobody has, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+@torch.no_grad()
+def local_parts(tensors: TensorList) -> TensorList:
+    """What this rank has of each tensor."""
+    return [x.to_local() if is_sharded(x) else x for x in tensors]
+
+
+class Shards(Peers):
+    """Some of the parameters are DTensors. The others are taken to be the same on all ranks."""
+
+    def local(self, tensors: TensorList) -> TensorList:
+        return local_parts(tensors)
+
+    def average_first(self, optimizer: FusedSAM) -> None:
+        _place_grads(optimizer._flat_params())
+
+    def average_second(self, optimizer: FusedSAM) -> None:
+        _place_grads(optimizer._flat_params())
+
+    def norm(self, ascent: ops.Ascent, params: list[Tensor]) -> Tensor | None:
+        """The norms of all ranks are gathered, one fp64 number each, and joined in one order: no power overflows."""
+        if ascent.q == 1:
+            return None
+        members: dict[Sharding, set[int]] = {}
+        for i, p in enumerate(params):
+            members.setdefault(_sharding(p), set()).add(i)
+        norms = []
+        for (mesh, dims), index in members.items():
+            norm: Any = (ascent if len(members) == 1 else ascent.of(index)).norm()
+            norms.append(_gathered(_owned(norm), mesh, dims, ascent.q))
+        if not norms:
+            return ascent.norm()
+        joint = norms[0] if len(norms) == 1 else ops.joint_norm([n.to(norms[0].device) for n in norms], ascent.q)
+        if joint.dim() == 0:
+            return joint
+        mine = joint[3] == dist.get_rank()
+        return torch.stack([joint[0], torch.where(mine, joint[1], -1.0), joint[2]])
+
+    def any_overflow(self, found_inf: Tensor | None, optimizer: FusedSAM) -> Tensor | None:
+        params = [p for p in optimizer._flat_params() if is_sharded(p)]
+        flag: Any = found_inf.full_tensor() if is_sharded(found_inf) else found_inf  # type: ignore[union-attr]
+        for mesh in dict.fromkeys(p.device_mesh for p in params):  # type: ignore[attr-defined]
+            for dim in range(mesh.ndim):
+                flag = any_of(flag, params[0].device, mesh.get_group(dim))
+        return flag
+
+
+def _place_grads(params: list[Tensor]) -> None:
+    """Gradients as their parameters are placed: of a replicated one, backward may leave a sum still to be made."""
+    for p in params:
+        if is_sharded(p) and p.grad is not None and p.grad.placements != p.placements:  # type: ignore[attr-defined]
+            p.grad = p.grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+
+
+def _sharding(p: Any) -> Sharding:
+    if not is_sharded(p):
+        return None, ()
+    return p.device_mesh, tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())
+
+
+def _owned(norm: Tensor) -> Tensor:
+    """For p = 1, the norm with the rank that has its element."""
+    return norm if norm.dim() == 0 else torch.cat([norm, torch.full_like(norm[:1], dist.get_rank())])
+
+
+def _gathered(norm: Tensor, mesh: Any, dims: tuple[int, ...], q: float) -> Tensor:
+    """The joint norm of the ranks along some dimensions of a mesh."""
+    for dim in dims:
+        group = mesh.get_group(dim)
+        norms = [torch.empty_like(norm) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(norms, norm.contiguous(), group=group)
+        norm = ops.joint_norm(norms, q)
+    return norm

@@ -1,0 +1,89 @@
+"""Real processes with a gloo group, which run functions of the tests: started once, since a start costs seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+COLLECTIVE_SECONDS = 20  # until a collective that a rank does not come to raises on the others
+CASE_SECONDS = 90  # until a case is ended by force: no failure may hang
+
+
+class Ranks:
+    """``size`` processes. A case that fails on any of them ends all; the next one finds new ones."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, case: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """What the function returns on each rank. It and its arguments must be picklable, and so its result."""
+        results = self.outcomes(case, *args, **kwargs)
+        failures = [f"rank {r}: {error}" for r, (ok, error) in enumerate(results) if not ok]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in results]
+
+    def outcomes(self, case: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[bool, Any]]:
+        """(True, result), or (False, traceback) where it raised or the rank was lost; one for each rank."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((case, args, kwargs))
+        results: list[tuple[bool, Any]] = [(False, f"no answer within {CASE_SECONDS} s")] * self.size
+        waiting, deadline = dict(zip(self._pipes, range(self.size))), time.monotonic() + CASE_SECONDS
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), left):
+                try:
+                    results[waiting.pop(pipe)] = pipe.recv()  # type: ignore[union-attr, call-overload]
+                except EOFError:
+                    results[self._pipes.index(pipe)] = False, "the process died"  # type: ignore[arg-type]
+        if not all(ok for ok, _ in results):
+            self.close()
+        return results
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, str(store), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{store}", timedelta(seconds=COLLECTIVE_SECONDS), world_size=size, rank=rank
+    )
+    with contextlib.suppress(EOFError):
+        while True:
+            case, args, kwargs = pipe.recv()
+            torch.manual_seed(0)
+            try:
+                pipe.send((True, case(*args, **kwargs)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
