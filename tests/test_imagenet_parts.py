@@ -8,14 +8,15 @@ import pytest
 import torch
 from helpers import FLOAT64_RTOL
 from imagenet_images import CLASSES, TRAIN, VALIDATION, write_tree
+from imagenet_net import BATCH, CPU, Net, batch, config, make_trainer, train, train_on_this_rank
+from ranks import Ranks as Processes
 from torch import nn
 
-from bench import imagenet, imagenet_config, imagenet_data, imagenet_training
+from bench import imagenet_data
 from bench.imagenet_ranks import Ranks
 from fused_sam import FusedSAM
 
-CPU = torch.device("cpu")
-BATCH = 12
+ALONE = Ranks(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -85,39 +86,10 @@ def test_without_other_processes_nothing_is_shared():
 # The arithmetic of a step
 
 
-class Net(nn.Module):
-    """In float64, and not linear."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 7), nn.Tanh(), nn.Linear(7, classes)).double()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x.double())
-
-
-def config(**options):
-    args = imagenet.parse_args(["--synthetic", "--image-size", "4", "--device", "cpu", "--rho", "0.7", "--lr", "0.3"])
-    flags = vars(args) | {"batch_size": BATCH, "backend": "native"} | options
-    return imagenet_config.Config.of(flags, classes=CLASSES, train_images=BATCH, ranks=1)
-
-
-def make_trainer(monkeypatch, options):
-    monkeypatch.setattr(imagenet_training, "make_model", lambda config: Net(CLASSES))
-    data = imagenet_data.Synthetic(BATCH, 4, 2, Ranks(0, 1, CPU))
-    return imagenet_training.Trainer(config(**options), Ranks(0, 1, CPU), data, log_every=1)
-
-
-def batch():
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(256, (BATCH, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(CLASSES, (BATCH,), generator=generator)
-
-
 def by_hand(options):
     """Weights after two steps, and the losses."""
     torch.manual_seed(0)
-    net, (images, labels) = Net(CLASSES), batch()
+    net, (images, labels) = Net(), batch()
     images, parts = imagenet_data.Normalise(CPU)(images), options.get("micro_batches", 1)
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
 
@@ -167,23 +139,47 @@ SEVERAL = [
 @pytest.mark.parametrize(
     ("options", "scaled"), [*((o, False) for o in ONE_E + SEVERAL), *((o, True) for o in ONE_E)], ids=str
 )
-def test_a_step_is_that_of_the_optimizer(monkeypatch, options, scaled):
-    """For any cut into micro-batches; with one e under a GradScaler, too, whose scale is a power of two."""
-    trainer = make_trainer(monkeypatch, options)
-    if scaled:
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    for trainer.step in range(2):
-        trainer.train_step(*batch())
-    trainer.step = 2
-    figures = trainer.look()
-    expected, loss = by_hand(options)
-    for p, q in zip(trainer.model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p, q, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-    assert figures["loss"] == pytest.approx(loss, rel=FLOAT64_RTOL)
+def test_a_step_is_that_of_the_optimizer(options, scaled):
+    """For any cut into micro-batches; with one e under a GradScaler, too."""
+    weights, loss = train(make_trainer(ALONE, scaled, **options))
+    expected, expected_loss = by_hand(options)
+    torch.testing.assert_close(weights, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+    assert loss == pytest.approx(expected_loss, rel=FLOAT64_RTOL)
 
 
-def test_the_average_of_the_weights_is_evaluated_and_saved(monkeypatch):
-    trainer = make_trainer(monkeypatch, {"ema": 0.75})
+@pytest.fixture(scope="module")
+def pair():
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+MICRO = {"micro_batches": 2, "m_sharpness": "micro"}
+
+
+@pytest.mark.parametrize(
+    ("on_two_ranks", "alone"),
+    [
+        ({"m_sharpness": "rank"}, MICRO),
+        ({"m_sharpness": "rank", "micro_batches": 3}, MICRO),
+        ({"m_sharpness": "rank", "micro_batches": 3, "scaled": True}, MICRO),
+        ({"m_sharpness": "micro", "micro_batches": 3}, MICRO | {"micro_batches": 6}),
+        ({"m_sharpness": "world", "micro_batches": 2}, {}),
+        ({"m_sharpness": 2, "scaled": True}, {}),
+        ({"optimizer": "sgd", "micro_batches": 3}, {"optimizer": "sgd"}),
+    ],
+    ids=str,
+)
+def test_ranks_are_micro_batches_that_run_at_once(pair, on_two_ranks, alone):
+    """Who shares an e with whom, over ranks and in one process."""
+    expected, expected_loss = train(make_trainer(ALONE, **alone))
+    for weights, loss in pair.run(train_on_this_rank, **on_two_ranks):
+        torch.testing.assert_close(weights, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+        assert loss == pytest.approx(expected_loss, rel=FLOAT64_RTOL)
+
+
+def test_the_average_of_the_weights_is_evaluated(monkeypatch):
+    trainer = make_trainer(ALONE, ema=0.75)
     seen = []
     for _ in range(3):
         trainer.train_step(*batch())

@@ -13,7 +13,6 @@ from imagenet_images import FLAGS, STEPS, VALIDATION, checkpoint, rows, same, wi
 
 import fused_sam
 
-pytest.importorskip("fused_sam.distributed")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
 
@@ -84,10 +83,3 @@ def test_ranks_agree_and_go_on_where_a_signal_to_one_of_them_stopped_all(run, tm
     assert trained["model"]["conv1.1.num_batches_tracked"] == 2 * 2 * STEPS
     for a, b in zip(without_times(resumed["history"]), without_times(trained["history"]), strict=True):
         assert a == pytest.approx(b)
-
-
-@pytest.mark.slow
-def test_an_e_for_each_micro_batch_keeps_the_ranks_together(run, tmp_path):
-    status, shown = run("--epochs", "1", "--m-sharpness", "micro")
-    assert status == 0, shown
-    assert same(*weights(tmp_path, "out"))
