@@ -154,10 +154,10 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Trainer:
         what = f"ranks times micro-batches, {ranks.size} x {args.micro_batches}"
         raise ValueError(f"Invalid batch_size={args.batch_size}. Must be a multiple of {what}.")
     if args.synthetic:
-        data = Synthetic(args.batch_size // ranks.size, args.image_size, WARM_UP + args.steps, ranks)
+        data = Synthetic(args.image_size, args.batch_size, args.micro_batches, WARM_UP + args.steps, ranks)
     else:
-        at_once = args.batch_size // (ranks.size * args.micro_batches)
-        data = Folders(args.data_dir, args.image_size, args.batch_size, at_once, ranks, args.seed, args.workers)
+        sizes = args.image_size, args.batch_size, args.micro_batches
+        data = Folders(args.data_dir, *sizes, ranks, args.seed, args.workers)
     flags = vars(args) | {"backend": chosen_backend(args.backend, args.device)}
     config = Config.of(flags, classes=data.classes, train_images=data.images, ranks=ranks.size)
     trainer = Trainer(config, ranks, data, args.log_every)

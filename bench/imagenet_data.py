@@ -44,19 +44,20 @@ def torchvision() -> ModuleType:
 
 
 class Synthetic:
-    """One batch of random images that is on the device."""
+    """Random images that are on the device, the same in all micro-batches; arguments as those of `Folders`."""
 
-    def __init__(self, images: int, image_size: int, steps: int, ranks: Ranks) -> None:
-        self.classes, self.steps, self.images = CLASSES, steps, images * ranks.size
+    def __init__(self, image_size: int, batch_size: int, micro_batches: int, steps: int, ranks: Ranks) -> None:
+        self.classes, self.steps, self.images = CLASSES, steps, batch_size
+        count = batch_size // (ranks.size * micro_batches)
         generator = torch.Generator().manual_seed(ranks.rank)
-        pixels = torch.randint(256, (images, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
-        labels = torch.randint(CLASSES, (images,), generator=generator)
-        self._batch = _on_device((pixels, labels), ranks.device)
+        images = torch.randint(256, (count, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(CLASSES, (count,), generator=generator)
+        self._parts = [_on_device((images, labels), ranks.device)] * micro_batches
 
-    def training(self, epoch: int, start: int) -> Iterator[Batch]:
-        """The batch, as often as there are steps."""
+    def training(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step."""
         for _ in range(start, self.steps):
-            yield self._batch
+            yield self._parts
 
 
 class Folders:
@@ -66,7 +67,7 @@ class Folders:
         root: the folder with train and val.
         image_size: of the crops.
         batch_size: images of a step, over all ranks. The last, incomplete batch of an epoch is dropped.
-        at_once: images of a rank that are evaluated together.
+        micro_batches: parts in which a rank gets its images of a step; so many are also evaluated together.
         ranks: among which the images are divided.
         seed: of the order and of the augmentation.
         workers: processes that read images, for each rank.
@@ -77,7 +78,7 @@ class Folders:
     """
 
     def __init__(
-        self, root: Path, image_size: int, batch_size: int, at_once: int, ranks: Ranks, seed: int, workers: int
+        self, root: Path, image_size: int, batch_size: int, micro_batches: int, ranks: Ranks, seed: int, workers: int
     ) -> None:
         vision = torchvision()
         training = vision.datasets.ImageFolder(root / "train", _augmentation(vision.transforms, image_size))
@@ -87,9 +88,10 @@ class Folders:
             raise ValueError(f"Invalid class {different} in {root}. Must be a folder of both train and val.")
         if len(training) < batch_size:
             raise ValueError(f"Invalid {batch_size=}. Must be <= {len(training)}, the images in {root / 'train'}.")
-        self.classes, self.images, self._device = len(training.classes), len(training), ranks.device
-        self._batches = RankBatches(len(training), batch_size, ranks.rank, ranks.size, seed)
-        self.steps = len(self._batches)
+        self.classes, self.images, self.steps = len(training.classes), len(training), len(training) // batch_size
+        self._device, self._micro_batches = ranks.device, micro_batches
+        self._order = MicroBatches(len(training), batch_size, micro_batches, ranks, seed)
+        at_once = batch_size // (ranks.size * micro_batches)
         mine = range(ranks.rank, len(validation), ranks.size)  # nothing is counted twice, so that ranks may have fewer
         options: dict[str, Any] = {
             "num_workers": workers,
@@ -99,14 +101,18 @@ class Folders:
             # Otherwise each epoch, begun or taken up again, takes a number from the generator of the model's dropout.
             "generator": torch.Generator(),
         }
-        self._training = DataLoader(Augmented(training, seed), batch_sampler=self._batches, **options)
+        self._training = DataLoader(Augmented(training, seed), batch_sampler=self._order, **options)
         self._validation = DataLoader(validation, batch_size=at_once, sampler=mine, **options)
 
-    def training(self, epoch: int, start: int) -> Iterator[Batch]:
-        """What this rank takes of the batches of an epoch, from the step ``start`` on."""
-        self._batches.epoch, self._batches.start = epoch, start
-        for batch in self._training:
-            yield _on_device(batch, self._device)
+    def training(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step of an epoch, from the step ``start`` on."""
+        self._order.epoch, self._order.start = epoch, start
+        parts = []
+        for part in self._training:
+            parts.append(_on_device(part, self._device))
+            if len(parts) == self._micro_batches:
+                yield parts
+                parts = []
 
     def validation(self) -> Iterator[Batch]:
         """What this rank evaluates."""
@@ -114,23 +120,24 @@ class Folders:
             yield _on_device(batch, self._device)
 
 
-class RankBatches(Sampler[list[tuple[int, int]]]):
-    """(epoch, image) pairs of each batch, as far as this rank is concerned; set ``epoch`` and ``start`` before use."""
+class MicroBatches(Sampler[list[tuple[int, int]]]):
+    """(epoch, image) pairs of each micro-batch of a rank; set ``epoch`` and the step to ``start`` with before use."""
 
-    def __init__(self, images: int, batch_size: int, rank: int, ranks: int, seed: int) -> None:
-        self.images, self.batch_size, self.rank, self.ranks, self.seed = images, batch_size, rank, ranks, seed
+    def __init__(self, images: int, batch_size: int, micro_batches: int, ranks: Ranks, seed: int) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.shares, self.micro_batches = ranks.rank, ranks.size * micro_batches, micro_batches
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return self.images // self.batch_size
+        return (self.images // self.batch_size - self.start) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
         order = torch.randperm(self.images, generator=generator)
-        mine = self.batch_size // self.ranks
-        for step in range(self.start, len(self)):
-            first = step * self.batch_size + self.rank * mine
-            yield [(self.epoch, i) for i in order[first : first + mine].tolist()]
+        for step in range(self.start, self.images // self.batch_size):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            for part in batch.chunk(self.shares)[self.rank * self.micro_batches :][: self.micro_batches]:
+                yield [(self.epoch, i) for i in part.tolist()]
 
 
 class Augmented(Dataset[Batch]):

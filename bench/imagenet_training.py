@@ -80,20 +80,18 @@ class Trainer:
     def train_epoch(self, out: Path, reporter: Reporter, requests: checkpoint.Requests) -> None:
         """The steps of the present epoch that are left."""
         self.model.train()
-        for images, labels in self.data.training(self.epoch, self.step):
-            self.train_step(images, labels)
+        for parts in self.data.training(self.epoch, self.step):
+            self.train_step(parts)
             self.step += 1
             reporter.advance()
             if self.step % self.log_every == 0 or self.step == self.data.steps:
                 reporter.interval(self.look(), self.steps_made)
             self._stop_if_asked(requests, out)
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One step with this rank's part of a batch."""
+    def train_step(self, parts: list[Batch]) -> None:
+        """One step with this rank's micro-batches."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.epoch + self.step / self.data.steps)
-        count = self.config.micro_batches
-        parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
         closures = isinstance(self.optimizer, fused_sam.FusedSAM) and not self.scaler.is_enabled()
         with self.clock.part("step"):
             loss = self._step_by_closures(parts) if closures else self._step_by_calls(parts)
@@ -181,10 +179,10 @@ class Trainer:
     def measure(self, warm_up: int) -> dict[str, Any]:
         """An epoch without anything around it; figures as those of `look`, of the steps after the first ones."""
         self.model.train()
-        for images, labels in self.data.training(0, 0):
+        for parts in self.data.training(0, 0):
             if self.step == warm_up:
                 self.look()
-            self.train_step(images, labels)
+            self.train_step(parts)
             self.step += 1
         return self.look()
 

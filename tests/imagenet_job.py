@@ -10,14 +10,14 @@ import signal
 import torch
 import torchvision_ops
 
-from bench import imagenet, imagenet_training
+from bench import imagenet, imagenet_data, imagenet_training
 
 
 class Watched(imagenet_training.Trainer):
     """A run that the tests can look into."""
 
-    def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        super().train_step(images, labels)
+    def train_step(self, parts: list[imagenet_data.Batch]) -> None:
+        super().train_step(parts)
         if (os.environ.get("STOP_RANK"), os.environ.get("STOP_STEP")) == (str(self.ranks.rank), str(self.step)):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -47,7 +47,7 @@ def batch() -> imagenet_data.Batch:
 def make_trainer(ranks: Ranks, scaled: bool = False, **options: Any) -> imagenet_training.Trainer:
     """``scaled``: as with fp16, but in full precision; the scale is a power of two."""
     with mock.patch.object(imagenet_training, "make_model", make_net):
-        data = imagenet_data.Synthetic(BATCH // ranks.size, SIZE, STEPS, ranks)
+        data = imagenet_data.Synthetic(SIZE, BATCH, options.get("micro_batches", 1), STEPS, ranks)
         trainer = imagenet_training.Trainer(config(ranks.size, **options), ranks, data, log_every=1)
     if scaled:
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
@@ -56,9 +56,11 @@ def make_trainer(ranks: Ranks, scaled: bool = False, **options: Any) -> imagenet
 
 def train(trainer: imagenet_training.Trainer) -> tuple[list[torch.Tensor], float]:
     """The weights after the steps, and the mean of the losses."""
-    images, labels = (x.chunk(trainer.ranks.size)[trainer.ranks.rank] for x in batch())
+    count = trainer.config.micro_batches
+    parts = list(zip(*(x.chunk(trainer.ranks.size * count) for x in batch())))
+    parts = parts[trainer.ranks.rank * count :][:count]
     for trainer.step in range(STEPS):
-        trainer.train_step(images, labels)
+        trainer.train_step(parts)
     trainer.step = STEPS
     return [p.detach() for p in trainer.model.parameters()], trainer.look()["loss"]
 

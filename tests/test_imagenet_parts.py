@@ -24,19 +24,20 @@ def tree(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp("images"))
 
 
-def folders(tree, *, rank=0, ranks=1, seed=3, workers=0):
-    return imagenet_data.Folders(tree, 24, BATCH, 7, Ranks(rank, ranks, CPU), seed, workers)
+def folders(tree, *, rank=0, ranks=1, micro_batches=1, seed=3, workers=0):
+    return imagenet_data.Folders(tree, 24, BATCH, micro_batches, Ranks(rank, ranks, CPU), seed, workers)
 
 
 def test_ranks_share_every_batch_and_every_image_that_is_evaluated(tree):
     alone = list(folders(tree).training(1, 0))
-    shares = zip(*(folders(tree, rank=rank, ranks=3).training(1, 0) for rank in range(3)), strict=True)
+    ranks = [folders(tree, rank=rank, ranks=3, micro_batches=2).training(1, 0) for rank in range(3)]
     assert len(alone) == TRAIN // BATCH
-    for (images, labels), parts in zip(alone, shares, strict=True):
+    for ((images, labels),), *shares in zip(alone, *ranks, strict=True):
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert images.shape == (BATCH, 3, 24, 24)
-        assert torch.equal(images, torch.cat([part[0] for part in parts]))
-        assert torch.equal(labels, torch.cat([part[1] for part in parts]))
+        assert [len(y) for share in shares for _, y in share] == [2] * 6
+        assert torch.equal(images, torch.cat([x for share in shares for x, _ in share]))
+        assert torch.equal(labels, torch.cat([y for share in shares for _, y in share]))
 
     evaluated = [torch.cat([y for _, y in folders(tree, rank=rank, ranks=2).validation()]) for rank in range(2)]
     assert [len(labels) for labels in evaluated] == [VALIDATION // 2 + 1, VALIDATION // 2]
@@ -48,7 +49,7 @@ def test_images_follow_from_seed_and_epoch_alone(tree):
     def images(epoch, start=0, **options):
         torch.manual_seed(len(options))
         before = torch.get_rng_state()
-        batches = [x for x, _ in folders(tree, **options).training(epoch, start)]
+        batches = [x for parts in folders(tree, **options).training(epoch, start) for x, _ in parts]
         assert torch.equal(torch.get_rng_state(), before)
         return torch.cat(batches)
 
@@ -182,7 +183,7 @@ def test_the_average_of_the_weights_is_evaluated(monkeypatch):
     trainer = make_trainer(ALONE, ema=0.75)
     seen = []
     for _ in range(3):
-        trainer.train_step(*batch())
+        trainer.train_step([batch()])
         seen.append([p.detach().clone() for p in trainer.model.parameters()])
     for i, p in enumerate(trainer.average.parameters()):
         expected = 0.75 * (0.75 * seen[0][i] + 0.25 * seen[1][i]) + 0.25 * seen[2][i]
