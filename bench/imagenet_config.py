@@ -118,6 +118,5 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(**options)
     ascent = {name: getattr(config, name) for name in SAM_OPTIONS}
     sam = fused_sam.FusedSAM(**options, **ascent, backend=config.backend, replay_rng=True)
-    if config.direction == "gradient":  # along the momentum there is no pass but the one at w + e
-        fused_sam.batchnorm.first_pass_only(model, sam)
+    fused_sam.batchnorm.first_pass_only(model, sam)
     return sam
