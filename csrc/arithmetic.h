@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace fused_sam {
@@ -33,6 +35,27 @@ FUSED_SAM_HD void dispatch(DType param, DType grad, const F& f) {
   } else {
     if (grad == DType::f32) f(f16{}, float{});
     if (grad == DType::f16) f(f16{}, f16{});
+  }
+}
+
+// Stands for the storage type of the model where parameters are their own.
+struct NoModel {};
+
+// The storage type of what the model computes with.
+template <class P, class M>
+using ModelOr = typename std::conditional<std::is_same<M, NoModel>::value, P, M>::type;
+
+// Calls f(P{}, G{}, M{}) with that of the model, too.
+template <class F>
+FUSED_SAM_HD void dispatch(DType param, DType grad, DType model, const F& f) {
+  if (model == DType::bf16) {
+    if (grad == DType::f32) f(float{}, float{}, bf16{});
+    if (grad == DType::bf16) f(float{}, bf16{}, bf16{});
+  } else if (model == DType::f16) {
+    if (grad == DType::f32) f(float{}, float{}, f16{});
+    if (grad == DType::f16) f(float{}, f16{}, f16{});
+  } else {
+    dispatch(param, grad, [&](auto p, auto g) { f(p, g, NoModel{}); });
   }
 }
 

@@ -129,7 +129,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("clear_grads", &clear_grads);
   m.def("lookup", &lookup);
   py::class_<Batch>(m, "Batch")
-      .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, int>())
+      .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, const py::object&, int>())
       .def_property_readonly("odd", &Batch::odd)
       .def_property_readonly("kept", &Batch::kept)
       .def("make_backups", &Batch::make_backups)

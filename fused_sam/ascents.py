@@ -6,6 +6,7 @@ Like `fused_sam.bases`, the other half, these work closely with `FusedSAM`, whos
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import ops, param_groups, projected
+from fused_sam import masters, ops, param_groups, projected
 from fused_sam.telemetry import Probe
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ class AlongGradient:
         grads = host.get_grads(params)
         left_out = param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
-        ascent = ops.Ascent(local(params), local(grads), groups, optimizer.backend, optimizer.p)
+        copies = optimizer._masters_of(params, grads)
+        ascent = ops.Ascent(local(params), local(grads), groups, optimizer.backend, optimizer.p, _local(local, copies))
         norm = optimizer._peers.norm(ascent, params)
         state = Displacement(
             [] if norm is None else [norm], probe=Probe(params, grads) if optimizer.telemetry else None
@@ -142,12 +144,16 @@ class AlongGradient:
         if self.keep_grads:
             state.grads = [None if g is None else g.detach().clone() for g in grads]
         if self.steps > 1:
-            state.backups = [None if g is None else torch.empty_like(p) for p, g in zip(params, grads)]
+            state.backups = [
+                None if g is None or m is not None else torch.empty_like(p)
+                for p, g, m in zip(params, grads, copies or [None] * len(params))
+            ]
         optimizer._ascent = state
         try:
             if take_grads:
                 host.clear_grads(params)
             ascent.perturb(norm, state.journal, state.backups, owned=take_grads)
+            masters.enter(optimizer.state, params, copies)
             if state.probe is not None:
                 state.probe.measure_radius(final=self.steps == 1)
             state.steps = 1
@@ -164,7 +170,11 @@ class AlongGradient:
         param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
         assert state.backups is not None
-        norm = projected.advance(params, grads, state.backups, groups, optimizer.backend, optimizer.p, state.journal)
+        copies = optimizer._masters_of(params, grads)
+        norm = projected.advance(
+            params, grads, state.backups, copies, groups, optimizer.backend, optimizer.p, state.journal
+        )
+        masters.enter(optimizer.state, params, copies)
         if norm is not None:
             state.norms.append(norm)
         state.steps += 1
@@ -196,7 +206,10 @@ class AlongMomentum:
             group._replace(rho=-group.rho, decay=0.0) for group in param_groups.ascent_groups(optimizer.param_groups)
         ]
         local = optimizer._peers.local
-        ascent = ops.Ascent(local(params), local(momenta), groups, optimizer.backend, optimizer.p)
+        copies = optimizer._masters_of(params, momenta)
+        ascent = ops.Ascent(
+            local(params), local(momenta), groups, optimizer.backend, optimizer.p, _local(local, copies)
+        )
         norm = optimizer._peers.norm(ascent, params)
         assert norm is not None
         state = Displacement([norm], of_gradients=False)
@@ -207,6 +220,7 @@ class AlongMomentum:
             if take_grads:
                 optimizer._host().clear_grads(params)
             ascent.perturb(norm, state.journal)
+            masters.enter(optimizer.state, params, copies)
             if state.probe is not None:
                 state.probe.measure_radius()
             state.steps = 1
@@ -222,3 +236,7 @@ class AlongMomentum:
         if any(optimizer.state.values()):
             raise RuntimeError(f"direction='momentum' needs a base optimizer that keeps one of {list(self.KEYS)}.")
         return [None] * len(params)
+
+
+def _local(local: Callable[[Any], Any], copies: list[Any] | None) -> list[Any] | None:
+    return None if copies is None else local(copies)

@@ -108,43 +108,44 @@ def _run(closure: Closure, state: Any = None) -> Any:
 def _mean_gradient(optimizer: FusedSAM, pairs: Sequence[tuple[Closure, Closure]]) -> tuple[Any, Report]:
     """The mean of the closures' second gradients in p.grad. Also the mean loss.
 
-    With several closures the weights are back at w then: every sum is taken before any weight is updated.
+    With several closures the weights are at w + e of the last one then, for the base step to restore in its own pass.
     """
     if len(pairs) == 1:
         loss, report = _gradient(optimizer, *pairs[0])
         return _mean([loss]), stacked([report])
-    sums: dict[Tensor, Tensor] = {}
+    means: dict[Tensor, Tensor] = {}
     losses, reports = [], []
-    for closure, ascent in pairs:
+    for number, (closure, ascent) in enumerate(pairs, start=1):
         with optimizer._peers.deferred():
             loss, report = _gradient(optimizer, closure, ascent)
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)  # a graph would keep memory
         reports.append(report)
-        optimizer.restore()
-        _accumulate(sums, optimizer._flat_params())
-    if sums:
-        torch._foreach_div_(list(sums.values()), float(len(pairs)))
+        if number < len(pairs):
+            optimizer.restore()
+        _average(means, optimizer._flat_params(), number)
     for p in optimizer._flat_params():
-        p.grad = sums.get(p)
+        p.grad = means.get(p)
     return _mean(losses), stacked(reports)
 
 
-def _accumulate(sums: dict[Tensor, Tensor], params: list[Tensor]) -> None:
-    """sums[p] += p.grad, for the parameters that have one.
+def _average(means: dict[Tensor, Tensor], params: list[Tensor], count: int) -> None:
+    """The mean of the gradients of ``count`` closures from that of all but the last one, whose p.grad is there now.
 
+        mean_k = mean_(k-1) + (g_k - mean_(k-1)) / k
+
+    No pass divides a sum at the end, no sum overflows in 16 bits, and the mean of equal gradients is theirs exactly.
     The first gradient is copied, and not taken: it may be a view of a buffer into which the next backward writes.
     """
-    totals, grads = [], []
-    for p in params:
-        if p.grad is None:
-            continue
-        if p in sums:
-            totals.append(sums[p])
-            grads.append(p.grad)
-        else:
-            sums[p] = p.grad.detach().clone()
-    if totals:
-        torch._foreach_add_(totals, grads)
+    grads = {p: p.grad for p in params if p.grad is not None}
+    known = [p for p in grads if p in means]
+    fresh = [p for p in grads if p not in means]
+    missing = [mean for p, mean in means.items() if p not in grads]
+    if known:
+        torch._foreach_lerp_([means[p] for p in known], [grads[p] for p in known], 1 / count)
+    if fresh:
+        means.update(zip(fresh, torch._foreach_mul([grads[p] for p in fresh], 1 / count)))
+    if missing:
+        torch._foreach_mul_(missing, (count - 1) / count)
 
 
 def _mean(losses: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_sam import ops
+from fused_sam import masters, ops
 from fused_sam.ascents import Displacement
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def keep(optimizer: FusedSAM, ascent: Displacement) -> None:
         state = optimizer.state[p]
         last = state.get(KEY)
         if last is None:
-            last = torch.zeros_like(p)
+            # As all state of a parameter that has an fp32 master.
+            last = torch.zeros_like(p, dtype=torch.float32 if masters.KEY in state else p.dtype)
         state[KEY] = torch.where(usable.to(p.device), part.to(last.dtype), last)
 
 

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import ascents, backends, bases, clipping, closures, looksam, ops, param_groups, routing, schedule
+from fused_sam import (
+    ascents,
+    backends,
+    bases,
+    clipping,
+    closures,
+    looksam,
+    masters,
+    ops,
+    param_groups,
+    routing,
+    schedule,
+)
 from fused_sam.backends import eager
 from fused_sam.distributed import shards
 from fused_sam.distributed.alone import Alone
@@ -80,6 +92,8 @@ class FusedSAM(Optimizer):
         decay_in_ascent: take the gradient of the loss plus ``weight_decay`` / 2 ||w||^2 for the ascent too, as the
             paper's own code does: g + weight_decay * w, with the group's ``weight_decay``; g - weight_decay * w in
             groups with ``maximize``. Not for decay that is decoupled from the loss (AdamW).
+        master_weights: keep w of fp16 and bf16 parameters in fp32 (``"master"`` in their state), and all other state of
+            theirs in fp32. The parameters are w or w + e, rounded. For SGD, Adam and AdamW.
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
@@ -114,6 +128,7 @@ class FusedSAM(Optimizer):
         second_order: bool = False,
         reuse: float | None = None,
         decay_in_ascent: bool = False,
+        master_weights: bool = False,
         telemetry: bool = False,
         **base_options: Any,
     ) -> None:
@@ -147,6 +162,9 @@ class FusedSAM(Optimizer):
         self._along = ascents.make_ascent(
             inner, direction, ascent_steps, second_order, self.reuse, self.p, interval, decay_in_ascent
         )
+        if second_order and master_weights:
+            raise ValueError(f"Invalid {second_order=} with {master_weights=}. Autograd sees the rounded weights only.")
+        self._masters = bases.make_masters(self._base, master_weights)
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
         if not self._schedule.always:
             self.param_groups[0].setdefault(schedule.KEY, 0)
@@ -191,7 +209,7 @@ class FusedSAM(Optimizer):
         .. math:: g = \frac{1}{k} \sum_i \nabla L_i(w + \epsilon_i), \qquad
             \epsilon_i = \rho \, \nabla L_i(w) / \lVert \nabla L_i(w) \rVert_2.
 
-        A gradient that is None for some closures counts as zero there. The sum takes one more gradient-sized buffer.
+        A gradient that is None for some closures counts as zero there. The mean takes one more gradient-sized buffer.
 
         ``ascent`` is called at w instead of the closure, and may be for a part of the examples only: with a quarter of
         them a step costs about as much as 1.25 steps of SGD. With a list of closures it is a list as long.
@@ -246,6 +264,7 @@ class FusedSAM(Optimizer):
             return
         ops.undo(self._ascent.journal)
         self._ascent = None
+        self._note_masters()
 
     def _ascend(self, take_grads: bool) -> None:
         if not self.perturb_next:
@@ -294,9 +313,24 @@ class FusedSAM(Optimizer):
             raise self._named(error) from None
         finally:
             self.restore()
+        if ascent is None:
+            self._note_masters()
         schedule.count(self.param_groups)
         self.last = report
         self._peers.after_step(self)
+
+    def _masters_of(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None] | None:
+        """The fp32 copies of w, with what was written into the parameters since the last step; None without any."""
+        if self._masters is None:
+            return None
+        copies = self._masters.of(self.state, params, grads)
+        if self._ascent is None:
+            self._masters.refresh(params, copies)
+        return copies
+
+    def _note_masters(self) -> None:
+        if self._masters is not None:
+            self._masters.note(self._flat_params())
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -340,6 +374,11 @@ class FusedSAM(Optimizer):
             peers = self._peers.adopt(group["params"])
             if isinstance(peers, shards.Shards):
                 self._along.require_whole_parameters(self.second_order)
+                if self._masters is not None:
+                    raise ValueError(
+                        "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "
+                        "MixedPrecisionPolicy(param_dtype=...)."
+                    )
             self._peers = peers
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -359,6 +398,7 @@ class FusedSAM(Optimizer):
         """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         self._require_unperturbed("load_state_dict()")
         super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
+        masters.load(self._masters, state_dict, self.state, self.param_groups)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -372,7 +412,7 @@ class FusedSAM(Optimizer):
 
 # What a copy takes along, beside what torch.optim.Optimizer does.
 _COPIED = (
-    *("_along", "_backend", "_base", "_schedule"),
+    *("_along", "_backend", "_base", "_masters", "_schedule"),
     *("capturable", "max_grad_norm", "p", "replay_rng", "reuse", "second_order", "telemetry"),
 )
 

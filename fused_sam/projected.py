@@ -23,29 +23,32 @@ def advance(
     params: list[Tensor],
     grads: list[Any],
     backups: list[Any],
+    masters: list[Any] | None,
     groups: list[ops.AscentGroup],
     backend: str | None,
     p: float,
     journal: ops.Journal,
 ) -> Tensor | None:
-    """One step. ``backups[i]`` holds w of a parameter that is displaced, and is filled in for one that now becomes it.
+    """One step. ``backups[i]`` holds w of a parameter that is displaced, and is filled in for one that now becomes it;
+    a master that there is holds w instead.
 
     Returns:
         The norm of the gradients, as `ops.norm` does. Where it is zero or not finite e stays.
     """
-    _keep_newcomers(params, grads, backups, journal)
+    masters = [None] * len(params) if masters is None else masters
+    _keep_newcomers(params, grads, backups, masters, journal)
     of_tensor = [group for group in groups for _ in range(group.size)]
     # Weight decay is taken where the gradient was, at w + e.
     grads = [
         g if g is None or not group.decay else g + group.decay * w for w, g, group in zip(params, grads, of_tensor)
     ]
     groups = [group._replace(decay=0.0) for group in groups]
-    weights = [w if b is None else b for w, b in zip(params, backups)]
-    norm = ops.norm(weights, grads, groups, backend, p)
-    moved = [i for i, b in enumerate(backups) if b is not None]
+    kept = [b if m is None else m for b, m in zip(backups, masters)]
+    norm = ops.norm([w if k is None else k for w, k in zip(params, kept)], grads, groups, backend, p)
+    moved = [i for i, k in enumerate(kept) if k is not None]
     es, sizes = [], []
     for i in moved:
-        w = backups[i].double()
+        w = kept[i].double()
         group = of_tensor[i].on(w.device, of_tensor[i].size)
         t = w.abs() + group.eta if group.adaptive else torch.ones_like(w)
         e = params[i].double() - w
@@ -54,20 +57,24 @@ def advance(
         es.append(e)
         sizes.append(group.rho * t)
     for i, e in zip(moved, _project(es, sizes, p)):
-        params[i].copy_(backups[i].double() + e)
+        params[i].copy_(kept[i].double() + e)
     return norm
 
 
-def _keep_newcomers(params: list[Tensor], grads: list[Any], backups: list[Any], journal: ops.Journal) -> None:
-    """Back up the parameters whose first gradient comes only now."""
+def _keep_newcomers(
+    params: list[Tensor], grads: list[Any], backups: list[Any], masters: list[Any], journal: ops.Journal
+) -> None:
+    """Back up the parameters whose first gradient comes only now. One with a new master is restored from a copy, too:
+    what the journal restores from masters was entered before."""
     new: list[Any] = [None] * len(params)
-    for i, (g, b) in enumerate(zip(grads, backups)):
-        if g is not None and b is None:
-            new[i] = torch.empty_like(params[i])
+    restored = {id(p) for entry in journal for p, kept in zip(entry.params, entry.kept) if kept is not None}
+    for i, (p, g) in enumerate(zip(params, grads)):
+        if g is not None and id(p) not in restored:
+            new[i] = torch.empty_like(p)
     if any(b is not None for b in new):
         journal.append(Copies(params, new))
         for i, b in enumerate(new):
-            if b is not None:
+            if b is not None and masters[i] is None:
                 backups[i] = b
 
 

@@ -156,6 +156,26 @@ def test_gradients_that_come_and_go_between_the_steps(backend: str, device: str)
     assert_same_bits(params, start)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+def test_with_masters_it_is_the_ascent_of_fp32_weights(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Rounded after each step; a parameter of which the first gradient comes late, too."""
+    params = leaves(9, LARGE, 67, device=device, dtype=dtype)
+    twins = [x.detach().float() for x in params]
+    w = snapshot(params)
+    opt = FusedSAM(params, rho=0.4, ascent_steps=3, master_weights=True, backend=backend, lr=0.13)
+    wide = FusedSAM(twins, rho=0.4, ascent_steps=3, backend=backend, lr=0.13)
+    for pattern in ((0, 1), (0, 2), (1, 2)):
+        g = [torch.randn_like(x) if i in pattern else None for i, x in enumerate(params)]
+        for optimizer, tensors in ((opt, params), (wide, twins)):
+            set_grads(tensors, g)
+            optimizer.first_step(zero_grad=True)
+        for x, y in zip(params, twins):
+            # e is read back from the rounded weights, so that roundings of two steps may meet.
+            torch.testing.assert_close(x.float(), y, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    opt.restore()
+    assert_same_bits(params, w)
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_a_norm_that_says_nothing_leaves_e_as_it_is(value: float, backend: str, device: str) -> None:
     params = leaves(9, 67, device=device)

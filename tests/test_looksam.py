@@ -212,9 +212,11 @@ def test_the_scale_of_a_scaler_may_change_between_the_steps(backend: str, device
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_resume_is_bit_exact_in_the_middle_of_an_interval(backend: str, device: str) -> None:
-    net, data = small_net(torch.float32, device), batches(8, torch.float32, device)
-    options = {"rho": 0.3, "interval": 3, "reuse": ALPHA, "backend": backend, **HYPER}
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_resume_is_bit_exact_in_the_middle_of_an_interval(master_weights: bool, backend: str, device: str) -> None:
+    dtype = torch.bfloat16 if master_weights else torch.float32
+    net, data = small_net(dtype, device), batches(8, dtype, device)
+    options = {"rho": 0.3, "interval": 3, "reuse": ALPHA, "backend": backend, "master_weights": master_weights, **HYPER}
     opt = FusedSAM(net.parameters(), **options)
     for batch in data[:2]:
         opt.step(closure_for(net, batch))

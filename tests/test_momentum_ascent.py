@@ -102,6 +102,23 @@ def test_e_leads_against_the_momentum_and_has_length_rho(dtype: torch.dtype, bac
     assert all(not x.any() for x in params)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+def test_with_masters_a_trajectory_is_that_of_fp32_weights(dtype: torch.dtype, backend: str, device: str) -> None:
+    params = leaves(9, LARGE, 67, device=device, dtype=dtype)
+    twins = [x.detach().float() for x in params]
+    options = {"rho": 0.4, "direction": "momentum", "backend": backend, **HYPER}
+    opt, wide = FusedSAM(params, master_weights=True, **options), FusedSAM(twins, **options)
+    for _ in range(3):
+        opt.first_step()
+        wide.first_step()
+        assert_same_bits(params, [x.to(dtype) for x in twins])
+        g = [torch.randn_like(x) for x in params]
+        for optimizer, tensors in ((opt, params), (wide, twins)):
+            set_grads(tensors, g)
+            optimizer.step()
+        assert_same_bits(params, [x.to(dtype) for x in twins])
+
+
 @pytest.mark.parametrize("scale", [1e-35, 1e35])
 def test_momentum_near_the_ends_of_fp32(scale: float, backend: str, device: str) -> None:
     params = [torch.zeros(n, device=device).requires_grad_() for n in (9, 67)]

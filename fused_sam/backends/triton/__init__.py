@@ -33,10 +33,21 @@ if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
     from fused_sam.routing import TensorList
 
-__all__ = ["BASE_STEPS", "NEEDS_DENSE", "Batch", "batch", "clear_grads", "get_grads", "lookup", "why_not"]
+__all__ = [
+    "BASE_STEPS",
+    "NEEDS_DENSE",
+    "TAKES_MASTERS",
+    "Batch",
+    "batch",
+    "clear_grads",
+    "get_grads",
+    "lookup",
+    "why_not",
+]
 
 NEEDS_DENSE = True
 BASE_STEPS = ("sgd_update", "adam_update")
+TAKES_MASTERS = False
 
 # Backups of tensors smaller than this share one allocation: asking who owns a gradient costs more than the memory.
 SMALL_BYTES = 4096
