@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import time
 from dataclasses import asdict
@@ -264,9 +265,11 @@ def _parallel(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
     """What forwards go through."""
     if ranks.size == 1:
         return model
-    # Running statistics are averaged before they are used, which is not in training.
+    # Running statistics are averaged before they are used, which is not in training. Newer versions have another name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    parallel = DistributedDataParallel(model, device_ids=devices, **{sync: False})
     if isinstance(optimizer, fused_sam.FusedSAM):
         from fused_sam.distributed import data_parallel
 

@@ -57,6 +57,7 @@ def test_ranks_agree_and_go_on_where_a_signal_to_one_of_them_stopped_all(run, tm
     status, shown = run(out="whole")
     assert status == 0, shown
     assert shown.count("epoch 2: training loss") == 1
+    assert "Warning" not in shown
     first, second = weights(tmp_path, "whole")
     assert same(first, second)
     (row,) = rows(tmp_path / "whole")
