@@ -17,7 +17,7 @@ from pathlib import Path
 from bench import gpu_plot, gpu_tables, records, step_plot, tables
 from bench.tables import latest
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md")
 BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS
 PLOTS = {
     "docs/step_cpu.png": step_plot.draw,

@@ -18,6 +18,7 @@ Key = tuple[object, ...]
 # What makes two rows of a kind the same measurement.
 STEP_KEY = ("set", "dtype", "threads", "variant")
 KEYS = {
+    "distributed": ("variant",),
     "train": ("job", "optimizer", "seed"),
     "gpu_step": ("set", "dtype", "mode", "variant"),
     "gpu_iteration": ("model", "batch", "variant"),
@@ -230,6 +231,23 @@ def train(rows: Sequence[Row]) -> str:
     return f"{table(heads, lines)}\n\n{caption(shown)}"
 
 
+def distributed(rows: Sequence[Row]) -> str:
+    """What a rank takes part in during one step: calls and elements, in units of the number of parameters."""
+    counted = [row for row in rows if row["kind"] == "distributed"]
+    if not counted:
+        return ""
+    lines = []
+    for row in counted:
+        sums, copies = (row["collectives"].get(name, [0, 0]) for name in ("all_reduce", "broadcast"))
+        lines.append([row["variant"], str(sums[0]), f"{sums[1] / row['parameters']:.2f}", str(copies[0])])
+    return "\n\n".join(
+        [
+            table(["a step of", "all-reduces", "elements per parameter", "broadcasts of buffers"], lines),
+            f"{counted[0]['ranks']} ranks, {counted[0]['parameters']} parameters. {caption(counted)}",
+        ]
+    )
+
+
 def _mean(values: Sequence[float]) -> str:
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation}"
@@ -241,5 +259,6 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "bench:options": options,
     "bench:host": host,
     "bench:memory": memory,
+    "bench:distributed": distributed,
     "train": train,
 }

@@ -230,9 +230,20 @@ class FusedSAM(Optimizer):
         if ascent is not None:
             raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
         if self.perturb_next:
-            raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
+            if not self._makes_state_only():
+                raise RuntimeError(
+                    "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
+                )
+            self._base.step(self, [], None, None)
+            return None
         self._descend()
         return None
+
+    def _makes_state_only(self) -> bool:
+        """Whether a step without an ascent is torch.distributed.checkpoint's: with lr 0, before the first, so that
+        there is state to load into."""
+        rates = [ops.host_number(group["lr"]) for group in self.param_groups]
+        return not self.state and all(isinstance(lr, float) and lr == 0.0 for lr in rates)
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -374,6 +385,8 @@ class FusedSAM(Optimizer):
             peers = self._peers.adopt(group["params"])
             if isinstance(peers, shards.Shards):
                 self._along.require_whole_parameters(self.second_order)
+                if self.telemetry:
+                    raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
                 if self._masters is not None:
                     raise ValueError(
                         "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 
 from fused_sam import backends
 
@@ -76,6 +77,22 @@ def ieee_roots(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.as_tensor(np.asarray(np.sqrt(x.detach().numpy())))
 
     monkeypatch.setattr(torch.Tensor, "sqrt", sqrt)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Ranks]:
+    """Two processes for as long as there are tests."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    """Four processes for as long as there are tests."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_SECONDS = 20  # until a collective that a rank does not come to raises on the others
-CASE_SECONDS = 90  # until a case is ended by force: no failure may hang
+COLLECTIVE_SECONDS = 60  # until a collective that a rank does not come to raises on the others
+CASE_SECONDS = 120  # until a case is ended by force: no failure may hang
 
 
 class Ranks:
@@ -41,11 +41,18 @@ class Ranks:
         results: list[tuple[bool, Any]] = [(False, f"no answer within {CASE_SECONDS} s")] * self.size
         waiting, deadline = dict(zip(self._pipes, range(self.size))), time.monotonic() + CASE_SECONDS
         while waiting and (left := deadline - time.monotonic()) > 0:
-            for pipe in wait(list(waiting), left):
-                try:
-                    results[waiting.pop(pipe)] = pipe.recv()  # type: ignore[union-attr, call-overload]
-                except EOFError:
-                    results[self._pipes.index(pipe)] = False, "the process died"  # type: ignore[arg-type]
+            # A process that has died closes its sentinel; its pipe may be open in the one that forked it.
+            wait([*waiting, *(self._processes[rank].sentinel for rank in waiting.values())], left)
+            for pipe, rank in list(waiting.items()):
+                alive = self._processes[rank].is_alive()
+                if pipe.poll():
+                    with contextlib.suppress(EOFError):
+                        results[rank] = pipe.recv()
+                        alive = False
+                elif not alive:
+                    results[rank] = False, "the process died"
+                if not alive:
+                    del waiting[pipe]
         if not all(ok for ok, _ in results):
             self.close()
         return results
@@ -60,7 +67,9 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported everything once, and has never computed.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor", "helpers", "fused_sam"])
         store = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()

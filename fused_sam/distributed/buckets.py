@@ -75,13 +75,28 @@ class Bucket:
         return views
 
 
+class Layout:
+    """Buckets for a list of parameters, cut anew when some are added, frozen or thawed."""
+
+    def __init__(self, cap_bytes: float) -> None:
+        self._cap_bytes = cap_bytes
+        self._for: list[int] = []
+        self._buckets: list[Bucket] = []
+
+    def of(self, params: list[Tensor]) -> list[Bucket]:
+        """Those of the parameters that take a gradient now."""
+        trained = [p for p in params if p.requires_grad]
+        identities = list(map(id, trained))
+        if identities != self._for:
+            self._buckets, self._for = make_buckets(trained, self._cap_bytes), identities
+        return self._buckets
+
+
 def make_buckets(params: list[Tensor], cap_bytes: float) -> list[Bucket]:
-    """The parameters that take a gradient, last ones first, since backward comes to them first; cut at the cap."""
+    """Last parameters first, since backward comes to them first; cut at the cap."""
     buckets: list[Bucket] = []
     filling: dict[tuple[torch.dtype, torch.device], Bucket] = {}
     for p in reversed(params):
-        if not p.requires_grad:
-            continue
         kind = getattr(p, "grad_dtype", None) or p.dtype, p.device
         bucket = filling.get(kind)
         if bucket is None or bucket.nbytes >= cap_bytes:

@@ -112,6 +112,8 @@ def data_parallel(
     names = _names(model if ddp is None else ddp.module, optimizer)
     mine: list[Any] = [f"m_sharpness={size}", *agreement.entries((name, p) for p, name in names.items())]
     agreement.require_same(mine, "parameters", group)
+    if ddp is not None:
+        require_members(names, ddp)
     ddp_averages_first = ddp is not None and size == world_size
     scope = scopes.scope_of_this_rank(size, group, timeout) if size > 1 and not ddp_averages_first else None
     averager: Overlap | DistributedDataParallel
@@ -120,9 +122,8 @@ def data_parallel(
         agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
         averager = Overlap(list(names), group, cap_bytes, lambda: not optimizer.perturb_next)
     else:
-        require_members(names, ddp)
         averager, local_first = ddp, None if ddp_averages_first else LocalFirstPass(ddp, optimizer)
-    optimizer._peers = Replicas(names, group, scope, cap_bytes, averager, local_first, int(check_replicas_every))
+    optimizer._peers = Replicas(names, group, scope, cap_bytes, averager, int(check_replicas_every))
     return DataParallel(optimizer, averager, local_first)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -22,30 +23,27 @@ class LocalFirstPass:
     def __init__(self, model: DistributedDataParallel, optimizer: FusedSAM) -> None:
         self._optimizer: FusedSAM | None = optimizer
         self._silenced: list[bool] = []  # for each forward that runs: whether it is we who keep it silent
-        self._first_grads = _FirstGrads(model) if model.static_graph else None
+        self._first_backward = _FirstBackward(model, optimizer) if model.static_graph else None
         self._hooks = [
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._exit, always_call=True),
         ]
 
-    def finish(self) -> None:
-        """After a first pass: p.grad = the gradient of this rank, where it has been averaged nevertheless."""
-        if self._first_grads is not None:
-            self._first_grads.put_back()
-            self._first_grads = None
-
     def remove(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
-        if self._first_grads is not None:
-            self._first_grads.remove()
+        if self._first_backward is not None:
+            self._first_backward.remove()
 
     def _enter(self, model: Any, args: object) -> None:
+        if self._first_backward is not None and self._first_backward.done:
+            self._first_backward.remove()
+            self._first_backward = None
         silent = (
             self._optimizer is not None
             and self._optimizer.perturb_next
-            and self._first_grads is None
+            and self._first_backward is None
             and torch.is_grad_enabled()
             and model.require_backward_grad_sync  # else the user is inside no_sync()
         )
@@ -60,29 +58,37 @@ class LocalFirstPass:
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks travel with a model that is copied or pickled. The optimizer does not: it steps another model.
-        return {"_optimizer": None, "_silenced": [], "_first_grads": None, "_hooks": []}
+        return {"_optimizer": None, "_silenced": [], "_first_backward": None, "_hooks": []}
 
 
-class _FirstGrads:
-    """Copies of the gradients of the first backward of all, before the model averages them.
+class _FirstBackward:
+    """Keeps the gradients of this rank through the first backward of all, if that is one of a first pass.
 
-    With ``static_graph=True`` this one backward has to be averaged: the model learns from it how often each gradient is
-    made, and would add the calls of a silent backward to those of the next.
+    With ``static_graph=True`` this backward has to be averaged: the model learns from it how often each gradient is
+    made, and would add the calls of a silent backward to those of the next. It averages at the end of it.
     """
 
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self._params = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, model: DistributedDataParallel, optimizer: FusedSAM) -> None:
+        self.done = False
+        self._optimizer = optimizer
         self._copies: dict[Tensor, Tensor] = {}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._keep) for p in self._params]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._keep) for p in model.parameters() if p.requires_grad]
 
     def _keep(self, param: Tensor) -> None:
-        if param.grad is not None:
-            self._copies[param] = param.grad.detach().clone()
+        if self.done or param.grad is None:
+            return
+        if not self._optimizer.perturb_next:
+            self.done = True
+            return
+        if not self._copies:
+            Variable._execution_engine.queue_callback(self._put_back)  # after the model's own
+        self._copies[param] = param.grad.detach().clone()
 
-    def put_back(self) -> None:
-        self.remove()
-        for p in self._params:
-            p.grad = self._copies.get(p)
+    def _put_back(self) -> None:
+        for p, grad in self._copies.items():
+            p.grad = grad
+        self._copies.clear()
+        self.done = True
 
     def remove(self) -> None:
         for hook in self._hooks:

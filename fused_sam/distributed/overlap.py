@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 
-from fused_sam.distributed.buckets import Mean, make_buckets
+from fused_sam.distributed.buckets import Layout, Mean
 
 
 class Overlap:
@@ -30,7 +31,7 @@ class Overlap:
         self, params: list[Tensor], group: dist.ProcessGroup, cap_bytes: float, wanted: Callable[[], bool]
     ) -> None:
         self._group = group
-        self._cap_bytes = cap_bytes
+        self._layout = Layout(cap_bytes)
         self._wanted = wanted
         self._params: list[Tensor] = []
         self._hooks: list[Any] = []
@@ -45,7 +46,8 @@ class Overlap:
     def watch(self, params: list[Tensor]) -> None:
         """More parameters."""
         self._params += params
-        self._hooks += [p.register_post_accumulate_grad_hook(self._on_grad) for p in params if p.requires_grad]
+        hook = _weak(self._on_grad)
+        self._hooks += [p.register_post_accumulate_grad_hook(hook) for p in params if p.requires_grad]
 
     @contextlib.contextmanager
     def skipped(self) -> Iterator[None]:
@@ -92,8 +94,18 @@ class Overlap:
             self._mean.send()
 
     def _begun(self) -> Mean:
-        # Cut anew for every step: parameters may be frozen and thawed.
-        buckets = make_buckets(self._params, self._cap_bytes)
+        buckets = self._layout.of(self._params)
         self._place = {p: i for i, bucket in enumerate(buckets) for p in bucket.params}
         self._left = [len(bucket.params) for bucket in buckets]
         return Mean(buckets, self._group)
+
+
+def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that keeps nothing alive: the collector does not see through those of a parameter."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(param: Tensor) -> None:
+        if (target := reference()) is not None:
+            target(param)
+
+    return hook

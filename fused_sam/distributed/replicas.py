@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam.distributed import agreement
 from fused_sam.distributed.alone import Alone
-from fused_sam.distributed.buckets import Mean, make_buckets
-from fused_sam.distributed.ddp import LocalFirstPass
+from fused_sam.distributed.buckets import Layout, Mean
 from fused_sam.distributed.overlap import Overlap
 from fused_sam.distributed.peers import Peers, any_of
 from fused_sam.distributed.shards import is_sharded
@@ -30,7 +29,6 @@ class Replicas(Peers):
         scope: those whose first gradients are averaged by us; None if theirs are not.
         cap_bytes: size of a bucket.
         averager: what averages the second gradients.
-        local_first: what keeps first gradients from being averaged where ``averager`` would do it.
         check_every: compare the weights of all ranks after every so many steps; 0 for never.
     """
 
@@ -41,15 +39,13 @@ class Replicas(Peers):
         scope: dist.ProcessGroup | None,
         cap_bytes: float,
         averager: Overlap | DistributedDataParallel,
-        local_first: LocalFirstPass | None,
         check_every: int,
     ) -> None:
         self._names = names
         self._group = group
         self._scope = scope
-        self._cap_bytes = cap_bytes
+        self._layout = Layout(cap_bytes)
         self._averager = averager
-        self._local_first = local_first
         self._check_every = check_every
         self._steps = 0
 
@@ -70,10 +66,8 @@ class Replicas(Peers):
         return Alone()
 
     def average_first(self, optimizer: FusedSAM) -> None:
-        if self._local_first is not None:
-            self._local_first.finish()
         if self._scope is not None:
-            Mean(make_buckets(optimizer._flat_params(), self._cap_bytes), self._scope).finish()
+            Mean(self._layout.of(optimizer._flat_params()), self._scope).finish()
 
     def average_second(self, optimizer: FusedSAM) -> None:
         if isinstance(self._averager, Overlap) and self._averager.pending:

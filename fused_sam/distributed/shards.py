@@ -30,10 +30,15 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-@torch.no_grad()
 def local_parts(tensors: TensorList) -> TensorList:
-    """What this rank has of each tensor."""
-    return [x.to_local() if is_sharded(x) else x for x in tensors]
+    """What this rank has of each tensor: the same object in every call."""
+    return [_local(x) if is_sharded(x) else x for x in tensors]
+
+
+def _local(x: Any) -> Tensor:
+    # to_local() makes a new tensor of a parameter each time, by which a journal would not know it again.
+    part = x._local_tensor
+    return part.wait() if hasattr(part, "wait") else part  # of a collective that may still run
 
 
 class Shards(Peers):

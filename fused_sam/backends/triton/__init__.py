@@ -98,6 +98,7 @@ class Batch:
         self._backups = [0 if b is None else b.address for b in kept]
         self._listed = listed is not nothing
         self._memory: list[Any] = [listed]  # what the backups lie in
+        self._moved: Tensor | None = None  # the column of those that the kernels have written, if this is an ascent
         if isinstance(backups, Batch):
             self._adopt(backups)
 
@@ -110,8 +111,9 @@ class Batch:
 
     def _adopt(self, ascent: Batch) -> None:
         """A parameter that the ascent moved and that has no gradient now takes part too: it is restored."""
-        if len(ascent.params) > len(self.params):
+        if len(ascent.params) != len(self.params):
             raise ValueError("Invalid backups. Must be of the same parameters.")
+        self._moved = ascent._moved
         self._memory.append(ascent._memory)
         for i, address in enumerate(ascent._backups):
             if address != 0:
@@ -201,30 +203,32 @@ class Batch:
         self._require_disjoint()
         if any(self._backups[i] == 0 for x in plan.launches for i in x.rows):
             raise ValueError("Invalid backups. A parameter with a gradient must have one.")
-        norm = None if norm is None else norm.to(torch.float64).contiguous()
+        self._memory.extend(tensor for tensor, g, b in zip(self._grads, self._g, self._backups) if b and b == g.address)
+        if plan.launches:
+            with tables.on_device(self._device):
+                self._move(plan, norm, groups, q, journal)
+        self._grads, self._g = (), [None] * len(self.params)
+
+    def _move(
+        self, plan: tables.Plan, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal
+    ) -> None:
         kernel, how = kernels.perturb, {}
         if q not in (1, 2):
             kernel, how = kernels.perturb_by_powers, {"PEAK": q == math.inf}
-        with tables.on_device(self._device):
-            columns = self._columns(
-                plan,
-                plan.groups,
-                _addresses(self._p),
-                _addresses(self._g),
-                tables.column(self._backups),
-                tables.ascent_table(groups, q),
-            )
-            self._memory.extend(
-                tensor for tensor, g, b in zip(self._grads, self._g, self._backups) if b and b == g.address
-            )
-            planned, self._backups = self._backups, [0] * len(self.params)
+        addresses = _addresses(self._p), _addresses(self._g), tables.column(self._backups)
+        zeros = tables.column([0] * len(self.params))
+        columns = self._columns(plan, plan.groups, *addresses, tables.ascent_table(groups, q), zeros)
+        moved = columns[-1] = self._moved = columns[-1].clone()
+        norm = None if norm is None else norm.to(torch.float64).contiguous()
+        # Entered first: a restore goes by what the kernels have written, which is nothing where none was launched.
+        journal.append(self)
+        try:
             for x in plan.launches:
                 _launch(kernel, x, *columns, norm, x.first + x.programs - 1, **how)
-                for i in x.rows:
-                    self._backups[i] = planned[i]
-                if x is plan.launches[0]:
-                    journal.append(self)
-        self._grads, self._g = (), [None] * len(self.params)
+        except BaseException:
+            if not moved.any():
+                journal.remove(self)
+            raise
 
     def restore(self) -> None:
         now = look(self.params)
@@ -235,7 +239,7 @@ class Batch:
         plan = self._plan([len(now)], self._pairs_of_backups())
         self._require_disjoint()
         with tables.on_device(self._device):
-            columns = self._columns(plan, _addresses(self._p), tables.column(self._backups))
+            columns = self._columns(plan, _addresses(self._p), self._kept_at())
             for x in plan.launches:
                 _launch(kernels.restore, x, *columns, x.first)
 
@@ -276,7 +280,7 @@ class Batch:
         plan = self._plan([group.size for group in groups], pairs)
         self._require_disjoint()
         with tables.on_device(self._device):
-            tensors = _addresses(self._p), _addresses(self._g), tables.column(self._backups)
+            tensors = _addresses(self._p), _addresses(self._g), self._kept_at()
             arguments = self._columns(plan, plan.groups, *tensors, *columns)
             for x in plan.launches:
                 _launch(kernel, x, *arguments, grad_scale, found_inf, x.first)
@@ -312,10 +316,17 @@ class Batch:
             )
         return tables.plan(tuple(pairs), self._sizes, tuple(group_sizes))
 
-    def _columns(self, plan: tables.Plan, *columns: bytes) -> list[Tensor]:
+    def _columns(self, plan: tables.Plan, *columns: bytes | Tensor) -> list[Tensor]:
+        """The columns on the device, where a tensor is already."""
         if not plan.launches:
             return []
-        return _columns.on(self._device, [plan.chunks, plan.sizes, *columns])
+        columns = plan.chunks, plan.sizes, *columns
+        sent = iter(_columns.on(self._device, [x for x in columns if isinstance(x, bytes)]))
+        return [x if isinstance(x, Tensor) else next(sent) for x in columns]
+
+    def _kept_at(self) -> bytes | Tensor:
+        """The column of backups to restore from."""
+        return tables.column(self._backups) if self._moved is None else self._moved
 
     def _require_disjoint(self) -> None:
         """Two written tensors on the same memory would be updated in no particular order."""

@@ -134,7 +134,11 @@ def _perturb_tile(
     store(w_, moved.to(raw.dtype), start, count, active, TILE, FULL)
 
 
-@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "backups", "ascent", "norm", "last"])
+@triton.jit(
+    do_not_specialize=[
+        "chunks", "sizes", "groups", "weights", "grads", "backups", "ascent", "moved", "norm", "last"
+    ]
+)  # fmt: skip
 def perturb(
     chunks,
     sizes,
@@ -143,6 +147,7 @@ def perturb(
     grads,
     backups,
     ascent,
+    moved,
     norm,
     last,
     P: tl.constexpr,
@@ -152,7 +157,7 @@ def perturb(
     TILE: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """backup = w, w = w + e; without a norm, the e of p = inf.
+    """backup = w, w = w + e; without a norm, the e of p = inf. moved[tensor] = where the backup is, now that it is one.
 
     From the last chunk to the first: the cache still holds what the norm read last.
     """
@@ -173,16 +178,18 @@ def perturb(
         _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, TILE, True)
     for start in range(full, count, REST):
         _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, REST, False)
+    tl.store(moved + row, b_address)
 
 
 @triton.jit(do_not_specialize=["chunks", "sizes", "weights", "backups", "first"])
 def restore(
     chunks, sizes, weights, backups, first, P: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr
 ):
-    """w = backup."""
+    """w = backup where there is one."""
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     b_address, b = pointer(backups, row, begin, P)
+    count = tl.where(b_address == 0, 0, count)
     full = in_full_tiles(w_address | b_address, count, TILE)
     for start in range(0, full, TILE):
         store(w, load(b, start, count, True, TILE, True), start, count, True, TILE, True)

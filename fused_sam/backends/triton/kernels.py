@@ -12,6 +12,8 @@ Tables (int64, one entry per tensor of the op unless said otherwise; an address 
     groups      index of the group
     weights, grads, backups, momenta, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
                 addresses (of parameters: an argument called "params" clashes with the code that Triton generates)
+    moved       the address of the backup, written by the kernel that puts w there, and 0 before: true whenever Python
+                is interrupted
     ascent      [groups, 6]  rho as the bits of a float64, or the address of a scalar, flags, then eta, q (the same in
                              all groups) and decay as bits
     sgd         [groups, 6]  lr, momentum, 1 - dampening, weight_decay as bits, the address of lr or 0, and flags

@@ -247,7 +247,11 @@ def _displaced_tile(
     store(w_, moved.to(C).to(raw.dtype), start, count, active, TILE, FULL)
 
 
-@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "backups", "ascent", "norm", "last"])
+@triton.jit(
+    do_not_specialize=[
+        "chunks", "sizes", "groups", "weights", "grads", "backups", "ascent", "moved", "norm", "last"
+    ]
+)  # fmt: skip
 def perturb_by_powers(
     chunks,
     sizes,
@@ -256,6 +260,7 @@ def perturb_by_powers(
     grads,
     backups,
     ascent,
+    moved,
     norm,
     last,
     P: tl.constexpr,
@@ -266,7 +271,10 @@ def perturb_by_powers(
     REST: tl.constexpr,
     PEAK: tl.constexpr,
 ):
-    """backup = w, w = w + rho T sign(x) (|x| / norm)^(q-1), or with PEAK all of rho T at the one largest element."""
+    """backup = w, w = w + rho T sign(x) (|x| / norm)^(q-1), or with PEAK all of rho T at the one largest element.
+
+    moved[tensor] = where the backup is, as in `ascent.perturb`.
+    """
     row, begin, count = chunk(chunks, sizes, last - tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
@@ -289,3 +297,4 @@ def perturb_by_powers(
         _displaced_tile(
             w, g, b, i, count, rho, value, exponent, active, element, adaptive, eta, decay, C, PEAK, REST, False
         )
+    tl.store(moved + row, b_address)

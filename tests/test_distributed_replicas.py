@@ -1,0 +1,292 @@
+"""That replicas stay the same to the bit, that a difference is found, and that unlike models are refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import HYPER, RHO, bits, buffers, small_net
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_sam import FusedSAM
+from fused_sam.distributed import agreement, data_parallel
+from fused_sam.distributed.buckets import Layout, Mean
+
+STEPS = 500
+
+
+def trains(wrap: str, m: Any, dtype: torch.dtype) -> list[bytes]:
+    """Weights and momentum after many steps, with examples of its own on each rank."""
+    # One tensor is so large that its w is kept in its gradient, the others are of odd sizes.
+    net = nn.Sequential(nn.Linear(61, 541), nn.Tanh(), nn.Linear(541, 3)).to(dtype)
+    opt = FusedSAM(net.parameters(), rho=RHO, **(HYPER | {"lr": 0.03}))
+    model = net if wrap == "plain" else DistributedDataParallel(net, gradient_as_bucket_view=True)
+    data_parallel(model, opt, m_sharpness=m)
+    start = bits(net[0].weight)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(STEPS):
+        x = torch.randn(5, 61, dtype=dtype)
+
+        def closure(x: Tensor = x) -> Tensor:
+            loss = (model(x) - x[:, :3].sin()).square().mean()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert bits(net[0].weight) != start
+    return [bits(x) for x in [*net.parameters(), *buffers(opt)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("ddp", "rank")])
+def test_two_replicas_keep_the_same_bits(wrap: str, m: str, dtype: torch.dtype, pair: Ranks) -> None:
+    a, b = pair.run(trains, wrap, m, dtype)
+    assert a == b
+
+
+@pytest.mark.parametrize("wrap", ["plain", "ddp"])
+def test_four_replicas_keep_the_same_bits(wrap: str, four: Ranks) -> None:
+    a, *others = four.run(trains, wrap, 2, torch.bfloat16)
+    assert others == [a] * 3
+
+
+def goes_astray(dtype: torch.dtype) -> str:
+    """One weight of rank 1 is off by an ulp before the third step; the message of the step that finds it."""
+    net = small_net(dtype)
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    data_parallel(net, opt, check_replicas_every=2)
+    for step in range(4):
+        if step == 2 and dist.get_rank() == 1:
+            with torch.no_grad():
+                w = net[3].weight[2, 3]
+                w.copy_(torch.nextafter(w, w + 1) if dtype != torch.bfloat16 else w * (1 + 2.0**-7))
+        (net(torch.randn(2, 3, 4, 4, dtype=dtype)).square().mean()).backward()
+        opt.first_step(zero_grad=True)
+        (net(torch.randn(2, 3, 4, 4, dtype=dtype)).square().mean()).backward()
+        if step < 3:
+            opt.step()
+            opt.zero_grad()
+    with pytest.raises(RuntimeError) as error:
+        opt.step()
+    assert not opt.perturbed
+    return str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_replica_that_differs_is_found_on_all_ranks(dtype: torch.dtype, pair: Ranks) -> None:
+    a, b = pair.run(goes_astray, dtype)
+    assert a == b
+    assert "after step 4: parameter 3.weight and" in a
+
+
+def compares_values() -> None:
+    """What a checksum may miss."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    w = torch.randn(3, 4)
+    swapped = w.clone()
+    swapped[0, 0], swapped[0, 1] = w[0, 1], w[0, 0]
+    compensated = torch.tensor([1, 3, 5, 7]).view(torch.float64)
+    other = torch.tensor([2, 2, 5, 7]).view(torch.float64)
+    pairs = [
+        (w, w.t().contiguous().t()),  # the same, in another order in memory
+        (w, swapped),
+        (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0])),
+        (compensated, other),
+        (torch.zeros(0), torch.zeros(0)),
+        (torch.full((257,), -1.0, dtype=torch.bfloat16), torch.full((257,), -1.0, dtype=torch.bfloat16)),
+        (torch.ones(9, dtype=torch.float16), torch.ones(9, dtype=torch.float16) + torch.eye(9)[8].half() * 2**-10),
+    ]
+    assert agreement.differing([p[rank] for p in pairs], world) == [1, 2, 4, 7]
+    assert agreement.differing([], world) == []
+
+
+def test_what_counts_as_different(pair: Ranks) -> None:
+    pair.run(compares_values)
+
+
+def averages(dtype: torch.dtype, cap_bytes: float) -> None:
+    """Parameters and gradients of awkward sizes and layouts, some of them None, against the mean by hand."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    sizes = [0, 1, 2, 3, 7, 16, 17, 1009]
+    params = [torch.zeros(n, dtype=dtype) for n in sizes]
+    params += [torch.zeros(5, 7, dtype=dtype).t(), torch.zeros(9, 4, dtype=dtype)[:, 1], torch.zeros((), dtype=dtype)]
+    params += [torch.zeros(2, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last)]
+    params += [torch.zeros(13), torch.zeros(3, dtype=torch.float64)]  # of other dtypes
+    for p in params:
+        p.requires_grad_()
+    grads = [[torch.randn(p.shape).to(p.dtype) for p in params] for _ in range(size)]
+    grads[0][3] = grads[1][4] = grads[0][5] = grads[1][5] = grads[0][12] = None
+    params[7].requires_grad_(False)
+    for p, g in zip(params, grads[rank]):
+        p.grad = g
+    before = [None if g is None else g.clone() for g in grads[rank]]
+    group: Any = dist.group.WORLD
+    Mean(Layout(cap_bytes).of(params), group).finish()
+    for i, (p, *gs) in enumerate(zip(params, *grads)):
+        present = [g for g in gs if g is not None]
+        if i == 7:
+            assert p.grad is grads[rank][7], "frozen"
+        elif not present:
+            assert p.grad is None
+        else:
+            expected = sum(g / size for g in present)
+            assert torch.equal(p.grad, expected), i
+            assert p.dim() < 2 or p.grad.stride() == p.stride()
+            assert p.numel() == 0 or p.grad.data_ptr() % 16 == 0
+    for g, old in zip(grads[rank], before):
+        assert g is None or torch.equal(g, old), "a gradient that others may hold was written"
+
+
+@pytest.mark.parametrize("cap_bytes", [1, 100, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_mean_in_buckets(dtype: torch.dtype, cap_bytes: float, pair: Ranks) -> None:
+    pair.run(averages, dtype, cap_bytes)
+
+
+def refusal(models: list[nn.Module], ms: list[Any]) -> str:
+    net = models[dist.get_rank()]
+    w = [bits(p) for p in net.parameters()]
+    opt = FusedSAM(net.parameters(), **HYPER)
+    with pytest.raises(ValueError, match=r"^Invalid parameters: number ") as error:
+        data_parallel(net, opt, m_sharpness=ms[dist.get_rank()])
+    assert w == [bits(p) for p in net.parameters()], "changed before it was refused"
+    return str(error.value)
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    net[0].bias.requires_grad_(False)  # type: ignore[index, union-attr, operator]
+    return net
+
+
+UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "shape": (lambda: nn.Sequential(nn.Linear(3, 5)), "number 1 is 0.weight (shape [5, 3]"),
+    "missing": (lambda: nn.Sequential(nn.Linear(3, 4, bias=False)), "number 2 is missing on rank 1, and 0.bias"),
+    "more": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "number 3 is 1.weight"),
+    "name": (lambda: nn.ModuleDict({"first": nn.Linear(3, 4)}), "number 1 is first.weight"),
+    "dtype": (lambda: nn.Sequential(nn.Linear(3, 4)).double(), "torch.float64) on rank 1, and 0.weight"),
+    "frozen": (lambda: frozen(nn.Sequential(nn.Linear(3, 4))), "number 2 is 0.bias"),
+}
+
+
+@pytest.mark.parametrize("difference", UNLIKE)
+def test_unlike_models_are_refused_on_all_ranks(difference: str, pair: Ranks) -> None:
+    make, message = UNLIKE[difference]
+    a, b = pair.run(refusal, [nn.Sequential(nn.Linear(3, 4)), make()], ["rank", "rank"])
+    assert a == b
+    assert message in a
+    assert "\n" not in a
+
+
+def test_unlike_scopes_are_refused_on_all_ranks(pair: Ranks) -> None:
+    a, b = pair.run(refusal, [small_net(), small_net()], ["rank", "world"])
+    assert a == b
+    assert "m_sharpness=2 on rank 1, and m_sharpness=1 on rank 0" in a
+
+
+def refuses_options() -> None:
+    net = nn.Linear(3, 2)
+    opt = FusedSAM(net.parameters(), **HYPER)
+    for m in (0, -1, 3, True, 1.0, "ranks", None, [1]):
+        with pytest.raises(ValueError, match=r"^Invalid m_sharpness="):
+            data_parallel(net, opt, m_sharpness=m)  # type: ignore[arg-type]
+    for every in (-1, 1.5, None):
+        with pytest.raises(ValueError, match=r"^Invalid check_replicas_every="):
+            data_parallel(net, opt, check_replicas_every=every)  # type: ignore[arg-type]
+    for cap in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^Invalid bucket_cap_mb="):
+            data_parallel(net, opt, bucket_cap_mb=cap)
+    other = dist.new_group(timeout=timedelta(seconds=30))
+    ddp = DistributedDataParallel(net)
+    with pytest.raises(ValueError, match=r"^Invalid process_group"):
+        data_parallel(ddp, opt, process_group=other)
+    alien = FusedSAM([*net.parameters(), nn.Parameter(torch.ones(2))], **HYPER)
+    with pytest.raises(ValueError, match=r"^Invalid parameter 2 of the optimizer \(shape \[2\]\)"):
+        data_parallel(ddp, alien)
+    net(torch.ones(1, 3)).sum().backward()
+    opt.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match="perturbed"):
+        data_parallel(net, opt)
+    opt.restore()
+    handle = data_parallel(ddp, opt, process_group=ddp.process_group)
+    with pytest.raises(RuntimeError, match="twice"):
+        data_parallel(ddp, opt)
+    with pytest.raises(ValueError, match=r"^Invalid parameter 2 of the optimizer"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(opt.param_groups) == 1
+    handle.remove()
+    data_parallel(net, opt).remove()
+
+
+def test_what_is_refused(pair: Ranks) -> None:
+    pair.run(refuses_options)
+
+
+def test_without_a_process_group() -> None:
+    net = nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        data_parallel(net, FusedSAM(net.parameters(), **HYPER))
+
+
+def parts() -> list[bytes]:
+    """A copy of model and optimizer, and both after remove(), step on their own."""
+    net = small_net()
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    handle = data_parallel(net, opt)
+    x = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+
+    def step(net: nn.Module, opt: FusedSAM) -> None:
+        def closure() -> Tensor:
+            loss = net(x).square().mean()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+
+    twin, twin_opt = copy.deepcopy((net, opt))
+    step(twin, twin_opt)
+    handle.remove()
+    step(net, opt)
+    assert bits(net[0].weight) == bits(twin[0].weight)
+    return [bits(p) for p in net.parameters()]
+
+
+def leaves_nothing_behind(wrap: str) -> list[bool]:
+    def train() -> list[Any]:
+        net = small_net()
+        opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+        model = net if wrap == "plain" else DistributedDataParallel(net)
+        handle = data_parallel(model, opt, check_replicas_every=1)
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+        def closure() -> Tensor:
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        return [weakref.ref(thing) for thing in (net, opt, handle, net[0].weight)]
+
+    references = train()
+    gc.collect()
+    return [reference() is None for reference in references]
+
+
+@pytest.mark.parametrize("wrap", ["plain", "ddp"])
+def test_models_and_optimizers_are_collected(wrap: str, pair: Ranks) -> None:
+    assert pair.run(leaves_nothing_behind, wrap) == [[True] * 4] * 2
+
+
+def test_copies_and_removal(pair: Ranks) -> None:
+    a, b = pair.run(parts)
+    assert a != b
