@@ -116,26 +116,12 @@ class AlongGradient:
         else:
             self._next(optimizer, params, optimizer._ascent, take_grads)
 
-    def require_whole_parameters(self, second_order: bool) -> None:
-        """Refuse what takes gradients apart, for parameters of which a rank has only a part.
-
-        Raises:
-            ValueError: naming the option.
-        """
-        for option, asked in (
-            ("ascent_steps > 1", self.steps > 1),
-            ("second_order=True", second_order),
-            ("reuse", self.keep_grads),
-        ):
-            if asked:
-                raise ValueError(f"Invalid {option} with DTensor parameters. Every rank must have them whole.")
-
     def _first(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
         host, local = optimizer._host(), optimizer._peers.local
         grads = host.get_grads(params)
         left_out = param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
-        copies = optimizer._masters_of(params, grads)
+        copies = masters.of(optimizer, params, grads)
         ascent = ops.Ascent(local(params), local(grads), groups, optimizer.backend, optimizer.p, _local(local, copies))
         norm = optimizer._peers.norm(ascent, params)
         state = Displacement(
@@ -170,7 +156,7 @@ class AlongGradient:
         param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
         assert state.backups is not None
-        copies = optimizer._masters_of(params, grads)
+        copies = masters.of(optimizer, params, grads)
         norm = projected.advance(
             params, grads, state.backups, copies, groups, optimizer.backend, optimizer.p, state.journal
         )
@@ -195,9 +181,6 @@ class AlongMomentum:
     steps = 1
     KEYS = ("momentum_buffer", "exp_avg")
 
-    def require_whole_parameters(self, second_order: bool) -> None:
-        """It takes nothing apart."""
-
     def step(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
         """The ascent; ``take_grads`` sets the gradients to None."""
         momenta = self._momenta(optimizer, params)
@@ -206,7 +189,7 @@ class AlongMomentum:
             group._replace(rho=-group.rho, decay=0.0) for group in param_groups.ascent_groups(optimizer.param_groups)
         ]
         local = optimizer._peers.local
-        copies = optimizer._masters_of(params, momenta)
+        copies = masters.of(optimizer, params, momenta)
         ascent = ops.Ascent(
             local(params), local(momenta), groups, optimizer.backend, optimizer.p, _local(local, copies)
         )

@@ -30,7 +30,7 @@ class FusedSGD:
         """One `ops.sgd_update` over all groups; new momentum buffers stay in the state only if it is made."""
         params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
         grads = host.get_grads(params)
-        copies = optimizer._masters_of(params, grads)
+        copies = masters.of(optimizer, params, grads)
         buffers: list[Any] | None = None
         fresh: set[int] = set()
         if any(group["momentum"] for group in optimizer.param_groups):
@@ -168,7 +168,7 @@ class FusedAdam(AnyBase):
             super().step(optimizer, journal, grad_scale, found_inf)
             return
         grads = host.get_grads(params)
-        copies = optimizer._masters_of(params, grads)
+        copies = masters.of(optimizer, params, grads)
         state = {key: host.lookup(optimizer.state, params, key) for key in _ADAM_STATE}
         steps = state["step"]
         fresh = {i for i, (t, g) in enumerate(zip(steps, grads)) if t is None and g is not None}

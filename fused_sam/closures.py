@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fused_sam import rng, second_order
+from fused_sam import descents, rng, second_order
 from fused_sam.telemetry import Report, measured, stacked
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def step(optimizer: FusedSAM, closure: Closures, ascent: Closures | None = None)
             loss, report = _gradient(optimizer, closure, first)
         else:
             loss, report = _mean_gradient(optimizer, list(zip(closure, first)))
-        optimizer._descend(report)
+        descents.descend(optimizer, report)
     except BaseException:
         optimizer.restore()
         raise

@@ -8,13 +8,16 @@ may be loaded at any time.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fused_sam import ops
 from fused_sam.routing import SIXTEEN_BIT, TensorList
+
+if TYPE_CHECKING:
+    from fused_sam.optimizer import FusedSAM
 
 KEY = "master"
 
@@ -62,6 +65,23 @@ class Masters:
 
 def _mark(p: Tensor) -> tuple[int, int]:
     return p._version, p.data_ptr()
+
+
+def of(optimizer: FusedSAM, params: TensorList, grads: TensorList) -> TensorList | None:
+    """The fp32 copies of w, with what was written into the parameters since the last step; None without any."""
+    masters = optimizer._masters
+    if masters is None:
+        return None
+    copies = masters.of(optimizer.state, params, grads)
+    if not optimizer.perturbed:
+        masters.refresh(params, copies)
+    return copies if any(m is not None for m in copies) else None
+
+
+def note(optimizer: FusedSAM) -> None:
+    """The parameters are at w, as their masters say."""
+    if optimizer._masters is not None:
+        optimizer._masters.note(optimizer._flat_params())
 
 
 def enter(state: dict[Tensor, dict[str, Any]], params: TensorList, masters: TensorList | None) -> None:

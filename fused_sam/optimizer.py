@@ -16,6 +16,7 @@ from fused_sam import (
     bases,
     clipping,
     closures,
+    descents,
     looksam,
     masters,
     ops,
@@ -27,7 +28,7 @@ from fused_sam.backends import eager
 from fused_sam.distributed import shards
 from fused_sam.distributed.alone import Alone
 from fused_sam.distributed.peers import Peers
-from fused_sam.telemetry import Report, measured
+from fused_sam.telemetry import Report
 
 
 class FusedSAM(Optimizer):
@@ -237,7 +238,7 @@ class FusedSAM(Optimizer):
                 )
             self._base.step(self, [], None, None)
             return None
-        self._descend()
+        descents.descend(self)
         return None
 
     def _makes_state_only(self) -> bool:
@@ -277,7 +278,7 @@ class FusedSAM(Optimizer):
             return
         ops.undo(self._ascent.journal)
         self._ascent = None
-        self._note_masters()
+        masters.note(self)
 
     def _ascend(self, take_grads: bool) -> None:
         if not self.perturb_next:
@@ -295,55 +296,6 @@ class FusedSAM(Optimizer):
             self._along.step(self, params, take_grads)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
-
-    def _descend(self, report: Report | None = None) -> None:
-        """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
-        ascent, journal = self._ascent, self._ascent.journal if self._ascent else self._journal
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if ascent is None:
-            self._require_capturable(self._flat_params())
-        try:
-            self._peers.average_second(self)
-            if found_inf is not None:
-                # The scaler sets a plain 0 where there is no gradient to look at.
-                overflow = None if ascent is None else ascent.overflow()
-                found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, overflow)
-                found_inf = self._peers.any_overflow(found_inf, self)
-                if ascent is not None:
-                    param_groups.require_unscaled(self.param_groups)
-            report = measured(self) if report is None else report
-            if self.reuse is not None and ascent is not None:
-                looksam.keep(self, ascent)
-            elif self.reuse is not None and not self._schedule.is_over(self.param_groups):
-                looksam.apply(self, self.reuse)
-            if self.max_grad_norm is not None or self.telemetry:
-                norm = clipping.grad_norm(self)
-                report = report._replace(second_grad_norm=norm)
-                if self.max_grad_norm is not None:
-                    grad_scale = clipping.grad_scale(norm, self.max_grad_norm, grad_scale)
-            self._base.step(self, journal, grad_scale, found_inf)
-        except ops.InvalidTensor as error:
-            raise self._named(error) from None
-        finally:
-            self.restore()
-        if ascent is None:
-            self._note_masters()
-        schedule.count(self.param_groups)
-        self.last = report
-        self._peers.after_step(self)
-
-    def _masters_of(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None] | None:
-        """The fp32 copies of w, with what was written into the parameters since the last step; None without any."""
-        if self._masters is None:
-            return None
-        copies = self._masters.of(self.state, params, grads)
-        if self._ascent is None:
-            self._masters.refresh(params, copies)
-        return copies if any(m is not None for m in copies) else None
-
-    def _note_masters(self) -> None:
-        if self._masters is not None:
-            self._masters.note(self._flat_params())
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -385,15 +337,7 @@ class FusedSAM(Optimizer):
             params = shards.local_parts(self._flat_params())
             routing.require_disjoint([p for p in params if p.layout == torch.strided])
             peers = self._peers.adopt(group["params"])
-            if isinstance(peers, shards.Shards):
-                self._along.require_whole_parameters(self.second_order)
-                if self.telemetry:
-                    raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
-                if self._masters is not None:
-                    raise ValueError(
-                        "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "
-                        "MixedPrecisionPolicy(param_dtype=...)."
-                    )
+            peers.require_supported(self)
             self._peers = peers
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -431,10 +375,3 @@ _COPIED = (
     *("_along", "_backend", "_base", "_masters", "_schedule"),
     *("capturable", "max_grad_norm", "p", "replay_rng", "reuse", "second_order", "telemetry"),
 )
-
-
-def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The larger of two flags that may be absent."""
-    if a is None or b is None:
-        return b if a is None else a
-    return torch.maximum(a, b.to(a))

@@ -27,6 +27,13 @@ class Peers:
         """Parameters have come to the optimizer: the peers to go on with."""
         return self
 
+    def require_supported(self, optimizer: FusedSAM) -> None:
+        """Refuse options that do not go with them.
+
+        Raises:
+            ValueError: naming the option.
+        """
+
     def copied(self) -> Peers:
         """The peers of a copy of the optimizer, which steps another model."""
         return self

@@ -47,6 +47,21 @@ class Shards(Peers):
     def local(self, tensors: TensorList) -> TensorList:
         return local_parts(tensors)
 
+    def require_supported(self, optimizer: FusedSAM) -> None:
+        for option, asked in (
+            ("ascent_steps > 1", optimizer._along.steps > 1),
+            ("second_order=True", optimizer.second_order),
+            ("reuse", optimizer.reuse is not None),
+            ("telemetry=True", optimizer.telemetry),
+        ):
+            if asked:
+                raise ValueError(f"Invalid {option} with DTensor parameters. Every rank must have them whole.")
+        if optimizer._masters is not None:
+            raise ValueError(
+                "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "
+                "MixedPrecisionPolicy(param_dtype=...)."
+            )
+
     def average_first(self, optimizer: FusedSAM) -> None:
         _place_grads(optimizer._flat_params())
 
