@@ -52,12 +52,12 @@ FUSED_SAM_HD double power_of(double x, double scale, double q) {
 // w + e for finite q > 1. `norm` is positive and finite.
 FUSED_SAM_HD double displaced(double w, double g, const AscentGroup& group, double rho, double q, double norm) {
   const double t = neighbourhood(w, group), x = scaled(w, g, group);
-  return w + ::copysign(rho * t * ::pow(::fabs(x) / norm, q - 1.0), x);
+  return w + ::copysign(1.0, x) * (rho * t * ::pow(::fabs(x) / norm, q - 1.0));
 }
 
 // w + e for infinite q, at the one element that moves: by all of rho, in the direction of x.
 FUSED_SAM_HD double peak_displaced(double w, double g, const AscentGroup& group, double rho) {
-  return w + ::copysign(rho * neighbourhood(w, group), scaled(w, g, group));
+  return w + ::copysign(1.0, scaled(w, g, group)) * (rho * neighbourhood(w, group));
 }
 
 // Stores a result of fp64 arithmetic.

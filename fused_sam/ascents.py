@@ -186,7 +186,8 @@ class AlongMomentum:
         momenta = self._momenta(optimizer, params)
         param_groups.take_out(optimizer.param_groups, momenta)
         groups = [
-            group._replace(rho=-group.rho, decay=0.0) for group in param_groups.ascent_groups(optimizer.param_groups)
+            group._replace(rho=-group.distance, decay=0.0)
+            for group in param_groups.ascent_groups(optimizer.param_groups)
         ]
         local = optimizer._peers.local
         copies = masters.of(optimizer, params, momenta)

@@ -44,7 +44,8 @@ class FusedSAM(Optimizer):
     which is :math:`\rho \, T^2 g / \lVert T g \rVert_2` for p = 2 (eq. 2 of the paper). :math:`T = 1`, or
     :math:`T = |w| + \eta` elementwise with ``adaptive`` (ASAM, Kwon et al. 2021). The norm is one number over all
     parameter groups; the displacement of group k is scaled by its own ``rho``, so groups with ``rho=0`` are not
-    perturbed but count in the norm. Groups with ``perturb=False`` do neither, and cost nothing in the ascent.
+    perturbed but count in the norm. Groups with ``perturb=False`` do neither, and cost nothing in the ascent. In groups
+    with ``maximize`` e is the opposite: the worst point of an objective to be maximised is where it is least.
 
     Drop-in for the two-call class that is in common use, and for :class:`torch.optim.SGD`::
 

@@ -19,6 +19,8 @@ def ascent_groups(param_groups: list[dict]) -> list[ops.AscentGroup]:
     for group in param_groups:
         check_ascent(group)
         rho, eta, adaptive = ops.host_number(group["rho"]), float(group["eta"]), group["adaptive"]
+        if group.get("maximize"):
+            rho = -rho  # the worst point of an objective to be maximised is where it is least
         decay = _decay(group) if group["decay_in_ascent"] else 0.0
         if adaptive != "weights":
             groups.append(ops.AscentGroup(len(group["params"]), rho, bool(adaptive), eta, decay))

@@ -55,7 +55,7 @@ def advance(
         if grads[i] is not None:
             e = e + group.rho * t * _direction(t * grads[i].double(), norm, p, i)
         es.append(e)
-        sizes.append(group.rho * t)
+        sizes.append(group.distance * t)
     for i, e in zip(moved, _project(es, sizes, p)):
         params[i].copy_(kept[i].double() + e)
     return norm

@@ -84,7 +84,7 @@ def project(es: Sequence[Tensor], rho: Sequence[float], scales: Sequence[Tensor]
 
     For p = 2 and T = 1 that is the nearest point of the ball. Where rho T = 0, e is 0.
     """
-    sizes = [r * t for r, t in zip(rho, scales)]
+    sizes = [abs(r) * t for r, t in zip(rho, scales)]
     if p == math.inf:
         return [torch.clamp(e, -s, s) for e, s in zip(es, sizes)]
     ratios = [torch.where(s > 0, e / torch.where(s > 0, s, 1), 0.0).flatten() for e, s in zip(es, sizes)]
@@ -242,7 +242,9 @@ class ReferenceSAM:
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e (Algorithm 1, line 5); again, from w + e: one more step of the ascent, and into the ball."""
-        params, rho = self._flat(), self._flat("rho")
+        params = self._flat()
+        # The worst point of an objective to be maximised is where it is least.
+        rho = [-g["rho"] if g.get("maximize") else g["rho"] for g in self.param_groups for _ in g["params"]]
         again = bool(self._w)
         if not again:
             self._w = [p.clone() for p in params]
@@ -264,9 +266,14 @@ class ReferenceSAM:
     def first_step_along_momentum(self) -> None:
         """w -> w - rho m / ||m||: MSAM (Becker et al. 2024), Algorithm 1, with m of SGD or of Adam."""
         grads = [p.grad for p in self._flat()]
-        for p in self._flat():
-            m = self.momentum_buffers.get(p) if self.base == "sgd" else self.adam_states.get(p, AdamState.zeros(p)).m
-            p.grad = None if m is None else -m
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = (
+                    self.momentum_buffers.get(p)
+                    if self.base == "sgd"
+                    else self.adam_states.get(p, AdamState.zeros(p)).m
+                )
+                p.grad = m if m is None or group.get("maximize") else -m
         self.first_step()
         for p, g in zip(self._flat(), grads):
             p.grad = g

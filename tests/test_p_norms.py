@@ -149,6 +149,25 @@ def test_p_1_over_tensors_of_several_layouts(backend: str, device: str) -> None:
             ]
 
 
+@every_p
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=ids)
+def test_of_an_objective_to_be_maximised_e_leads_down(p: float, dtype: torch.dtype, backend: str, device: str) -> None:
+    """The bits of minimising its negative: e, weights and momentum."""
+    params = leaves(9, LARGE, 67, 0, device=device, dtype=dtype)
+    twins = [w.detach().clone().requires_grad_() for w in params]
+    options = {"rho": 0.3, "p": p, "adaptive": True, "eta": ETA, "decay_in_ascent": True, "backend": backend, **HYPER}
+    upwards, downwards = FusedSAM(params, maximize=True, **options), FusedSAM(twins, **options)
+    for _ in range(2):
+        for step in ("first_step", "step"):
+            for w, twin in zip(params, twins, strict=True):
+                w.grad = torch.randn_like(w)
+                twin.grad = -w.grad
+            getattr(upwards, step)()
+            getattr(downwards, step)()
+            assert_same_bits(params, twins)
+    assert_same_bits(*([m for m in buffers(opt) if m is not None] for opt in (upwards, downwards)))
+
+
 @pytest.mark.parametrize("p", [1.0, 1.5, 3.0], ids=str)
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf], ids=str)
 def test_nothing_moves_without_a_positive_finite_norm(p: float, bad: float, backend: str, device: str) -> None:

@@ -152,7 +152,7 @@ class Batch:
             active = active & (place[0] == i) & (elements == place[1])
         else:
             size = size * (x.abs() / value) ** (q - 1)
-        return torch.where(active, w + torch.copysign(size, x), w)
+        return torch.where(active, w + torch.copysign(torch.ones_like(x), x) * size, w)
 
     def restore(self) -> None:
         pairs = [(p, b) for p, b in zip(self.params, self.backups or []) if b is not None]

@@ -13,7 +13,7 @@ from fused_sam.routing import TensorList
 
 
 class AscentGroup(NamedTuple):
-    """How far the next ``size`` tensors are displaced; with ``rho`` < 0 (p = 2 only) the other way.
+    """How far the next ``size`` tensors are displaced; with ``rho`` < 0 the other way.
 
     ``rho`` may be a tensor of one element, read on the device. ``decay``: the ascent takes g + decay * w for the
     gradient, that of the loss plus decay / 2 ||w||^2.
@@ -24,6 +24,11 @@ class AscentGroup(NamedTuple):
     adaptive: bool
     eta: float = 0.0
     decay: float = 0.0
+
+    @property
+    def distance(self) -> Any:
+        """|rho|, a number or a tensor."""
+        return abs(self.rho)
 
     def on(self, device: torch.device, size: int) -> AscentGroup:
         """The same for ``size`` tensors on a device."""

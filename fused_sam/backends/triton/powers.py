@@ -205,10 +205,9 @@ def power_total(partials, peak, ascent, out, count, TILE: tl.constexpr):
 
 @triton.jit
 def _with_sign(size, x):
-    """|size| with the sign of x, of a zero or NaN too."""
-    magnitude = size.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    """size times the sign of x, of a zero or NaN too."""
     negative = x.to(tl.int64, bitcast=True) & -0x8000000000000000
-    return (magnitude | negative).to(tl.float64, bitcast=True)
+    return (size.to(tl.int64, bitcast=True) ^ negative).to(tl.float64, bitcast=True)
 
 
 @triton.jit
