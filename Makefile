@@ -34,7 +34,7 @@ train: $(READY) fashion-mnist
 	$(BIN)/python -m bench.train_fashion_mnist $(if $(FULL),--full) $(ARGS)
 
 test: $(READY) lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

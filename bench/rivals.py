@@ -219,8 +219,13 @@ VARIANTS: dict[str, Variant] = {
 # FusedSAM with other options than the rivals': no rivals of it, but each against the copy of its own bytes.
 OPTIONS: dict[str, Variant] = {
     "fused_sam_asam": Variant("ASAM", functools.partial(_fused_sam, adaptive=True), 44, needs="fused_sam"),
+    "fused_sam_decay": Variant(
+        "decay in the ascent", functools.partial(_fused_sam, decay_in_ascent=True), 44, needs="fused_sam"
+    ),
     "fused_sam_p_inf": Variant("p = inf", functools.partial(_fused_sam, p=math.inf), 36, needs="fused_sam"),
     "fused_sam_adamw": Variant("AdamW", _fused_adamw, 52, needs="fused_sam"),
+    # The backup of w is memory of its own: the momentum is needed after the step.
+    "fused_sam_msam": Variant("MSAM", functools.partial(_fused_sam, direction="momentum"), 40, needs="fused_sam"),
 }
 
 

@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace fused_sam {
@@ -36,24 +38,47 @@ FUSED_SAM_HD void dispatch(DType param, DType grad, const F& f) {
   }
 }
 
-// e = post * (pre * g), or t * (post * (t * (pre * g))) with t = |w| + eta when adaptive. pre is a power of two that
-// keeps `post` in the range of fp32 where rho / norm itself is not (norms near the smallest or largest number). With
-// `sign` (p = inf) e = post * sign(g), or t * post * sign(g).
+// Stands for the storage type of the model where parameters are their own.
+struct NoModel {};
+
+// The storage type of what the model computes with.
+template <class P, class M>
+using ModelOr = typename std::conditional<std::is_same<M, NoModel>::value, P, M>::type;
+
+// Calls f(P{}, G{}, M{}) with that of the model, too.
+template <class F>
+FUSED_SAM_HD void dispatch(DType param, DType grad, DType model, const F& f) {
+  if (model == DType::bf16) {
+    if (grad == DType::f32) f(float{}, float{}, bf16{});
+    if (grad == DType::bf16) f(float{}, bf16{}, bf16{});
+  } else if (model == DType::f16) {
+    if (grad == DType::f32) f(float{}, float{}, f16{});
+    if (grad == DType::f16) f(float{}, f16{}, f16{});
+  } else {
+    dispatch(param, grad, [&](auto p, auto g) { f(p, g, NoModel{}); });
+  }
+}
+
+// With d = g + decay * w: e = post * (pre * d), or t * (post * (t * (pre * d))) with t = |w| + eta when adaptive. pre
+// is a power of two that keeps `post` in the range of fp32 where rho / norm itself is not (norms near the smallest or
+// largest number). With `sign` (p = inf) e = post * sign(d), or t * post * sign(d).
 struct AscentScalars {
-  double pre, post, eta;
+  double pre, post, eta, decay;
   bool adaptive, sign;
   bool active;  // false: e = 0, only the backup is written
 };
 
 FUSED_SAM_HD AscentScalars ascent_scalars(double rho, const AscentGroup& group, double q, double norm, bool is_double) {
-  if (q == 1.0) return {1.0, rho, group.eta, group.adaptive, true, rho != 0.0};
+  if (q == 1.0) return {1.0, rho, group.eta, group.decay, group.adaptive, true, rho != 0.0};
   const double largest = 1.7976931348623157e308;
   const double scale = rho / norm;
-  AscentScalars s{1.0, scale, group.eta, group.adaptive, false, rho != 0.0 && norm > 0.0 && norm <= largest};
+  const bool active = rho != 0.0 && norm > 0.0 && norm <= largest;
+  AscentScalars s{1.0, scale, group.eta, group.decay, group.adaptive, false, active};
   const double limit = is_double ? 0x1p900 : 0x1p100;
-  if (scale > limit || scale < 1.0 / limit) {
+  const double size = ::fabs(scale);  // rho < 0 leads the other way
+  if (size > limit || size < 1.0 / limit) {
     const double shift = is_double ? 0x1p512 : 0x1p64;
-    s.pre = scale > 1.0 ? shift : 1.0 / shift;
+    s.pre = size > 1.0 ? shift : 1.0 / shift;
     // rho / norm overflows in fp64 when the norm is subnormal, so the norm is scaled, not the quotient.
     s.post = rho / (norm * s.pre);
   }
@@ -62,17 +87,24 @@ FUSED_SAM_HD AscentScalars ascent_scalars(double rho, const AscentGroup& group, 
 
 template <class Vec>
 struct AscentMath {
-  Vec pre, post, eta;
-  bool adaptive, sign;
+  Vec pre, post, eta, decay;
+  bool adaptive, sign, decays;
 
   static FUSED_SAM_HD Vec set(double x) { return Vec::set(static_cast<typename Vec::Scalar>(x)); }
 
   FUSED_SAM_HD explicit AscentMath(const AscentScalars& s)
-      : pre(set(s.pre)), post(set(s.post)), eta(set(s.eta)), adaptive(s.adaptive), sign(s.sign) {}
+      : pre(set(s.pre)),
+        post(set(s.post)),
+        eta(set(s.eta)),
+        decay(set(s.decay)),
+        adaptive(s.adaptive),
+        sign(s.sign),
+        decays(s.decay != 0.0) {}
 
   // w + e
   FUSED_SAM_HD Vec operator()(Vec w, Vec g) const {
     const Vec t = add(magnitude(w), eta);
+    if (decays) g = fma(w, decay, g);
     if (sign) {
       const Vec step = with_sign(post, g);
       return adaptive ? fma(t, step, w) : add(w, step);

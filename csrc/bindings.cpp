@@ -17,13 +17,13 @@ using namespace fused_sam;
 namespace {
 
 // Field order of fused_sam.ops.AscentGroup, SGDGroup and AdamGroup.
-using AscentTuple = std::tuple<int64_t, double, bool, double>;
+using AscentTuple = std::tuple<int64_t, double, bool, double, double>;
 using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool>;
 using AdamTuple = std::tuple<int64_t, double, double, double, double, double, bool, bool, bool, bool, double, double>;
 
 std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
   std::vector<AscentGroup> converted;
-  for (const auto& [size, rho, adaptive, eta] : groups) converted.push_back({rho, adaptive, eta});
+  for (const auto& [size, rho, adaptive, eta, decay] : groups) converted.push_back({rho, adaptive, eta, decay});
   return converted;
 }
 
@@ -129,7 +129,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("clear_grads", &clear_grads);
   m.def("lookup", &lookup);
   py::class_<Batch>(m, "Batch")
-      .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, int>())
+      .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, const py::object&, int>())
       .def_property_readonly("odd", &Batch::odd)
       .def_property_readonly("kept", &Batch::kept)
       .def("make_backups", &Batch::make_backups)

@@ -2,9 +2,10 @@
 //
 // Notation (Foret et al. 2021, Algorithm 1 and eq. 2; Kwon et al. 2021 for the adaptive form):
 //   w  parameter        g  gradient at w        g' gradient at w + e
-//   x  = T g  with T = |w| + eta elementwise for adaptive groups, 1 otherwise
+//   x  = T (g + decay * w)  with T = |w| + eta elementwise for adaptive groups, 1 otherwise; decay is 0 where weight
+//        decay is no part of the ascent
 //   e  = rho * T sign(x) (|x| / ||x||_q)^(q-1)  with 1/p + 1/q = 1, so that ||e / T||_p = rho; one norm over all groups
-//        p = 2: rho * T^2 g / ||T g||_2;  p = inf: rho * T sign(g);  p = 1: all of rho T at the largest |x|
+//        p = 2: rho * T x / ||x||_2;  p = inf: rho * T sign(x);  p = 1: all of rho T at the largest |x|
 //
 // Callers guarantee: every pointer is valid for `numel` elements of `dtype` (null only where said),
 // tensors that are written do not overlap one another, elements of one item correspond by index.
@@ -19,22 +20,30 @@ constexpr int kStates = 3;
 
 // One parameter tensor and what belongs to it.
 struct Tensor {
-  void* param;           // [numel] w, or w + e between the two passes
-  void* grad;            // [numel] gradient; null: the tensor takes no part in norm, perturb, base step
-  void* backup;          // [numel] w, kept between the two passes; null: param holds w itself
+  void* param;   // [numel] w, or w + e between the two passes; with a model the fp32 master copy, always w
+  void* model;   // [numel] of model_dtype: the weights that the model computes with, w or w + e rounded. Null
+                 // where these are `param` itself
+  void* grad;    // [numel] gradient; null: the tensor takes no part in norm, perturb, base step
+  void* backup;  // [numel] w, kept between the two passes; null: nothing is displaced. With a model it is `param`
   void* state[kStates];  // [numel] of the base step; null where it keeps none. SGD: momentum buffer.
                          // Adam: averages of g and of g^2, and with amsgrad the largest of the latter
   const float* step;     // [1] of Adam, the steps before this one where the kernel is to read them; else null
   int64_t numel;
-  DType dtype;       // of param, backup and state
-  DType grad_dtype;  // can_mix(dtype, grad_dtype)
+  DType dtype;                     // of param, backup and state
+  DType grad_dtype;                // can_mix(dtype, grad_dtype)
+  DType model_dtype = DType::f32;  // 16-bit, grad_dtype the same or f32, and dtype f32; f32: there is no model
   int32_t group;
+
+  FUSED_SAM_HD bool has_model() const { return model_dtype != DType::f32; }
 };
 
 struct AscentGroup {
   double rho;
   bool adaptive;
-  double eta;
+  double eta, decay;
+
+  // Whether x depends on w.
+  FUSED_SAM_HD bool reads_weights() const { return adaptive || decay != 0.0; }
 };
 
 // ||x||_q; for q = inf also where its largest element is: the tensor's number in the list, the element's in the tensor
@@ -64,16 +73,15 @@ constexpr int64_t kBlock = 16384;
 
 namespace cpu {
 
-// ||T g||_q over all tensors, accumulated in fp64. q > 1, possibly infinite.
+// ||x||_q over all tensors, accumulated in fp64. q > 1, possibly infinite.
 Norm norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, int threads);
 
-// backup <- w, param <- w + e. `backup == grad` swaps in place: the first gradient's storage, of the parameter's dtype,
-// then holds w.
-// A norm that is zero or not finite, and rho = 0, mean e = 0 exactly (backup is still written).
-// q >= 1; for q = 1 the norm is not used.
+// backup <- w, param <- w + e; with a model only model <- w + e. `backup == grad` swaps in place: the first gradient's
+// storage, of the parameter's dtype, then holds w. A norm that is zero or not finite, and rho = 0, mean e = 0 exactly
+// (backup is still written). q >= 1; for q = 1 the norm is not used.
 void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, const Norm& norm, int threads);
 
-// param <- backup, where there is a backup.
+// param <- backup, where there is a backup; with a model, model <- backup.
 void restore(const Tensor* tensors, size_t count, int threads);
 
 // w <- backup (param where there is none), then with g = grad_multiplier * grad:
@@ -82,7 +90,7 @@ void restore(const Tensor* tensors, size_t count, int threads);
 //   param <- w - lr * (nesterov ? d + momentum * m : momentum != 0 ? m : d)
 // in the operation order and with the fused multiply-adds of torch.optim.SGD(foreach=False). The scaled gradient is
 // written back when grad_multiplier != 1 (a GradScaler's users read unscaled gradients after the step).
-// Tensors without a gradient are restored only.
+// With a model, model <- param in the same pass. Tensors without a gradient are restored only.
 void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads);
 
 // w <- backup (param where there is none), then at step t with g = grad_multiplier * (maximize ? -grad : grad):

@@ -39,20 +39,25 @@ FUSED_SAM_HD double neighbourhood(double w, const AscentGroup& group) {
   return group.adaptive ? ::fabs(w) + group.eta : 1.0;
 }
 
-// (|x| / scale)^q of an element of x = T g. The scale is the largest |x|, so that no q overflows.
+// x, whose q-norm is taken.
+FUSED_SAM_HD double scaled(double w, double g, const AscentGroup& group) {
+  return neighbourhood(w, group) * (group.decay != 0.0 ? ::fma(group.decay, w, g) : g);
+}
+
+// (|x| / scale)^q of an element of x. The scale is the largest |x|, so that no q overflows.
 FUSED_SAM_HD double power_of(double x, double scale, double q) {
   return ::pow(::fabs(x) / scale, q);
 }
 
 // w + e for finite q > 1. `norm` is positive and finite.
 FUSED_SAM_HD double displaced(double w, double g, const AscentGroup& group, double rho, double q, double norm) {
-  const double t = neighbourhood(w, group), x = t * g;
+  const double t = neighbourhood(w, group), x = scaled(w, g, group);
   return w + ::copysign(rho * t * ::pow(::fabs(x) / norm, q - 1.0), x);
 }
 
-// w + e for infinite q, at the one element that moves: by all of rho, in the direction of the gradient.
+// w + e for infinite q, at the one element that moves: by all of rho, in the direction of x.
 FUSED_SAM_HD double peak_displaced(double w, double g, const AscentGroup& group, double rho) {
-  return w + ::copysign(rho * neighbourhood(w, group), g);
+  return w + ::copysign(rho * neighbourhood(w, group), scaled(w, g, group));
 }
 
 // Stores a result of fp64 arithmetic.

@@ -4,5 +4,16 @@ from fused_sam import backends, batchnorm, distributed, ops, rng
 from fused_sam._version import __version__
 from fused_sam.optimizer import FusedSAM
 from fused_sam.reference import ReferenceSAM
+from fused_sam.rho_schedule import RhoTiedToLR
 
-__all__ = ["FusedSAM", "ReferenceSAM", "__version__", "backends", "batchnorm", "distributed", "ops", "rng"]
+__all__ = [
+    "FusedSAM",
+    "ReferenceSAM",
+    "RhoTiedToLR",
+    "__version__",
+    "backends",
+    "batchnorm",
+    "distributed",
+    "ops",
+    "rng",
+]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import backends, clipping, ops
+from fused_sam import backends, clipping, masters, ops
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -30,12 +30,13 @@ class FusedSGD:
         """One `ops.sgd_update` over all groups; new momentum buffers enter the state once they hold something."""
         params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
         grads = host.get_grads(params)
+        copies = optimizer._masters_of(params, grads)
         buffers: list[Any] | None = None
         fresh: set[int] = set()
         if any(group["momentum"] for group in optimizer.param_groups):
             buffers = host.lookup(optimizer.state, params, "momentum_buffer")
             if not ops.all_present(buffers):
-                fresh = _make_buffers(optimizer.param_groups, params, grads, buffers)
+                fresh = _make_buffers(optimizer.param_groups, _weights(params, copies), grads, buffers)
         if fresh and ops.is_capturing(params):
             raise RuntimeError(
                 "A momentum buffer would be made in every replay: step once before capturing a CUDA graph."
@@ -54,20 +55,27 @@ class FusedSGD:
             found_inf,
             optimizer.backend,
             journal,
+            copies,
         )
+        masters.enter(optimizer.state, params, copies)
         if buffers is not None:
             for i in fresh:
                 optimizer.state[params[i]]["momentum_buffer"] = buffers[i]
 
 
+def _weights(params: list[Tensor], copies: list[Any] | None) -> list[Tensor]:
+    """What the base step updates: masters where there are any."""
+    return params if copies is None else [p if m is None else m for p, m in zip(params, copies)]
+
+
 def _make_buffers(
-    param_groups: list[dict], params: list[Tensor], grads: list[Tensor | None], buffers: list[Tensor | None]
+    param_groups: list[dict], weights: list[Tensor], grads: list[Tensor | None], buffers: list[Tensor | None]
 ) -> set[int]:
     """Fill in an uninitialised momentum buffer for every parameter that needs one; the indices of those."""
     momenta = [group["momentum"] for group in param_groups for _ in group["params"]]
     fresh = {i for i, m in enumerate(momenta) if m != 0 and buffers[i] is None and grads[i] is not None}
     for i in fresh:
-        buffers[i] = torch.empty_like(params[i])
+        buffers[i] = torch.empty_like(weights[i])
     return fresh
 
 
@@ -143,9 +151,12 @@ class FusedAdam(AnyBase):
         """One `ops.adam_update` over all groups; new state enters the optimizer's once it holds something."""
         params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
         if not self._is_fusable(optimizer, params):
+            if optimizer._masters is not None:
+                raise RuntimeError("master_weights=True needs betas that are numbers, and capturable=False on a CPU.")
             super().step(optimizer, journal, grad_scale, found_inf)
             return
         grads = host.get_grads(params)
+        copies = optimizer._masters_of(params, grads)
         state = {key: host.lookup(optimizer.state, params, key) for key in _ADAM_STATE}
         steps = state["step"]
         fresh = {i for i, (t, g) in enumerate(zip(steps, grads)) if t is None and g is not None}
@@ -156,7 +167,7 @@ class FusedAdam(AnyBase):
             ops.undo(journal)
             return
         if fresh:
-            _make_adam_state(optimizer.param_groups, fresh, state)
+            _make_adam_state(optimizer.param_groups, _weights(params, copies), fresh, state)
         ops.adam_update(
             local(params),
             local(grads),
@@ -171,7 +182,9 @@ class FusedAdam(AnyBase):
             optimizer.backend,
             journal,
             capturable=not any(isinstance(t, Tensor) and t.is_cpu for t in steps),
+            masters=copies,
         )
+        masters.enter(optimizer.state, params, copies)
         for i in fresh:
             entries = {key: values[i] for key, values in state.items() if values[i] is not None}
             optimizer.state[params[i]].update(entries)
@@ -180,15 +193,13 @@ class FusedAdam(AnyBase):
         """Whether every backend concerned has the step, and every hyperparameter but lr can be read without waiting."""
         for device_type in {p.device.type for p in params}:
             backend = backends.for_device(device_type, optimizer.backend)
-            if "adam_update" not in backend.BASE_STEPS:
+            if "adam_update" not in backend.BASE_STEPS and optimizer._masters is None:
                 return False
             if device_type == "cpu" and any(group["capturable"] for group in optimizer.param_groups):
                 return False  # torch's own step says why it refuses
         return not any(isinstance(beta, Tensor) for group in optimizer.param_groups for beta in group["betas"])
 
     def _groups(self, param_groups: list[dict], fresh: set[int]) -> list[ops.AdamGroup]:
-        # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
-        is_adamw = type(self.inner) is AdamW
         return [
             ops.AdamGroup(
                 length,
@@ -197,7 +208,7 @@ class FusedAdam(AnyBase):
                 float(group["betas"][1]),
                 float(group["eps"]),
                 float(group["weight_decay"]),
-                is_adamw or group.get("decoupled_weight_decay", False),
+                is_decoupled(self, group),
                 group["amsgrad"],
                 group["maximize"],
                 first,
@@ -206,22 +217,31 @@ class FusedAdam(AnyBase):
         ]
 
 
+def is_decoupled(base: FusedSGD | AnyBase, group: dict) -> bool:
+    """Whether the weight decay of a group is no part of the gradient, as in AdamW."""
+    # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
+    is_adamw = isinstance(base, AnyBase) and isinstance(base.inner, AdamW)
+    return is_adamw or group.get("decoupled_weight_decay", False)
+
+
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def _make_adam_state(param_groups: list[dict], fresh: set[int], state: dict[str, list[Any]]) -> None:
+def _make_adam_state(
+    param_groups: list[dict], weights: list[Tensor], fresh: set[int], state: dict[str, list[Any]]
+) -> None:
     """Fill in what torch.optim.Adam keeps, but for uninitialised averages, which the first step writes."""
     number = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    owners = ((p, group) for group in param_groups for p in group["params"])
-    for i, (p, group) in enumerate(owners):
+    groups = (group for group in param_groups for _ in group["params"])
+    for i, (w, group) in enumerate(zip(weights, groups)):
         if i not in fresh:
             continue
         if group["capturable"] or group["fused"]:
-            state["step"][i] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["step"][i] = torch.zeros((), dtype=torch.float32, device=w.device)
         else:
             state["step"][i] = torch.zeros((), dtype=number, device="cpu")
         for key in _ADAM_STATE[1 : 4 if group["amsgrad"] else 3]:
-            state[key][i] = torch.empty_like(p)
+            state[key][i] = torch.empty_like(w)
 
 
 def make_base(inner: Optimizer) -> FusedSGD | AnyBase:
@@ -229,3 +249,19 @@ def make_base(inner: Optimizer) -> FusedSGD | AnyBase:
     if type(inner) is SGD:
         return FusedSGD()
     return FusedAdam(inner) if type(inner) in (Adam, AdamW) else AnyBase(inner)
+
+
+def make_masters(base: FusedSGD | AnyBase, master_weights: Any) -> masters.Masters | None:
+    """fp32 weights behind 16-bit ones, if wanted.
+
+    Raises:
+        ValueError: for what is not a bool, or a base whose own step would update the 16-bit weights.
+    """
+    if not isinstance(master_weights, bool):
+        raise ValueError(f"Invalid {master_weights=}. Must be True or False.")
+    if master_weights and not isinstance(base, FusedSGD | FusedAdam):
+        raise ValueError(
+            f"Invalid {master_weights=} with base_optimizer={type(base.inner).__name__}. Must be torch.optim.SGD, Adam "
+            "or AdamW: any other steps the 16-bit weights itself."
+        )
+    return masters.Masters() if master_weights else None

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fused_sam import rng
+from fused_sam import rng, second_order
 from fused_sam.telemetry import Report, measured, stacked
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
 
 Closure: TypeAlias = Callable[[], Any]
+Closures: TypeAlias = Closure | Sequence[Closure]
 
 
-def step(optimizer: FusedSAM, closure: Closure | Sequence[Closure]) -> Any:
+def step(optimizer: FusedSAM, closure: Closures, ascent: Closures | None = None) -> Any:
     """A whole step; arguments, result and errors are those of `FusedSAM.step`."""
-    _check(closure)
+    _check(optimizer, closure, ascent)
     if optimizer.perturbed:
         raise RuntimeError("step(closure) after first_step(): finish with step() without a closure, or restore().")
     if getattr(optimizer, "found_inf", None) is not None:
@@ -36,7 +37,11 @@ def step(optimizer: FusedSAM, closure: Closure | Sequence[Closure]) -> Any:
             "first_step() and then scaler.step(optimizer)."
         )
     try:
-        loss, report = _gradient(optimizer, closure) if callable(closure) else _mean_gradient(optimizer, closure)
+        first: Any = closure if ascent is None else ascent
+        if callable(closure):
+            loss, report = _gradient(optimizer, closure, first)
+        else:
+            loss, report = _mean_gradient(optimizer, list(zip(closure, first)))
         optimizer._descend(report)
     except BaseException:
         optimizer.restore()
@@ -44,76 +49,103 @@ def step(optimizer: FusedSAM, closure: Closure | Sequence[Closure]) -> Any:
     return loss
 
 
-def _check(closure: Any) -> None:
+def _check(optimizer: FusedSAM, closure: Any, ascent: Any) -> None:
+    _check_one("closure", closure)
+    if not callable(closure) and len(closure) > 1 and optimizer.reuse is not None:
+        raise ValueError(f"Invalid list of {len(closure)} closures with reuse={optimizer.reuse}. Must be one closure.")
+    if ascent is None:
+        return
+    _check_one("ascent", ascent)
+    if optimizer.direction == "momentum":
+        raise ValueError("Invalid ascent with direction='momentum', which takes no gradient at w. Must be None.")
+    if callable(closure) != callable(ascent) or (not callable(closure) and len(closure) != len(ascent)):
+        raise ValueError(f"Invalid {ascent=}. Must be one callable for one closure, or a list as long as theirs.")
+
+
+def _check_one(name: str, closure: Any) -> None:
     if callable(closure):
         return
     if not isinstance(closure, list | tuple) or not all(map(callable, closure)):
-        raise TypeError(f"Invalid {closure=}. Must be a callable, or a list or tuple of callables.")
+        raise TypeError(f"Invalid {name}={closure!r}. Must be a callable, or a list or tuple of callables.")
     if not closure:
-        raise ValueError(f"Invalid {closure=}. Must hold a callable for each group of examples.")
+        raise ValueError(f"Invalid {name}={closure!r}. Must hold a callable for each group of examples.")
 
 
-def _gradient(optimizer: FusedSAM, closure: Closure) -> tuple[Any, Report]:
+def _gradient(optimizer: FusedSAM, closure: Closure, ascent: Closure) -> tuple[Any, Report]:
     """Both passes: the gradient at w + e in p.grad, with the weights still there. Also the loss at w.
 
     In a step that is not perturbed one pass, and all at w.
     """
-    perturb = optimizer.perturb_next
-    replay = perturb and optimizer.replay_rng
-    state = rng.capture({p.device for p in optimizer._flat_params()}) if replay else None
     optimizer.zero_grad()
-    with torch.enable_grad():
-        loss = closure()
-    if not perturb:
+    if not optimizer.perturb_next:
+        loss = _run(closure)
         return loss, measured(optimizer, loss)
+    if optimizer.direction == "momentum":
+        optimizer._ascend(take_grads=False)
+        loss = _run(closure)
+        return loss, measured(optimizer, None, loss)
+    state = rng.capture({p.device for p in optimizer._flat_params()}) if optimizer.replay_rng else None
+    loss = _run(ascent)
+    if optimizer.second_order:
+        loss_perturbed = second_order.second_pass(optimizer, lambda: _run(closure, state))
+        return loss, measured(optimizer, loss, loss_perturbed)
     optimizer._ascend(take_grads=True)
-    if state is not None:
-        rng.replay(state)
-    with torch.enable_grad():
-        loss_perturbed = closure()
+    while optimizer.perturb_next:
+        _run(ascent, state)
+        optimizer._ascend(take_grads=True)
+    loss_perturbed = _run(closure, state)
     return loss, measured(optimizer, loss, loss_perturbed)
 
 
-def _mean_gradient(optimizer: FusedSAM, closures: Sequence[Closure]) -> tuple[Any, Report]:
+def _run(closure: Closure, state: Any = None) -> Any:
+    """What the closure returns; from a random state, if given."""
+    if state is not None:
+        rng.replay(state)
+    with torch.enable_grad():
+        return closure()
+
+
+def _mean_gradient(optimizer: FusedSAM, pairs: Sequence[tuple[Closure, Closure]]) -> tuple[Any, Report]:
     """The mean of the closures' second gradients in p.grad. Also the mean loss.
 
-    With several closures the weights are back at w then: every sum is taken before any weight is updated.
+    With several closures the weights are at w + e of the last one then, for the base step to restore in its own pass.
     """
-    if len(closures) == 1:
-        loss, report = _gradient(optimizer, closures[0])
+    if len(pairs) == 1:
+        loss, report = _gradient(optimizer, *pairs[0])
         return _mean([loss]), stacked([report])
-    sums: dict[Tensor, Tensor] = {}
+    means: dict[Tensor, Tensor] = {}
     losses, reports = [], []
-    for closure in closures:
+    for number, (closure, ascent) in enumerate(pairs, start=1):
         with optimizer._peers.deferred():
-            loss, report = _gradient(optimizer, closure)
+            loss, report = _gradient(optimizer, closure, ascent)
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)  # a graph would keep memory
         reports.append(report)
-        optimizer.restore()
-        _accumulate(sums, optimizer._flat_params())
-    if sums:
-        torch._foreach_div_(list(sums.values()), float(len(closures)))
+        if number < len(pairs):
+            optimizer.restore()
+        _average(means, optimizer._flat_params(), number)
     for p in optimizer._flat_params():
-        p.grad = sums.get(p)
+        p.grad = means.get(p)
     return _mean(losses), stacked(reports)
 
 
-def _accumulate(sums: dict[Tensor, Tensor], params: list[Tensor]) -> None:
-    """sums[p] += p.grad, for the parameters that have one.
+def _average(means: dict[Tensor, Tensor], params: list[Tensor], count: int) -> None:
+    """The mean of the gradients of ``count`` closures from that of all but the last one, whose p.grad is there now.
 
+        mean_k = mean_(k-1) + (g_k - mean_(k-1)) / k
+
+    No pass divides a sum at the end, no sum overflows in 16 bits, and the mean of equal gradients is theirs exactly.
     The first gradient is copied, and not taken: it may be a view of a buffer into which the next backward writes.
     """
-    totals, grads = [], []
-    for p in params:
-        if p.grad is None:
-            continue
-        if p in sums:
-            totals.append(sums[p])
-            grads.append(p.grad)
-        else:
-            sums[p] = p.grad.detach().clone()
-    if totals:
-        torch._foreach_add_(totals, grads)
+    grads = {p: p.grad for p in params if p.grad is not None}
+    known = [p for p in grads if p in means]
+    fresh = [p for p in grads if p not in means]
+    missing = [mean for p, mean in means.items() if p not in grads]
+    if known:
+        torch._foreach_lerp_([means[p] for p in known], [grads[p] for p in known], 1 / count)
+    if fresh:
+        means.update(zip(fresh, torch._foreach_mul([grads[p] for p in fresh], 1 / count)))
+    if missing:
+        torch._foreach_mul_(missing, (count - 1) / count)
 
 
 def _mean(losses: list[Any]) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -12,21 +10,24 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import backends, bases, clipping, closures, ops, param_groups, routing, schedule
+from fused_sam import (
+    ascents,
+    backends,
+    bases,
+    clipping,
+    closures,
+    looksam,
+    masters,
+    ops,
+    param_groups,
+    routing,
+    schedule,
+)
 from fused_sam.backends import eager
 from fused_sam.distributed import shards
 from fused_sam.distributed.alone import Alone
 from fused_sam.distributed.peers import Peers
-from fused_sam.telemetry import Probe, Report, measured
-
-
-@dataclass
-class _Ascent:
-    """What is known between the passes. The weights are at w + e exactly where the journal says so."""
-
-    norm: Tensor | None
-    probe: Probe | None
-    journal: ops.Journal = field(default_factory=list)
+from fused_sam.telemetry import Report, measured
 
 
 class FusedSAM(Optimizer):
@@ -54,8 +55,8 @@ class FusedSAM(Optimizer):
         optimizer.step()                          # back to w, then SGD with the gradient taken at w + e
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``, ``eta``
-            and ``perturb``.
+        params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``,
+            ``eta``, ``perturb`` and ``decay_in_ascent``.
         base_optimizer: class of the base optimizer. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run fused with the
             restore, any other class runs its own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
@@ -77,6 +78,22 @@ class FusedSAM(Optimizer):
             gradient. ``perturb_next`` says which comes.
         start: the first step to be perturbed, counted from 0.
         stop: the step from which on none is perturbed; None for never.
+        direction: ``"gradient"``, or ``"momentum"``: e = -rho m / ||m||_2 along the momentum m of the base optimizer,
+            towards where it is about to go (MSAM, Becker et al. 2024). A step then takes one gradient, at w + e:
+            ``first_step()``, backward, ``step()``, or a closure, which is called once. Needs p = 2.
+        ascent_steps: steps of projected gradient ascent that make e, >= 1 (appendix C.6), each with a gradient of its
+            own: a closure is called ``ascent_steps`` + 1 times, and ``first_step`` is due as often as ``perturb_next``
+            says. From the second on they run in torch operations.
+        second_order: take the gradient of L(w + e(w)) whole, with the term that SAM drops (appendix C.4). For study, in
+            the closure form, with a closure that calls ``loss.backward(create_graph=True)``.
+        reuse: LookSAM's alpha, > 0 (Liu et al. 2022): the steps between the perturbed ones, of which ``interval`` must
+            leave some, go by g + alpha ||g|| / ||g_v|| g_v, where g_v is the part of the last SAM gradient that is
+            orthogonal to g. None does not.
+        decay_in_ascent: take the gradient of the loss plus ``weight_decay`` / 2 ||w||^2 for the ascent too, as the
+            paper's own code does: g + weight_decay * w, with the group's ``weight_decay``; g - weight_decay * w in
+            groups with ``maximize``. Not for decay that is decoupled from the loss (AdamW).
+        master_weights: keep w of fp16 and bf16 parameters in fp32 (``"master"`` in their state), and all other state of
+            theirs in fp32. The parameters are w or w + e, rounded. For SGD, Adam and AdamW.
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
@@ -106,12 +123,18 @@ class FusedSAM(Optimizer):
         interval: int = 1,
         start: int = 0,
         stop: int | None = None,
+        direction: str = "gradient",
+        ascent_steps: int = 1,
+        second_order: bool = False,
+        reuse: float | None = None,
+        decay_in_ascent: bool = False,
+        master_weights: bool = False,
         telemetry: bool = False,
         **base_options: Any,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise TypeError(f"Invalid {base_optimizer=}. Must be a subclass of torch.optim.Optimizer.")
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, "decay_in_ascent": decay_in_ascent}
         param_groups.check_ascent(ascent)
         ops.dual_exponent(p)
         self.p = float(p)
@@ -122,6 +145,8 @@ class FusedSAM(Optimizer):
         self._schedule = schedule.Schedule(interval, start, stop)
         if capturable and not self._schedule.always:
             raise ValueError(f"Invalid {capturable=} with {interval=}, {start=}, {stop=}. A graph replays one step.")
+        self.second_order = second_order
+        self.reuse = looksam.checked(reuse)
         if not isinstance(telemetry, bool):
             raise ValueError(f"Invalid {telemetry=}. Must be True or False.")
         self.telemetry = telemetry
@@ -129,11 +154,17 @@ class FusedSAM(Optimizer):
         self.last = Report()
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
-        self._ascent: _Ascent | None = None
+        self._ascent: ascents.Displacement | None = None
         self._peers: Peers = Alone()
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
+        self._along = ascents.make_ascent(
+            inner, direction, ascent_steps, second_order, self.reuse, self.p, interval, decay_in_ascent
+        )
+        if second_order and master_weights:
+            raise ValueError(f"Invalid {second_order=} with {master_weights=}. Autograd sees the rounded weights only.")
+        self._masters = bases.make_masters(self._base, master_weights)
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
         if not self._schedule.always:
             self.param_groups[0].setdefault(schedule.KEY, 0)
@@ -149,7 +180,14 @@ class FusedSAM(Optimizer):
 
         Where it is False a step takes one gradient: backward, then ``step()``, which calls a closure once.
         """
-        return self._ascent is None and self._schedule.due(self.param_groups)
+        if self._ascent is not None:
+            return self._ascent.steps < self._along.steps
+        return self._schedule.due(self.param_groups)
+
+    @property
+    def direction(self) -> str:
+        """``"gradient"`` or ``"momentum"``: what the perturbation follows."""
+        return self._along.direction
 
     @property
     def backend(self) -> str | None:
@@ -157,7 +195,7 @@ class FusedSAM(Optimizer):
         return self._backend
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+    def step(self, closure: closures.Closures | None = None, *, ascent: closures.Closures | None = None) -> Any:
         r"""With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
 
         The closure runs forward and backward and returns the loss. It is called at w and again at w + e, with gradients
@@ -171,26 +209,33 @@ class FusedSAM(Optimizer):
         .. math:: g = \frac{1}{k} \sum_i \nabla L_i(w + \epsilon_i), \qquad
             \epsilon_i = \rho \, \nabla L_i(w) / \lVert \nabla L_i(w) \rVert_2.
 
-        A gradient that is None for some closures counts as zero there. The sum takes one more gradient-sized buffer.
+        A gradient that is None for some closures counts as zero there. The mean takes one more gradient-sized buffer.
+
+        ``ascent`` is called at w instead of the closure, and may be for a part of the examples only: with a quarter of
+        them a step costs about as much as 1.25 steps of SGD. With a list of closures it is a list as long.
 
         Returns:
-            The loss at w; None without a closure. With a list, the mean of the losses, detached; the list of what the
-            closures returned if that is not tensors of one element, or numbers.
+            The loss at w, of ``ascent`` where there is one; None without a closure. With a list, the mean of the
+            losses, detached; the list of what the closures returned if that is not tensors of one element, or numbers.
+            With ``direction="momentum"``, which evaluates no loss at w, the loss at w + e.
 
         Raises:
             RuntimeError: without a closure, if there was no ``first_step`` in a step that is to be perturbed; with one,
                 if there was, or under a GradScaler.
             TypeError: for what is neither a callable nor a list or tuple of callables.
-            ValueError: for an empty list.
+            ValueError: for an empty list, or an ``ascent`` that does not go with the closure.
         """
         if closure is not None:
-            return closures.step(self, closure)
+            return closures.step(self, closure, ascent)
+        if ascent is not None:
+            raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
         if self.perturb_next:
             if not self._makes_state_only():
                 raise RuntimeError(
                     "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
                 )
             self._base.step(self, [], None, None)
+            self._note_masters()
             return None
         self._descend()
         return None
@@ -210,9 +255,11 @@ class FusedSAM(Optimizer):
 
         Raises:
             RuntimeError: if the weights are perturbed already, or in a step that is not to be perturbed
-                (``perturb_next``); nothing is changed then.
+                (``perturb_next``), or with ``second_order``; nothing is changed then.
             ValueError: for a gradient that is sparse, complex or does not match its parameter; nothing is changed then.
         """
+        if self.second_order:
+            raise RuntimeError("second_order=True needs the closure form: step(closure).")
         self._ascend(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -229,41 +276,24 @@ class FusedSAM(Optimizer):
             return
         ops.undo(self._ascent.journal)
         self._ascent = None
+        self._note_masters()
 
     def _ascend(self, take_grads: bool) -> None:
-        if self._ascent is not None:
-            raise RuntimeError("first_step() twice: the weights are perturbed already. Call step() or restore() first.")
         if not self.perturb_next:
+            if self._ascent is not None:
+                raise RuntimeError(
+                    "first_step() twice: the weights are perturbed already. Call step() or restore() first."
+                )
             raise RuntimeError(
                 f"first_step() in a step that is not perturbed ({self._schedule}): call step() with the gradient there "
                 "is. perturb_next tells these steps."
             )
         params = self._flat_params()
         self._require_capturable(params)
-        self._peers.average_first(self)
-        host, local = self._host(), self._peers.local
-        grads = host.get_grads(params)
-        left_out = param_groups.take_out(self.param_groups, grads)
         try:
-            groups = param_groups.ascent_groups(self.param_groups)
-            ascent = ops.Ascent(local(params), local(grads), groups, self._backend, self.p)
+            self._along.step(self, params, take_grads)
         except ops.InvalidTensor as error:
             raise self._named(error) from None
-        state = self._ascent = _Ascent(
-            self._peers.norm(ascent, params), Probe(params, grads) if self.telemetry else None
-        )
-        try:
-            if take_grads:
-                host.clear_grads(params)
-            ascent.perturb(state.norm, state.journal, owned=take_grads)
-            if state.probe is not None:
-                state.probe.measure_radius()
-        except BaseException:
-            if not state.journal:  # else the gradients' memory has held w
-                for i, p in enumerate(params):
-                    p.grad = left_out.get(i, grads[i])
-            self.restore()
-            raise
 
     def _descend(self, report: Report | None = None) -> None:
         """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
@@ -275,9 +305,16 @@ class FusedSAM(Optimizer):
             self._peers.average_second(self)
             if found_inf is not None:
                 # The scaler sets a plain 0 where there is no gradient to look at.
-                found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, _overflow(ascent))
+                overflow = None if ascent is None else ascent.overflow()
+                found_inf = _either(found_inf if isinstance(found_inf, Tensor) else None, overflow)
                 found_inf = self._peers.any_overflow(found_inf, self)
+                if ascent is not None:
+                    param_groups.require_unscaled(self.param_groups)
             report = measured(self) if report is None else report
+            if self.reuse is not None and ascent is not None:
+                looksam.keep(self, ascent)
+            elif self.reuse is not None and not self._schedule.is_over(self.param_groups):
+                looksam.apply(self, self.reuse)
             if self.max_grad_norm is not None or self.telemetry:
                 norm = clipping.grad_norm(self)
                 report = report._replace(second_grad_norm=norm)
@@ -288,9 +325,24 @@ class FusedSAM(Optimizer):
             raise self._named(error) from None
         finally:
             self.restore()
+        if ascent is None:
+            self._note_masters()
         schedule.count(self.param_groups)
         self.last = report
         self._peers.after_step(self)
+
+    def _masters_of(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None] | None:
+        """The fp32 copies of w, with what was written into the parameters since the last step; None without any."""
+        if self._masters is None:
+            return None
+        copies = self._masters.of(self.state, params, grads)
+        if self._ascent is None:
+            self._masters.refresh(params, copies)
+        return copies
+
+    def _note_masters(self) -> None:
+        if self._masters is not None:
+            self._masters.note(self._flat_params())
 
     def _require_capturable(self, params: list[Tensor]) -> None:
         if not self.capturable and ops.is_capturing(params):
@@ -325,13 +377,22 @@ class FusedSAM(Optimizer):
         group = self.param_groups[-1]
         try:
             param_groups.check_ascent(group)
+            if group["decay_in_ascent"] and bases.is_decoupled(self._base, group):
+                raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             params = shards.local_parts(self._flat_params())
             routing.require_disjoint([p for p in params if p.layout == torch.strided])
             peers = self._peers.adopt(group["params"])
-            if self.telemetry and isinstance(peers, shards.Shards):
-                raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
+            if isinstance(peers, shards.Shards):
+                if self.telemetry:
+                    raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
+                self._along.require_whole_parameters(self.second_order)
+                if self._masters is not None:
+                    raise ValueError(
+                        "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "
+                        "MixedPrecisionPolicy(param_dtype=...)."
+                    )
             self._peers = peers
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -351,6 +412,7 @@ class FusedSAM(Optimizer):
         """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         self._require_unperturbed("load_state_dict()")
         super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
+        masters.load(self._masters, state_dict, self.state, self.param_groups)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -358,27 +420,15 @@ class FusedSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("Copying or pickling")
-        return {
-            **super().__getstate__(),
-            "_base": self._base,
-            "_backend": self._backend,
-            "_ascent": None,
-            "_peers": self._peers.copied(),
-            "replay_rng": self.replay_rng,
-            "capturable": self.capturable,
-            "p": self.p,
-            "max_grad_norm": self.max_grad_norm,
-            "_schedule": self._schedule,
-            "telemetry": self.telemetry,
-            "last": Report(),
-        }
+        ours = {key: getattr(self, key) for key in _COPIED}
+        return {**super().__getstate__(), **ours, "_ascent": None, "_peers": self._peers.copied(), "last": Report()}
 
 
-def _overflow(ascent: _Ascent | None) -> Tensor | None:
-    """1 where pass 1 overflowed. e does not depend on the loss scale, so pass 1 is never unscaled: its norm tells."""
-    if ascent is None or ascent.norm is None:
-        return None
-    return (~torch.isfinite(ascent.norm.flatten()[0])).float()
+# What a copy takes along, beside what torch.optim.Optimizer does.
+_COPIED = (
+    *("_along", "_backend", "_base", "_masters", "_schedule"),
+    *("capturable", "max_grad_norm", "p", "replay_rng", "reuse", "second_order", "telemetry"),
+)
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

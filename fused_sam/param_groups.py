@@ -1,4 +1,5 @@
-"""What FusedSAM reads in parameter groups beside the base's options: ``rho``, ``adaptive``, ``eta``, ``perturb``."""
+"""What FusedSAM reads in parameter groups beside the base's options: ``rho``, ``adaptive``, ``eta``, ``perturb`` and
+``decay_in_ascent``."""
 
 from __future__ import annotations
 
@@ -18,12 +19,31 @@ def ascent_groups(param_groups: list[dict]) -> list[ops.AscentGroup]:
     for group in param_groups:
         check_ascent(group)
         rho, eta, adaptive = ops.host_number(group["rho"]), float(group["eta"]), group["adaptive"]
+        decay = _decay(group) if group["decay_in_ascent"] else 0.0
         if adaptive != "weights":
-            groups.append(ops.AscentGroup(len(group["params"]), rho, bool(adaptive), eta))
+            groups.append(ops.AscentGroup(len(group["params"]), rho, bool(adaptive), eta, decay))
             continue
         for scaled, run in itertools.groupby(p.dim() > 1 for p in group["params"]):
-            groups.append(ops.AscentGroup(len(list(run)), rho, scaled, eta))
+            groups.append(ops.AscentGroup(len(list(run)), rho, scaled, eta, decay))
     return groups
+
+
+def _decay(group: dict) -> float:
+    """What the ascent adds to the gradient for each unit of w.
+
+    The base minimises L + weight_decay / 2 ||w||^2, or maximises L - weight_decay / 2 ||w||^2.
+    """
+    decay = float(group["weight_decay"])
+    return -decay if group.get("maximize") else decay
+
+
+def require_unscaled(param_groups: list[dict]) -> None:
+    """Refuse gradients that a GradScaler has scaled where weight decay, which nobody has, was added to them."""
+    if any(group["decay_in_ascent"] and group["weight_decay"] != 0 for group in param_groups):
+        raise RuntimeError(
+            "decay_in_ascent under a GradScaler: the first gradient was scaled, the weight decay added to it was not. "
+            "bf16 needs no scaler."
+        )
 
 
 def take_out(param_groups: list[dict], grads: list[Any]) -> dict[int, Any]:
@@ -47,6 +67,16 @@ def check_ascent(group: dict) -> None:
         raise ValueError(f"Invalid {adaptive=}. Must be True, False or 'weights'.")
     if not 0.0 <= eta < math.inf:
         raise ValueError(f"Invalid {eta=}. Must be >= 0 and finite.")
+    _check_decay(group)
+
+
+def _check_decay(group: dict) -> None:
+    decay_in_ascent = group["decay_in_ascent"]
+    if not isinstance(decay_in_ascent, bool):
+        raise ValueError(f"Invalid {decay_in_ascent=}. Must be True or False.")
+    # Without "params" it is the constructor's defaults, before the base has added its own.
+    if decay_in_ascent and "params" in group and "weight_decay" not in group:
+        raise ValueError(f"Invalid {decay_in_ascent=}. The base optimizer must have a weight_decay.")
 
 
 def _check_rho(rho: Any) -> None:

@@ -22,7 +22,7 @@ def scaling(w: Tensor, adaptive: bool, eta: float = 0.0) -> Tensor:
 
 def dual_norm(xs: Sequence[Tensor], p: float) -> Tensor:
     """||x||_q of all tensors together, 1/p + 1/q = 1; shape []."""
-    flat = torch.cat([x.flatten() for x in xs]) if xs else torch.zeros(1)
+    flat = torch.cat([x.flatten() for x in xs]) if any(x.numel() for x in xs) else torch.zeros(1)
     q = math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
     return torch.linalg.vector_norm(flat, ord=q)
 
@@ -77,6 +77,53 @@ def perturb(
         w + r * t * directions[i] if i in directions and r != 0 else w.clone()
         for i, (w, r, t) in enumerate(zip(params, rho, scales))
     ]
+
+
+def project(es: Sequence[Tensor], rho: Sequence[float], scales: Sequence[Tensor], p: float) -> list[Tensor]:
+    """e moved into the ball ||e / (rho T)||_p <= 1: element by element for p = inf, else along the ray to 0.
+
+    For p = 2 and T = 1 that is the nearest point of the ball. Where rho T = 0, e is 0.
+    """
+    sizes = [r * t for r, t in zip(rho, scales)]
+    if p == math.inf:
+        return [torch.clamp(e, -s, s) for e, s in zip(es, sizes)]
+    ratios = [torch.where(s > 0, e / torch.where(s > 0, s, 1), 0.0).flatten() for e, s in zip(es, sizes)]
+    length = torch.linalg.vector_norm(torch.cat(ratios), ord=p)
+    return [torch.where(s > 0, e / torch.clamp(length, min=1.0), 0.0) for e, s in zip(es, sizes)]
+
+
+def sam_gradient(
+    loss: Callable[[list[Tensor]], Tensor],
+    params: Sequence[Tensor],
+    rho: Sequence[float],
+    adaptive: Sequence[bool],
+    p: float = 2.0,
+    eta: float = 0.0,
+    second_order: bool = True,
+) -> list[Tensor]:
+    """The gradient of L(w + e(w)) with respect to w, by the chain rule (section 2, and appendix C.4).
+
+    Without ``second_order`` e is held constant, which leaves the gradient of L at w + e (eq. 3).
+    """
+    ws = [w.detach().clone().requires_grad_() for w in params]
+    grads = torch.autograd.grad(loss(ws), ws, create_graph=second_order)
+    moved = perturb(ws, grads, rho, adaptive, p, eta)
+    if not second_order:
+        moved = ws = [w.detach().requires_grad_() for w in moved]
+    return list(torch.autograd.grad(loss(moved), ws))
+
+
+def orthogonal_part(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    """g_v = g_s - <g, g_s> / ||g||^2 g over all tensors together: LookSAM (Liu et al. 2022)."""
+    dot = sum((a * b).sum() for a, b in zip(first, second))
+    square = sum((a * a).sum() for a in first)
+    return [b - dot / square * a for a, b in zip(first, second)]
+
+
+def with_reused(grads: Sequence[Tensor], orthogonal: Sequence[Tensor], alpha: float) -> list[Tensor]:
+    """g + alpha ||g|| / ||g_v|| g_v: LookSAM, in the steps between."""
+    ratio = dual_norm(grads, 2.0) / dual_norm(orthogonal, 2.0)
+    return [g + alpha * ratio * v for g, v in zip(grads, orthogonal)]
 
 
 def sgd_update(
@@ -144,13 +191,19 @@ def adam_update(
     return w - lr * m_hat / (v_hat.sqrt() + eps), AdamState(t, m, v, v_max)
 
 
-OWN_KEYS = ("params", "rho", "adaptive", "perturb")
+def decayed(w: Tensor, g: Tensor, weight_decay: float) -> Tensor:
+    """The gradient of L + weight_decay / 2 ||w||^2: what the authors' own code ascends by."""
+    return g + weight_decay * w
+
+
+OWN_KEYS = ("params", "rho", "adaptive", "perturb", "decay_in_ascent")
 
 
 class ReferenceSAM:
     """Algorithm 1 with SGD, Adam or AdamW as the base step. Groups are as in torch, plus ``rho`` and ``adaptive``.
 
     ``adaptive="weights"`` scales tensors of two and more dimensions only; groups with ``perturb=False`` are left out.
+    ``decay_in_ascent`` has weight decay in the first gradient, of the sign that it has in the objective.
     """
 
     def __init__(
@@ -161,14 +214,16 @@ class ReferenceSAM:
         p: float = 2.0,
         eta: float = 0.0,
         base: str = "sgd",
+        ascent_steps: int = 1,
         **base_options: Any,
     ) -> None:
         if base not in ("sgd", "adam", "adamw"):
             raise ValueError(f"Invalid base={base!r}. Must be 'sgd', 'adam' or 'adamw'.")
-        self.base, self.p, self.eta = base, p, eta
+        self.base, self.p, self.eta, self.ascent_steps = base, p, eta, ascent_steps
         items = list(params)
         groups = items if items and isinstance(items[0], dict) else [{"params": items}]
-        defaults = {"rho": rho, "adaptive": adaptive, "perturb": True, "lr": 1e-3, **base_options}
+        defaults = {"rho": rho, "adaptive": adaptive, "perturb": True, "lr": 1e-3, "decay_in_ascent": False}
+        defaults |= base_options
         self.param_groups: list[dict[str, Any]] = [
             {**defaults, **group, "params": list(group["params"])} for group in groups
         ]
@@ -179,18 +234,42 @@ class ReferenceSAM:
     def _flat(self, key: str | None = None) -> list:
         return [p if key is None else group[key] for group in self.param_groups for p in group["params"]]
 
+    def _decay(self, group: dict[str, Any]) -> float:
+        if not group["decay_in_ascent"]:
+            return 0.0
+        return -group["weight_decay"] if group.get("maximize") else group["weight_decay"]
+
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """w -> w + e (Algorithm 1, line 5)."""
-        params = self._flat()
-        self._w = [p.clone() for p in params]
+        """w -> w + e (Algorithm 1, line 5); again, from w + e: one more step of the ascent, and into the ball."""
+        params, rho = self._flat(), self._flat("rho")
+        again = bool(self._w)
+        if not again:
+            self._w = [p.clone() for p in params]
         grads = [p.grad if moves else None for p, moves in zip(params, self._flat("perturb"))]
         adaptive = [p.dim() > 1 if a == "weights" else a for p, a in zip(params, self._flat("adaptive"))]
-        perturbed = perturb(params, grads, self._flat("rho"), adaptive, self.p, self.eta)
-        for p, w_perturbed in zip(params, perturbed):
+        decays = [self._decay(group) for group in self.param_groups for _ in group["params"]]
+        grads = [None if g is None else decayed(p, g, decay) for p, g, decay in zip(params, grads, decays)]
+        stepped = perturb(self._w, grads, rho, adaptive, self.p, self.eta)
+        if again:
+            es = [p - w + (x - w) for p, w, x in zip(params, self._w, stepped)]
+            scales = [scaling(w, a, self.eta) for w, a in zip(self._w, adaptive)]
+            stepped = [w + e for w, e in zip(self._w, project(es, rho, scales, self.p))]
+        for p, w_perturbed in zip(params, stepped):
             p.copy_(w_perturbed)
             if zero_grad:
                 p.grad = None
+
+    @torch.no_grad()
+    def first_step_along_momentum(self) -> None:
+        """w -> w - rho m / ||m||: MSAM (Becker et al. 2024), Algorithm 1, with m of SGD or of Adam."""
+        grads = [p.grad for p in self._flat()]
+        for p in self._flat():
+            m = self.momentum_buffers.get(p) if self.base == "sgd" else self.adam_states.get(p, AdamState.zeros(p)).m
+            p.grad = None if m is None else -m
+        self.first_step()
+        for p, g in zip(self._flat(), grads):
+            p.grad = g
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -228,8 +307,9 @@ class ReferenceSAM:
         losses, grads = [], []
         for run in closures:
             losses.append(run())
-            self.first_step(zero_grad=True)
-            run()
+            for _ in range(self.ascent_steps):
+                self.first_step(zero_grad=True)
+                run()
             self.restore()
             grads.append([p.grad for p in self._flat()])
         for p, *gs in zip(self._flat(), *grads):

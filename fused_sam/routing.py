@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sam import backends
+from fused_sam.backends import eager
 
 TensorList: TypeAlias = list[Any]  # of Tensor | None
 
@@ -86,25 +87,27 @@ def route(
     grads: TensorList | None = None,
     backups: TensorList | Any | None = None,
     states: Sequence[TensorList | None] = (),
+    masters: TensorList | None = None,
 ) -> list[Part]:
     """One part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
 
-    ``states``: the lists of state that the base step reads and writes, of which any may be None.
+    ``states``: the lists of state that the base step reads and writes, of which any may be None. ``masters``: fp32
+    copies of 16-bit parameters, which state matches then. Where a backend takes none torch's operations do.
 
     Raises:
         InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match
-            its parameter in dtype, device and shape.
+            its parameter (state: its master) in dtype, device and shape.
         ValueError: if the lists differ in length.
     """
-    lists = [x for x in (grads, backups, *states) if isinstance(x, list)]
+    lists = [x for x in (grads, backups, *states, masters) if isinstance(x, list)]
     for x in lists:
         if len(x) != len(params):
             raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
     if not params:
         return []
     device = params[0].device
-    first = backends.for_device(device.type, backend)
-    batch = first.batch(params, grads, backups, *states)
+    first = _module_for(device, backend, masters)
+    batch = make_batch(first, params, grads, backups, *states, masters=masters)
     odd = set(batch.odd)
     if not odd:
         return [Part(first, device, batch)]
@@ -114,13 +117,14 @@ def route(
         if i in odd:
             if not any(isinstance(x, list) and x[i] is not None for x in (grads, backups)):
                 continue
-            written = [x[i] for x in (backups, *states) if isinstance(x, list) and x[i] is not None]
-            _require_supported(i, param, grads[i] if grads else None, written)
+            kept = [x[i] for x in (backups,) if isinstance(x, list) and x[i] is not None]
+            state = [x[i] for x in states if x is not None and x[i] is not None]
+            _require_supported(i, param, grads[i] if grads else None, kept, state, masters[i] if masters else None)
             stage = first.NEEDS_DENSE
-        module = backends.for_device(param.device.type, backend)
+        module = _module_for(param.device, backend, masters)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
     involved = [i for index in members.values() for i in index]
-    written = [x[i] for x in (params, backups, *states) if isinstance(x, list) for i in involved]
+    written = [x[i] for x in (params, backups, masters, *states) if isinstance(x, list) for i in involved]
     require_disjoint([x for x in written if x is not None])
     if list(members) == [(first, device, False)] and len(members[first, device, False]) == len(params):
         return [Part(first, device, batch)]
@@ -128,9 +132,20 @@ def route(
     for (module, on_device, stage), index in members.items():
         part = Part(module, on_device, None, index)
         if not stage:
-            part.batch = module.batch(*map(part.take_any, (params, grads, backups, *states)))
+            taken = [part.take_any(x) for x in (params, grads, backups, *states)]
+            part.batch = make_batch(module, *taken, masters=part.take_any(masters))
         parts.append(part)
     return parts
+
+
+def _module_for(device: torch.device, backend: str | None, masters: TensorList | None) -> ModuleType:
+    module = backends.for_device(device.type, backend)
+    return module if masters is None or module.TAKES_MASTERS else eager
+
+
+def make_batch(module: ModuleType, *lists: Any, masters: TensorList | None) -> Any:
+    """A backend's view of tensors; one that takes no masters is not asked to."""
+    return module.batch(*lists) if masters is None else module.batch(*lists, masters=masters)
 
 
 def contiguous(tensors: TensorList) -> TensorList:
@@ -233,7 +248,7 @@ def can_mix(param: torch.dtype, grad: torch.dtype) -> bool:
     return param == grad or {param, grad} in ({torch.float32, x} for x in SIXTEEN_BIT)
 
 
-def _require_supported(index: int, param: Tensor, grad: Any, written: list[Any]) -> None:
+def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any], state: list[Any], master: Any) -> None:
     if param.dtype not in DTYPES:
         raise InvalidTensor(index, f"dtype {param.dtype} is not supported, must be one of {list(DTYPES)}")
     if param.layout != torch.strided:
@@ -244,8 +259,16 @@ def _require_supported(index: int, param: Tensor, grad: Any, written: list[Any])
         )
     if grad is not None:
         _require_match(index, param, grad, isinstance(grad, Tensor) and can_mix(param.dtype, grad.dtype))
-    for x in written:
+    if master is not None:
+        if param.dtype not in SIXTEEN_BIT or backups:
+            raise InvalidTensor(index, "a master is of a 16-bit parameter, and its backup")
+        _require_match(index, param, master, any_dtype=True)
+        if master.dtype != torch.float32:
+            raise InvalidTensor(index, f"dtype {master.dtype} of the master is not supported, must be torch.float32")
+    for x in backups:
         _require_match(index, param, x)
+    for x in state:
+        _require_match(index, param if master is None else master, x)
 
 
 def _require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:

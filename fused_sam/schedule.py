@@ -44,6 +44,10 @@ class Schedule:
         step = param_groups[0].get(KEY, 0) - self.start
         return step >= 0 and step % self.interval == 0 and (self.stop is None or step < self.stop - self.start)
 
+    def is_over(self, param_groups: list[dict[str, Any]]) -> bool:
+        """Whether no step is perturbed any more."""
+        return self.stop is not None and param_groups[0].get(KEY, 0) >= self.stop
+
 
 def count(param_groups: list[dict[str, Any]]) -> None:
     """A step has been made. Where nobody counts, nobody starts."""

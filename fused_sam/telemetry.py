@@ -51,7 +51,7 @@ class Report(NamedTuple):
 
 
 class Probe:
-    """Copies of w, until e is known, and of the first gradient."""
+    """Copies of w, until e is known, and of the gradient that it follows first."""
 
     def __init__(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         pairs = [(p, g) for p, g in zip(params, grads) if g is not None]
@@ -59,10 +59,11 @@ class Probe:
         self._grads = [(p, g.detach().clone()) for p, g in pairs]
         self.radius: Tensor | None = None
 
-    def measure_radius(self) -> None:
-        """To be called at w + e."""
+    def measure_radius(self, final: bool = True) -> None:
+        """To be called at w + e; the copies of w are let go of if it is the ``final`` one of the step."""
         self.radius = _norm([p.double() - w.double() for p, w in self._weights])
-        self._weights.clear()
+        if final:
+            self._weights.clear()
 
     def cosine(self, params: list[Tensor]) -> Tensor:
         """<g, g'> / (||g|| ||g'||) with g' the gradients that the parameters have now."""
@@ -77,7 +78,7 @@ def measured(optimizer: FusedSAM, loss: Any = None, loss_perturbed: Any = None) 
     ascent = optimizer._ascent
     if ascent is None:
         return Report(loss=_seen(loss))
-    norm, radius, cosine = ascent.norm, None, None
+    norm, radius, cosine = ascent.norms[-1] if ascent.norms else None, None, None
     if norm is not None and norm.dim() > 0:
         norm = norm[0]  # for p = 1 it says where, too
     if ascent.probe is not None:

@@ -223,7 +223,9 @@ def assert_within_ulp(
 def bits(tensor: Tensor) -> bytes:
     """The values as bytes in index order: tells -0.0 from 0.0, and NaN equals itself."""
     tensor = tensor.to_dense() if tensor.is_sparse else tensor.resolve_neg()
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    # Not contiguous(), which leaves a single element any stride.
+    flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def assert_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor | bytes], what: str = "tensor") -> None:

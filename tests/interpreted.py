@@ -12,10 +12,21 @@ from fused_sam.backends import Backend, native
 from fused_sam.backends.native import CUDABatch, clear_grads, get_grads, lookup
 from fused_sam.routing import TensorList
 
-__all__ = ["BACKEND", "BASE_STEPS", "NEEDS_DENSE", "batch", "clear_grads", "get_grads", "lookup", "why_not"]
+__all__ = [
+    "BACKEND",
+    "BASE_STEPS",
+    "NEEDS_DENSE",
+    "TAKES_MASTERS",
+    "batch",
+    "clear_grads",
+    "get_grads",
+    "lookup",
+    "why_not",
+]
 
 NEEDS_DENSE = native.NEEDS_DENSE
 BASE_STEPS = native.BASE_STEPS
+TAKES_MASTERS = native.TAKES_MASTERS
 BACKEND = Backend("interpreted", "interpreted", "nothing: it is for the tests only")
 
 
@@ -28,5 +39,6 @@ def batch(
     grads: TensorList | None = None,
     backups: TensorList | CUDABatch | None = None,
     *states: TensorList | None,
+    masters: TensorList | None = None,
 ) -> CUDABatch:
-    return CUDABatch(torch.device("cpu"), params, grads, backups, *states)
+    return CUDABatch(torch.device("cpu"), params, grads, backups, *states, masters=masters)

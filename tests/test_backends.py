@@ -121,7 +121,7 @@ import torch, sys
 del torch.Tensor.__dlpack_c_exchange_api__
 del torch._C._storage_Use_Count
 import fused_sam
-from fused_sam.__main__ import step_error
+from fused_sam.cli.doctor import step_error
 assert step_error("native") < 1e-6, step_error("native")
 base = torch.randn(4, 6)
 for make in (lambda: torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last), lambda: base[:, ::2].detach()):

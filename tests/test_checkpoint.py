@@ -71,7 +71,7 @@ def test_state_dict_is_that_of_the_base_plus_rho_and_adaptive(base: str, backend
     for index, entry in theirs["state"].items():
         assert ours["state"][index].keys() == entry.keys()
     for group, expected in zip(ours["param_groups"], theirs["param_groups"], strict=True):
-        assert group.keys() == expected.keys() | {"rho", "adaptive", "eta", "perturb"}
+        assert group.keys() == expected.keys() | {"rho", "adaptive", "eta", "perturb", "decay_in_ascent"}
 
 
 @every_base

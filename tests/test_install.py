@@ -60,6 +60,8 @@ def test_the_wheel_is_built_without_torch_and_is_complete(source: Path) -> None:
     assert has_library(names)
     modules = (
         "optimizer.py",
+        "analysis/objective.py",
+        "cli/main.py",
         "backends/eager.py",
         "backends/native.py",
         "backends/triton/kernels.py",
@@ -68,6 +70,7 @@ def test_the_wheel_is_built_without_torch_and_is_complete(source: Path) -> None:
     )
     for module in modules:
         assert f"fused_sam/{module}" in names
+    assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
     assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
 
 

@@ -21,6 +21,7 @@ from helpers import (
     FEW_SIZES,
     RHO,
     SGD_CONFIGS,
+    SIXTEEN_BIT,
     AdamLists,
     Lists,
     adam_groups,
@@ -70,6 +71,18 @@ def digests(threads: int, backend: str = "native") -> dict[str, str]:
                 x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
                 ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
                 add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
+        if dtype in SIXTEEN_BIT:
+            x, masters = fresh(), [p.float() + 1e-6 for p in fresh().params]
+            buffers = [m.float() for m in x.momentum]
+            journal: ops.Journal = []
+            ascent = ops.Ascent(x.params, x.grads, ascent_groups(len(SIZES), adaptive=True), backend, masters=masters)
+            ascent.perturb(ascent.norm(), journal)
+            add(f"perturb {dtype} masters", x.params)
+            ops.undo(journal)
+            add(f"restore {dtype} masters", x.params)
+            groups = sgd_groups(len(SIZES), **SGD_CONFIGS["nesterov-decay"])
+            ops.sgd_update(x.params, x.grads, None, buffers, groups, backend=backend, masters=masters)
+            add(f"sgd_update {dtype} masters", x.params, masters, buffers)
         for name in ("all", "decoupled"):
             y = AdamLists(SIZES, dtype, "cpu")
             y.states[1][-1][5] = y.states[2][-1][40] = float("nan")

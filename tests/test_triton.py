@@ -7,6 +7,7 @@ in less than a microsecond, so the tests of the op surface run in it in full, ot
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -14,11 +15,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import BLOCK, DTYPES, ascent_groups, ids, set_grads, snapshot
+from helpers import (
+    ADAM_CONFIGS,
+    BLOCK,
+    DTYPES,
+    FEW_SIZES,
+    AdamLists,
+    adam_groups,
+    ascent_groups,
+    assert_within_ulp,
+    bits,
+    exact,
+    ids,
+    set_grads,
+    snapshot,
+)
 
 from fused_sam import FusedSAM, backends, ops
+from fused_sam.ops import AscentGroup
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 compiled = pytest.mark.skipif(
@@ -29,13 +46,20 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 
 SUITES = {
     "ops": ("test_ops.py test_ops_update.py", "not thousand"),
+    "adam": (
+        "test_ops_adam.py test_adam.py",
+        "ops_adam and (not closed_form or float32 or all) or strided or network and all or own_step or leaves_no_trace "
+        "or malformed and exp_avg_sq or 16_bit or tensor",
+    ),
     "operands": (
         "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py",
         "",
     ),
     "p-norms": (
-        "test_p_norms.py",
-        "perturb and backup and (float32 or bfloat16) or p_1 or p_inf or layouts or trajectories or (stay and swap)",
+        "test_p_norms.py test_decay_in_ascent.py",
+        "perturb and swap and (1.0 or 3.0 or inf and float32) or p_1 or p_inf or length or moves or layouts or strided "
+        "or p_norms and trajectories and (1.5 or 4.0) or stay and swap "
+        "or decay_in_ascent and (closed_form and swap or other_norms or without_need)",
     ),
     "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),
     "numbers": (
@@ -63,49 +87,127 @@ def test_the_suite_passes_in_the_interpreter(suite: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("p", [2, 3])
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_the_bits_of_the_norm_do_not_depend_on_alignment(dtype: torch.dtype, adaptive: bool) -> None:
+def test_the_bits_of_the_norm_do_not_depend_on_alignment(dtype: torch.dtype, adaptive: bool, p: float) -> None:
     """In vectors or one by one, an element is added to the same sum in the same order."""
     size = BLOCK + 2053
     values = [torch.randn(size).to(dtype) for _ in range(2)]
     norms = set()
     for offset in (0, 1):
         w, g = (torch.zeros(size + 16, dtype=dtype)[offset : offset + size].copy_(v) for v in values)
-        norms.add(ops.norm([w], [g], ascent_groups(1, adaptive=adaptive), backend="triton").item())
+        norms.add(ops.norm([w], [g], ascent_groups(1, adaptive=adaptive), backend="triton", p=p).item())
     assert len(norms) == 1
 
 
 @interpreted
-def test_what_was_moved_comes_back_if_a_later_launch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters of two dtypes are two launches, of which the second has still to be compiled."""
+def test_p_1_finds_the_first_of_the_largest_in_every_chunk_and_launch() -> None:
+    """A launch for each pair of dtypes: the chunks of the third tensor come before those of the second."""
+    params = [torch.zeros(9), torch.zeros(BLOCK + 1).bfloat16(), torch.zeros(BLOCK + 1)]
+
+    def norm(*values: tuple[int, int, float]) -> list[float]:
+        grads = [torch.full_like(w, -0.5) for w in params]
+        for tensor, element, value in values:
+            grads[tensor][element] = value
+        return ops.norm(params, grads, ascent_groups(3), backend="triton", p=1).tolist()
+
+    assert norm((2, 3, 5.0), (1, BLOCK, -5.0), (2, 1, 5.0)) == [5.0, 1.0, BLOCK]
+    assert norm((2, BLOCK, 5.0), (2, 9000, 5.0), (2, 8999, -5.0)) == [5.0, 2.0, 8999.0]
+    assert norm() == [0.5, 0.0, 0.0]
+    value, *place = norm((0, 1, math.inf), (1, 8200, math.nan), (2, 0, math.nan))
+    assert math.isnan(value)
+    assert place == [1.0, 8200.0]
+    assert norm((0, 8, math.inf), (1, 3, 3e38)) == [math.inf, 0.0, 8.0]
+
+
+@interpreted
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_adam_has_the_bits_of_the_native_kernels(dtype: torch.dtype, capturable: bool) -> None:
+    if backends.available()["native"] != "ok":
+        pytest.skip("the native core is not built")
+    for config in ADAM_CONFIGS.values():
+        results = []
+        for backend in ("native", "triton"):
+            torch.manual_seed(0)
+            lists = AdamLists(FEW_SIZES[:-1], dtype, "cpu")
+            groups = adam_groups(len(lists.params), **config)
+            lists.update(groups, backend=backend, capturable=capturable)
+            results.append([snapshot(x) for x in (lists.params, *lists.states, lists.steps)])
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("exponent", [1e-8, 0.11, 1 / 3, 1.0, 2.5, 20.0, 1000.0])
+def test_powers_are_as_exact_as_they_say(exponent: float, backend: str, device: str) -> None:
+    """To 0.6 ulp and a 64th of the exponent, from subnormal numbers to beyond 1; against 64 bits of mantissa."""
+    if backend != "triton":
+        pytest.skip("other backends take the pow of a library")
+    p = 1 + 1 / exponent
+    exponent = ops.dual_exponent(p) - 1
+    x = torch.cat([10.0 ** -(torch.rand(400).double() * 300), torch.rand(90).double() * 1.9, torch.ones(1).double()])
+    x = torch.cat([x, 1 + torch.randn(9).double() * 1e-9, torch.tensor([5e-324, 3e-310, 2.0**-1022]).double()])
+
+    def powers(x: torch.Tensor) -> torch.Tensor:
+        """What is added to w = 0 where rho and the norm are 1."""
+        w, norm = torch.zeros_like(x), torch.ones((), dtype=torch.float64, device=device)
+        ops.perturb([w], [x], [torch.empty_like(x)], norm, [AscentGroup(1, 1.0, False)], backend=backend, p=p)
+        return w
+
+    result, expected = powers(x.to(device)), exact(x) ** np.longdouble(exponent)
+    far = expected < 2.0**-1022  # rounded twice, and far below any sum that it enters
+    expected[far] = 0
+    result[torch.from_numpy(far).to(device)] = 0
+    assert_within_ulp(result, expected, expected, 0.6 + exponent / 64 + 2.0**-10, f"x^{exponent}")
+    special = powers(torch.tensor([0.0, math.inf, math.nan, -math.inf], dtype=torch.float64, device=device)).tolist()
+    assert math.isnan(special.pop(2))
+    assert special == [0.0, math.inf, -math.inf]
+
+
+@interpreted
+@pytest.mark.parametrize("launched", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("mishap", [KeyboardInterrupt, RuntimeError])
+def test_what_was_moved_comes_back_if_a_launch_is_interrupted(
+    mishap: type[BaseException], number: int, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters of two dtypes are two launches: Ctrl-C before or right after one, or code that cannot be compiled."""
     from fused_sam.backends.triton import kernels
 
-    class FailsOnce:
-        launch = kernels.perturb
-        launched = 0
+    class Interrupted:
+        kernel = kernels.perturb
+        arg_names = kernels.perturb.arg_names
+        launches = 0
 
         def __getitem__(self, grid: Any) -> Any:
-            self.launched += 1
-            if self.launched == 2:
-                raise RuntimeError("mishap")
-            return self.launch[grid]
+            self.launches += 1
+            return self.launch if self.launches == number else self.kernel[grid]
 
-    monkeypatch.setattr(kernels, "perturb", failing := FailsOnce())
+        def launch(self, *arguments: Any, **constants: Any) -> None:
+            if launched:
+                self.kernel[(1,)](*arguments, **constants)
+            raise mishap
+
+    monkeypatch.setattr(kernels, "perturb", interrupted := Interrupted())
     params = [torch.randn(2000), torch.randn(2000).bfloat16()]
-    optimizer = FusedSAM(params, rho=0.3, lr=0.1, backend="triton")
+    grads = [torch.ones_like(w) for w in params]
     before = snapshot(params)
-    set_grads(params, [torch.ones(2000), torch.ones(2000)])
-    with pytest.raises(RuntimeError, match="mishap"):
+    optimizer = FusedSAM(params, rho=0.3, lr=0.1, backend="triton")
+    set_grads(params, grads)
+    with pytest.raises(mishap):
         optimizer.first_step(zero_grad=True)
-    assert failing.launched == 2
+    assert interrupted.launches == number
     assert not optimizer.perturbed
     assert snapshot(params) == before
+    if number == 1 and not launched:  # else the memory of the gradients has held w
+        assert [bits(w.grad) for w in params] == snapshot(grads)
 
 
 F32, F64, BF16, F16 = "fp32", "fp64", "bf16", "fp16"
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (BF16, F32), (F32, BF16)]
-KERNELS = ["norm_partials", "perturb", "restore", "sgd_update", "norm_total"]
+PER_CHUNK = ["norm_partials", "perturb", "restore", "sgd_update", "adam_update"]
+BY_POWERS = ["peak_partials", "power_partials", "perturb_by_powers"]
+KERNELS = [*PER_CHUNK, *BY_POWERS, "norm_total", "peak_total", "power_total"]
 
 
 def assembly(name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], amp: bool = False) -> dict[str, Any]:
@@ -120,23 +222,27 @@ def assembly(name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], a
     kinds = {F32: tl.float32, F64: tl.float64, BF16: tl.bfloat16, F16: tl.float16}
     param, grad = (kinds[d] for d in dtypes)
     constants = {"P": param, "G": grad, "C": tl.float64 if param == tl.float64 else tl.float32}
-    constants |= {"CHUNK": kernels.CHUNK, "TILE": kernels.TILE, "REST": kernels.REST}
-    if name == "norm_total":
-        constants = {"TILE": kernels.TOTAL_TILE}
+    kernel = getattr(kernels, name)
+    total = name.endswith("_total")
+    constants |= {"CHUNK": kernels.CHUNK, "PEAK": False, **kernels.tiles_of(kernel)}
+    if total:
+        constants["TILE"] = kernels.PEAK_TOTAL_TILE if name == "peak_total" else kernels.TOTAL_TILE
     if not amp:
         constants |= {"grad_scale": None, "found_inf": None}
     kinds_of = {"first": "i32", "last": "i32", "count": "i32", "norm": "*fp64", "partials": "*fp64", "out": "*fp64"}
-    kinds_of |= {"grad_scale": "*fp32", "found_inf": "*fp32"}
-    kernel = getattr(kernels, name)
+    kinds_of |= {"grad_scale": "*fp32", "found_inf": "*fp32", "peak": "*fp64"}
     constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
     signature = {p.name: "constexpr" if p.name in constants else kinds_of.get(p.name, "*i64") for p in kernel.params}
-    options = kernels.TOTAL_OPTIONS if name == "norm_total" else kernels.OPTIONS
+    options = kernels.TOTAL_OPTIONS if total else kernels.OPTIONS
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget(*target), options=dict(options)).asm
 
 
+FP64 = re.compile(r"\b(add|sub|mul|fma|mad|div|rcp|sqrt)\S*\.f64")
 every_gpu = pytest.mark.parametrize("arch", [80, 90])
-every_pair = pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
+# All pairs for one architecture, and one for the other: its code differs in nothing that is looked for.
+TARGETS = [(80, PAIRS[0]), *((90, pair) for pair in PAIRS)]
+every_target = pytest.mark.parametrize(("arch", "dtypes"), TARGETS, ids=[f"{a}-{p}-{g}" for a, (p, g) in TARGETS])
 
 
 def ptx_of(name: str, dtypes: tuple[str, str], arch: int, amp: bool = False) -> str:
@@ -150,9 +256,11 @@ def vectors(ptx: str, op: str) -> int:
 
 @needs_triton
 @compiled
-@every_gpu
-@every_pair
-@pytest.mark.parametrize(("name", "operands", "written"), [("perturb", 2, 2), ("sgd_update", 3, 2)])
+@every_target
+@pytest.mark.parametrize(
+    ("name", "operands", "written"),
+    [("perturb", 2, 2), ("sgd_update", 3, 2), ("adam_update", 5, 4), ("perturb_by_powers", 2, 2)],
+)
 def test_memory_is_read_and_written_in_vectors(
     name: str, operands: int, written: int, dtypes: tuple[str, str], arch: int
 ) -> None:
@@ -160,7 +268,7 @@ def test_memory_is_read_and_written_in_vectors(
     from fused_sam.backends.triton import kernels
 
     ptx = ptx_of(name, dtypes, arch)
-    per_thread = kernels.TILE // (32 * kernels.OPTIONS["num_warps"])
+    per_thread = kernels.tiles_of(getattr(kernels, name))["TILE"] // (32 * kernels.OPTIONS["num_warps"])
     size = {F32: 4, F64: 8, BF16: 2, F16: 2}
     param, grad = (size[d] * per_thread // 16 for d in dtypes)
     assert vectors(ptx, "ld") == param * (operands - 1) + grad
@@ -170,12 +278,12 @@ def test_memory_is_read_and_written_in_vectors(
 
 @needs_triton
 @compiled
-@every_gpu
-@every_pair
-def test_the_norm_reads_vectors_and_adds_in_fp64(dtypes: tuple[str, str], arch: int) -> None:
-    ptx = ptx_of("norm_partials", dtypes, arch)
+@every_target
+@pytest.mark.parametrize("name", ["norm_partials", "peak_partials", "power_partials"])
+def test_the_norm_reads_vectors_and_adds_in_fp64(name: str, dtypes: tuple[str, str], arch: int) -> None:
+    ptx = ptx_of(name, dtypes, arch)
     assert vectors(ptx, "ld") >= 2
-    assert "fma.rn.f64" in ptx
+    assert name == "peak_partials" or "fma.rn.f64" in ptx
     assert ".local" not in ptx
     assert not re.search(r"\b(add|fma|mul)\S*\.f32", ptx)
 
@@ -188,14 +296,38 @@ def test_the_norm_reads_vectors_and_adds_in_fp64(dtypes: tuple[str, str], arch: 
 def test_the_update_computes_nothing_in_fp64(dtypes: tuple[str, str], amp: bool, arch: int) -> None:
     """Hyperparameters are stored in it and rounded once; all the rest is fp32, with subnormals."""
     ptx = ptx_of("sgd_update", dtypes, arch, amp)
-    assert not re.search(r"\b(add|sub|mul|fma|mad|div|rcp|sqrt)\S*\.f64", ptx)
+    assert not FP64.search(ptx)
     assert "fma.rn.f32" in ptx
+    assert ".ftz" not in ptx
+
+
+def loops(ptx: str) -> list[str]:
+    """The code between each label and the branch back to it."""
+    labels = {m[1]: m.start() for m in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    branches = [(labels[m[1]], m.start()) for m in re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx) if m[1] in labels]
+    return [ptx[begin:end] for begin, end in branches if begin < end]
+
+
+@needs_triton
+@compiled
+@every_gpu
+@pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids="-".join)
+def test_elements_of_adam_are_computed_in_fp32(dtypes: tuple[str, str], amp: bool, arch: int) -> None:
+    """fp64 is for what a program computes once; in the loops division and root are rounded as IEEE demands."""
+    ptx = ptx_of("adam_update", dtypes, arch, amp)
+    assert len(loops(ptx)) == 2  # full tiles, and the rest
+    for code in loops(ptx):
+        assert not FP64.search(code)
+        for instruction in ("fma.rn.f32", "div.rn.f32", "sqrt.rn.f32"):
+            assert instruction in code
+    assert FP64.search(ptx)
     assert ".ftz" not in ptx
 
 
 @needs_triton
 @compiled
-@pytest.mark.parametrize("name", ["perturb", "sgd_update", "restore"])
+@pytest.mark.parametrize("name", ["perturb", "sgd_update", "restore", "adam_update", "perturb_by_powers"])
 @pytest.mark.parametrize("dtypes", PAIRS[:4], ids="-".join)
 def test_a_thread_writes_the_elements_that_it_has_read(name: str, dtypes: tuple[str, str]) -> None:
     """In the swap the backup is written where the gradient was read; another thread might not have read it yet."""
@@ -207,12 +339,15 @@ def test_a_thread_writes_the_elements_that_it_has_read(name: str, dtypes: tuple[
 @needs_triton
 @compiled
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("dtypes", PAIRS[:2], ids="-".join)
-@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+@pytest.mark.parametrize(
+    ("arch", "dtypes"), [("gfx942", PAIRS[0]), ("gfx942", PAIRS[1]), ("gfx1100", PAIRS[0])], ids=str
+)
 def test_it_compiles_for_amd(name: str, dtypes: tuple[str, str], arch: str) -> None:
     code = assembly(name, dtypes, ("hip", arch, 64 if arch.startswith("gfx9") else 32), amp=True)["amdgcn"]
-    if name not in ("norm_total", "norm_partials"):
-        assert re.search(r"store_(dwordx4|b128)", code)
+    if name in ("perturb", "restore", "sgd_update", "adam_update", "perturb_by_powers"):
+        # Half a tile of bf16 is 8 bytes for each of 256 threads.
+        narrow = "x2" if name in ("adam_update", "perturb_by_powers") and arch == "gfx942" and BF16 in dtypes else "x4"
+        assert re.search(rf"store_(dword{narrow}|b128)", code)
     assert re.search(r"scratch_(load|store)", code) is None
 
 
@@ -239,47 +374,66 @@ JITFunction.__getitem__ = compile_only
 from fused_sam import FusedSAM
 from fused_sam.backends import triton
 triton.why_not = lambda device_type: None
-names = ("norm_partials", "norm_total", "perturb", "restore", "sgd_update")
 
 def variants():
-    caches = [cache[0] for n in names for cache in getattr(triton.kernels, n).device_caches.values()]
+    caches = [cache[0] for n in triton.kernels.__all__ for cache in getattr(triton.kernels, n).device_caches.values()]
     return sum(map(len, caches))
 
 buffer = torch.randn(40000)
 params = [buffer[1:2], buffer[2:19], buffer[32:20000], buffer[20001:36385]]
-optimizer = FusedSAM(params, backend="triton", rho=0.05, lr=0.1, momentum=0.9, adaptive=True)
+options = {"backend": "triton", "rho": 0.05, "lr": 0.1, "adaptive": True}
+sgd = FusedSAM(params, momentum=0.9, **options)
+adam = FusedSAM(params, torch.optim.AdamW, p=3, **options)
 
-def step():
+def step(optimizer):
+    launches.clear()
     for half in (optimizer.first_step, optimizer.second_step):
         for p in params:
             p.grad = torch.randn(p.numel() + 1)[1:] if half == optimizer.first_step else torch.randn_like(p)
         half(zero_grad=True)
+    print(*launches)
 
-step()
-assert launches == ["norm_partials", "norm_total", "perturb", "sgd_update"], launches
+step(sgd)
+step(adam)
 before = variants()
-assert before == 4, before
-group = optimizer.param_groups[0]
+group = sgd.param_groups[0]
 for values in (
     {"lr": 1}, {"lr": 16.0, "rho": 1.0}, {"rho": 0.0}, {"momentum": 0.5, "nesterov": True}, {"weight_decay": 0.1},
     {"adaptive": False}, {"maximize": True}, {"momentum": 0.0, "nesterov": False},
 ):
     group.update(values)
-    step()
-optimizer.add_param_group({"params": [torch.randn(16)], "lr": 0.3})
-params.append(optimizer.param_groups[1]["params"][0])
-step()
+    step(sgd)
+group = adam.param_groups[0]
+for values in (
+    {"lr": 1}, {"lr": 16.0, "rho": 1.0}, {"betas": (0.3, 0.5)}, {"eps": 1.0, "weight_decay": 0.0}, {"adaptive": False},
+    {"maximize": True, "decoupled_weight_decay": False},
+):
+    group.update(values)
+    adam.p *= 1.1
+    step(adam)
+for optimizer in (sgd, adam):
+    optimizer.add_param_group({"params": [torch.randn(16)], "lr": 0.3})
+params.append(sgd.param_groups[1]["params"][0])
+adam.param_groups[1]["params"] = params[-1:]
+step(sgd)
+step(adam)
 print(before, variants())
 """
 
 
 @needs_triton
 @compiled
-def test_four_launches_and_nothing_compiled_anew() -> None:
-    """Whatever changes: lr, rho, flags, sizes, the addresses and alignment of gradients, the number of tensors."""
+def test_few_launches_and_nothing_compiled_anew() -> None:
+    """Whatever changes: lr, rho, p, step, flags, sizes, how many tensors, the addresses and alignment of gradients."""
     done = subprocess.run([sys.executable, "-c", COUNTING], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["4", "4"]
+    *steps, variants = done.stdout.splitlines()
+    assert len(steps) == 18
+    assert set(steps) == {
+        "norm_partials norm_total perturb sgd_update",
+        "peak_partials peak_total power_partials power_total perturb_by_powers adam_update",
+    }
+    assert variants == "10 10"
 
 
 @needs_triton

@@ -1,5 +1,6 @@
-// Restore and Adam step in one pass over one block.
+// Restore and Adam step in one pass over one block, and the model's weights where w is a master copy.
 #include "block_kernels.h"
+#include "model_span.h"
 #include "simd.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
@@ -13,7 +14,7 @@ struct Adam {
 
   // `largest` is read and written with amsgrad only.
   template <bool kStream, class G>
-  void operator()(T* param, const T* source, G* grad, T* mean, T* square, T* largest) const {
+  Vec operator()(T* param, const T* source, G* grad, T* mean, T* square, T* largest) const {
     Vec g = Vec::load(grad), m = Vec::set(0), v = m, u = m;
     if (!math.first) {
       m = Vec::load(mean);
@@ -30,10 +31,11 @@ struct Adam {
     } else {
       updated.store(param);
     }
+    return updated;
   }
 };
 
-template <class T, class G>
+template <class T, class G, class M>
 static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const AdamTerms& terms, bool stream) {
   const Adam<T> adam(terms);
   constexpr int kWidth = Adam<T>::Vec::width;
@@ -43,21 +45,24 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
   T* m = static_cast<T*>(t.state[0]) + begin;
   T* v = static_cast<T*>(t.state[1]) + begin;
   T* u = adam.math.amsgrad ? static_cast<T*>(t.state[2]) + begin : v;  // v: never touched through this
+  const ModelSpan<M> model(t, begin, stream);
   int64_t i = 0;
-  if (stream && t.backup && reinterpret_cast<uintptr_t>(w) % 64 == 0) {
+  if (stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0) {
     for (; i + kWidth <= count; i += kWidth) {
-      adam.template operator()<true>(w + i, source + i, g + i, m + i, v + i, u + i);
+      model.store(i, adam.template operator()<true>(w + i, source + i, g + i, m + i, v + i, u + i));
     }
   } else {
     for (; i + kWidth <= count; i += kWidth) {
-      adam.template operator()<false>(w + i, source + i, g + i, m + i, v + i, u + i);
+      model.store(i, adam.template operator()<false>(w + i, source + i, g + i, m + i, v + i, u + i));
     }
   }
   if (i < count) {
     const int64_t n = count - i;
     Tail<T> tail_w(source + i, n), tail_source(source + i, n), tail_m(m + i, n), tail_v(v + i, n), tail_u(u + i, n);
     Tail<G> tail_g(g + i, n);
-    adam.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data, tail_v.data, tail_u.data);
+    const auto updated = adam.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data,
+                                                         tail_v.data, tail_u.data);
+    model.store(i, updated, n);
     tail_w.store(w + i, n);
     if (adam.math.scaled) tail_g.store(g + i, n);
     tail_m.store(m + i, n);
@@ -67,8 +72,9 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
 }
 
 void adam_update(const Tensor& t, int64_t begin, int64_t count, const AdamTerms& terms, bool stream) {
-  dispatch(t.dtype, t.grad_dtype,
-           [&](auto p, auto g) { adam_update_as<decltype(p), decltype(g)>(t, begin, count, terms, stream); });
+  dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
+    adam_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, terms, stream);
+  });
 }
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

@@ -19,6 +19,7 @@ struct AdamTerms {
 struct BlockKernels {
   double (*sum_of_squares)(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);
   void (*perturb)(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);
+  void (*restore)(const Tensor&, int64_t begin, int64_t count, bool stream);
   void (*sgd_update)(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);
   void (*adam_update)(const Tensor&, int64_t begin, int64_t count, const AdamTerms&, bool stream);
   void (*stream_copy)(void* dst, const void* src, int64_t bytes);
@@ -28,6 +29,7 @@ struct BlockKernels {
   namespace isa {                                                                               \
   double sum_of_squares(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);       \
   void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream); \
+  void restore(const Tensor&, int64_t begin, int64_t count, bool stream);                       \
   void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream); \
   void adam_update(const Tensor&, int64_t begin, int64_t count, const AdamTerms&, bool stream); \
   void stream_copy(void* dst, const void* src, int64_t bytes);                                  \

@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -187,11 +186,10 @@ void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, dou
 
 void restore(const Tensor* tensors, size_t count, int threads) {
   const Partition partition(tensors, count, [](const Tensor& t) { return t.backup != nullptr; });
-  for_each_block(partition, threads, Order::ascending, [](const Tensor& t, int64_t begin, int64_t n, int64_t) {
-    const int64_t item = size_of(t.dtype);
-    std::memcpy(static_cast<char*>(t.param) + begin * item, static_cast<const char*>(t.backup) + begin * item,
-                static_cast<size_t>(n * item));
-  });
+  const bool stream = exceeds_cache(partition.bytes());
+  const auto kernel = block_kernels().restore;
+  for_each_block(partition, threads, Order::ascending,
+                 [&](const Tensor& t, int64_t begin, int64_t n, int64_t) { kernel(t, begin, n, stream); });
 }
 
 // What a base step does to tensors without a gradient.

@@ -9,16 +9,36 @@ namespace fused_sam::cpu::FUSED_SAM_ISA {
 constexpr int kLanes = 32;
 constexpr int kVectors = kLanes / VecD::width;
 
-template <class T, class G, bool kAdaptive>
-static double sum_of_squares(const G* g, const T* w, int64_t count, double eta) {
-  const VecD offset = VecD::set(eta);
+// x of one vector of elements. With `kWeighted` it depends on w, which is not read otherwise.
+struct Scaling {
+  VecD eta, decay;
+  bool adaptive, decays;
+
+  explicit Scaling(const AscentGroup& group)
+      : eta(VecD::set(group.eta)),
+        decay(VecD::set(group.decay)),
+        adaptive(group.adaptive),
+        decays(group.decay != 0.0) {}
+
+  template <bool kWeighted, class T, class G>
+  VecD operator()(const T* weights, const G* gradients) const {
+    VecD x = VecD::load(gradients);
+    if (!kWeighted) return x;
+    const VecD w = VecD::load(weights);
+    if (decays) x = fma(w, decay, x);
+    return adaptive ? mul(x, add(magnitude(w), eta)) : x;
+  }
+};
+
+template <class T, class G, bool kWeighted>
+static double sum_of_squares(const G* g, const T* w, int64_t count, const AscentGroup& group) {
+  const Scaling scaling(group);
   VecD sum[kVectors];
   for (VecD& s : sum) s = VecD::set(0.0);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     for (int k = 0; k < kVectors; ++k) {
-      VecD x = VecD::load(g + i + k * VecD::width);
-      if (kAdaptive) x = mul(x, add(magnitude(VecD::load(w + i + k * VecD::width)), offset));
+      const VecD x = scaling.template operator()<kWeighted>(w + i + k * VecD::width, g + i + k * VecD::width);
       sum[k] = fma(x, x, sum[k]);
     }
   }
@@ -28,11 +48,10 @@ static double sum_of_squares(const G* g, const T* w, int64_t count, double eta) 
     T w_tail[kLanes] = {};
     for (int64_t k = 0; i + k < count; ++k) {
       g_tail[k] = g[i + k];
-      if (kAdaptive) w_tail[k] = w[i + k];
+      if (kWeighted) w_tail[k] = w[i + k];
     }
     for (int k = 0; k < kVectors; ++k) {
-      VecD x = VecD::load(g_tail + k * VecD::width);
-      if (kAdaptive) x = mul(x, add(magnitude(VecD::load(w_tail + k * VecD::width)), offset));
+      const VecD x = scaling.template operator()<kWeighted>(w_tail + k * VecD::width, g_tail + k * VecD::width);
       sum[k] = fma(x, x, sum[k]);
     }
   }
@@ -47,8 +66,8 @@ template <class T, class G>
 static double sum_of_squares_as(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group) {
   const G* g = static_cast<const G*>(t.grad) + begin;
   const T* w = static_cast<const T*>(t.param) + begin;
-  return group.adaptive ? sum_of_squares<T, G, true>(g, w, count, group.eta)
-                        : sum_of_squares<T, G, false>(g, w, count, 0.0);
+  return group.reads_weights() ? sum_of_squares<T, G, true>(g, w, count, group)
+                               : sum_of_squares<T, G, false>(g, w, count, group);
 }
 
 double sum_of_squares(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group) {

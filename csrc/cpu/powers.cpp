@@ -21,32 +21,35 @@ void for_each_element(const Tensor& t, int64_t begin, int64_t count, const Visit
 
 Peak peak(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group) {
   Peak result;
-  for_each_element(t, begin, count, [&](double w, double g, int64_t i) { result.add(neighbourhood(w, group) * g, i); });
+  for_each_element(t, begin, count, [&](double w, double g, int64_t i) { result.add(scaled(w, g, group), i); });
   return result;
 }
 
 double sum_of_powers(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group, double q, double scale) {
   double sum = 0.0;
   for_each_element(t, begin, count,
-                   [&](double w, double g, int64_t) { sum += power_of(neighbourhood(w, group) * g, scale, q); });
+                   [&](double w, double g, int64_t) { sum += power_of(scaled(w, g, group), scale, q); });
   return sum;
 }
 
 void power_perturb(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group, double q, double norm,
                    int64_t element) {
-  dispatch(t.dtype, t.grad_dtype, [&](auto p, auto g) {
+  dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
     using P = decltype(p);
+    using Out = ModelOr<P, decltype(m)>;
+    constexpr bool kHasModel = std::is_same<Out, decltype(m)>::value;
     auto* w = static_cast<P*>(t.param);
     auto* backup = static_cast<P*>(t.backup);
+    auto* target = static_cast<Out*>(kHasModel ? t.model : t.param);
     const auto* gradient = static_cast<const decltype(g)*>(t.grad);
     for (int64_t i = begin; i < begin + count; ++i) {
       const P old = w[i];
       const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
-      backup[i] = old;
+      if (!kHasModel) backup[i] = old;
       if (std::isinf(q)) {
-        if (i == element) store_rounded(&w[i], peak_displaced(widen(old), x, group, group.rho));
+        if (i == element) store_rounded(&target[i], peak_displaced(widen(old), x, group, group.rho));
       } else {
-        store_rounded(&w[i], displaced(widen(old), x, group, group.rho, q, norm));
+        store_rounded(&target[i], displaced(widen(old), x, group, group.rho, q, norm));
       }
     }
   });

@@ -1,5 +1,6 @@
-// Restore and SGD step in one pass over one block.
+// Restore and SGD step in one pass over one block, and the model's weights where w is a master copy.
 #include "block_kernels.h"
+#include "model_span.h"
 #include "simd.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
@@ -12,7 +13,7 @@ struct Sgd {
   explicit Sgd(const SgdScalars& s) : math(s.group, s.grad_multiplier) {}
 
   template <bool kStream, class G>
-  void operator()(T* param, const T* source, G* grad, T* buffer) const {
+  Vec operator()(T* param, const T* source, G* grad, T* buffer) const {
     Vec g = Vec::load(grad), m = Vec::set(0);
     if (math.reads_buffer()) m = Vec::load(buffer);
     const Vec updated = math(Vec::load(source), &g, &m);
@@ -23,10 +24,11 @@ struct Sgd {
     } else {
       updated.store(param);
     }
+    return updated;
   }
 };
 
-template <class T, class G>
+template <class T, class G, class M>
 static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const SgdScalars& s, bool stream) {
   const Sgd<T> sgd(s);
   constexpr int kWidth = Sgd<T>::Vec::width;
@@ -34,18 +36,23 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
   const T* source = t.backup ? static_cast<const T*>(t.backup) + begin : w;
   G* g = static_cast<G*>(t.grad) + begin;
   T* m = t.state[0] ? static_cast<T*>(t.state[0]) + begin : nullptr;
+  const ModelSpan<M> model(t, begin, stream);
   int64_t i = 0;
   // A line that is also read must be stored normally: only restored weights are write-only.
-  if (stream && t.backup && reinterpret_cast<uintptr_t>(w) % 64 == 0) {
-    for (; i + kWidth <= count; i += kWidth) sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m);
+  if (stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0) {
+    for (; i + kWidth <= count; i += kWidth) {
+      model.store(i, sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m));
+    }
   } else {
-    for (; i + kWidth <= count; i += kWidth) sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m);
+    for (; i + kWidth <= count; i += kWidth) {
+      model.store(i, sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m));
+    }
   }
   if (i < count) {
     const int64_t n = count - i;
     Tail<T> tail_w(source + i, n), tail_source(source + i, n), tail_m(sgd.math.reads_buffer() ? m + i : source + i, n);
     Tail<G> tail_g(g + i, n);
-    sgd.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data);
+    model.store(i, sgd.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data), n);
     tail_w.store(w + i, n);
     if (sgd.math.scaled) tail_g.store(g + i, n);
     if (sgd.math.has_momentum) tail_m.store(m + i, n);
@@ -53,8 +60,9 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
 }
 
 void sgd_update(const Tensor& t, int64_t begin, int64_t count, const SgdScalars& s, bool stream) {
-  dispatch(t.dtype, t.grad_dtype,
-           [&](auto p, auto g) { sgd_update_as<decltype(p), decltype(g)>(t, begin, count, s, stream); });
+  dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
+    sgd_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, s, stream);
+  });
 }
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

@@ -66,7 +66,11 @@ std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped) {
     // The address tells the tensor's number; nothing is read there.
     auto* number = reinterpret_cast<void*>(tensors.size() + 1);
     const auto group = grouped ? static_cast<int32_t>(tensors.size()) : 0;
-    tensors.push_back({number, number, number, {}, nullptr, numel, DType::f32, DType::f32, group});
+    Tensor t{};
+    t.param = t.grad = t.backup = number;
+    t.numel = numel;
+    t.group = group;
+    tensors.push_back(t);
   }
   const std::vector<AscentTerms> groups(grouped ? tensors.size() : 1);
   const int shift = shift_of(tensors, kMostUnits, has_grad);

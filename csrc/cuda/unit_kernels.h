@@ -2,7 +2,7 @@
 // the tests use where there is no GPU.
 #pragma once
 
-#include "lane.h"
+#include "model_store.h"
 
 namespace fused_sam::cuda {
 
@@ -51,16 +51,16 @@ struct Pointed<T*> {
 template <class T>
 using Pointee = typename Pointed<T>::type;
 
-// This lane's part of the sum of squares of T g, over elements that depend on the sizes alone.
-template <class P, class G, bool kAdaptive>
-FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, double eta, int count, int lane) {
-  constexpr int V = kAdaptive ? pack_width<P, G>() : pack_width<G>();
-  constexpr int kUnroll = kAdaptive ? 2 : 4;
-  const bool aligned = misalignment<V>(g) == 0 && (!kAdaptive || misalignment<V>(w) == 0);
+// This lane's part of the sum of squares of x, over elements that depend on the sizes alone. Without `kWeighted` x is
+// g.
+template <class P, class G, bool kWeighted>
+FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, const AscentGroup& group, int count, int lane) {
+  constexpr int V = kWeighted ? pack_width<P, G>() : pack_width<G>();
+  constexpr int kUnroll = kWeighted ? 2 : 4;
+  const bool aligned = misalignment<V>(g) == 0 && (!kWeighted || misalignment<V>(w) == 0);
   double sums[kUnroll] = {};
   const auto add = [&](int k, G gradient, P weight) {
-    double x = widen(gradient);
-    if (kAdaptive) x *= ::fabs(static_cast<double>(widen(weight))) + eta;
+    const double x = kWeighted ? scaled(widen(weight), widen(gradient), group) : widen(gradient);
     sums[k] = ::fma(x, x, sums[k]);
   };
   const int packs = count / V;
@@ -74,52 +74,36 @@ FUSED_SAM_HD double sum_of_squares(const P* w, const G* g, double eta, int count
       if (j + k * kWarp >= packs) break;
       if (aligned) {
         gradients[k] = load<V>(g + i);
-        if (kAdaptive) weights[k] = load<V>(w + i);
+        if (kWeighted) weights[k] = load<V>(w + i);
       } else {
         for (int e = 0; e < V; ++e) gradients[k].v[e] = g[i + e];
-        for (int e = 0; kAdaptive && e < V; ++e) weights[k].v[e] = w[i + e];
+        for (int e = 0; kWeighted && e < V; ++e) weights[k].v[e] = w[i + e];
       }
     }
     FUSED_SAM_UNROLL
     for (int k = 0; k < kUnroll; ++k) {
       if (j + k * kWarp >= packs) break;
-      for (int e = 0; e < V; ++e) add(k, gradients[k].v[e], kAdaptive ? weights[k].v[e] : P{});
+      for (int e = 0; e < V; ++e) add(k, gradients[k].v[e], kWeighted ? weights[k].v[e] : P{});
     }
   }
   const int i = packs * V + lane;
-  if (i < count) add(0, g[i], kAdaptive ? w[i] : P{});
+  if (i < count) add(0, g[i], kWeighted ? w[i] : P{});
   for (int half = kUnroll / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
   }
   return sums[0];
 }
 
-// to <- from
-template <class T>
-struct Copy {
-  static constexpr int kUnroll = 4;
-  T* to;
-  const T* from;
-
-  template <int V>
-  using Regs = Pack<T, V>;
-  template <int V>
-  FUSED_SAM_HD Pack<T, V> load(int i) const {
-    return cuda::load<V>(from + i);
-  }
-  template <int V>
-  FUSED_SAM_HD void finish(int i, const Pack<T, V>& pack) const {
-    cuda::store<V>(to + i, pack);
-  }
-};
-
-// backup <- w, w <- w + e. backup may be grad: a lane reads its elements before it writes them.
-template <class P, class G>
+// backup <- w, target <- w + e. The target is w itself, or the model where w is a master copy, which is its own backup.
+// backup may be grad: a lane reads its elements before it writes them.
+template <class P, class G, class M>
 struct Perturb {
   static constexpr int kUnroll = 2;
-  P* w;
+  using T = ModelOr<P, M>;
+  const P* w;
   const G* g;
   P* backup;
+  T* target;
   AscentMath<Lane<typename Computed<P>::type>> math;
 
   template <int V>
@@ -133,15 +117,15 @@ struct Perturb {
   }
   template <int V>
   FUSED_SAM_HD void finish(int i, const Regs<V>& regs) const {
-    Pack<P, V> perturbed;
+    Pack<T, V> perturbed;
     for (int e = 0; e < V; ++e) narrow(&perturbed.v[e], math({widen(regs.w.v[e])}, {widen(regs.g.v[e])}).v);
-    cuda::store<V>(backup + i, regs.w);
-    cuda::store<V>(w + i, perturbed);
+    if constexpr (std::is_same<M, NoModel>::value) cuda::store<V>(backup + i, regs.w);
+    cuda::store<V>(target + i, perturbed);
   }
 };
 
 // Restore and SGD step; m is null without momentum.
-template <class P, class G>
+template <class P, class G, class M>
 struct Sgd {
   static constexpr int kUnroll = pack_width<P, G>() > 4 ? 1 : 2;  // eight elements at a time fill the registers
   using Vec = Lane<typename Computed<P>::type>;
@@ -150,6 +134,7 @@ struct Sgd {
   G* g;
   P* m;
   SgdMath<Vec> math;
+  ModelStore<P, M> model;
 
   template <int V>
   struct Regs {
@@ -174,13 +159,14 @@ struct Sgd {
       narrow(&regs.m.v[e], buffer.v);
     }
     cuda::store<V>(w + i, regs.w);
+    model.template store<V>(i, regs.w);
     if (math.scaled) cuda::store<V>(g + i, regs.g);
     if (math.has_momentum) cuda::store<V>(m + i, regs.m);
   }
 };
 
 // Restore and Adam step; u is another name for v without amsgrad, and not written then.
-template <class P, class G>
+template <class P, class G, class M>
 struct Adam {
   static constexpr int kUnroll = 1;  // five tensors at a time fill the registers
   using Vec = Lane<typename Computed<P>::type>;
@@ -189,6 +175,7 @@ struct Adam {
   G* g;
   P *m, *v, *u;
   AdamMath<Vec> math;
+  ModelStore<P, M> model;
 
   template <int V>
   struct Regs {
@@ -218,18 +205,13 @@ struct Adam {
       narrow(&regs.u.v[e], largest.v);
     }
     cuda::store<V>(w + i, regs.w);
+    model.template store<V>(i, regs.w);
     if (math.scaled) cuda::store<V>(g + i, regs.g);
     cuda::store<V>(m + i, regs.m);
     cuda::store<V>(v + i, regs.v);
     if (math.amsgrad) cuda::store<V>(u + i, regs.u);
   }
 };
-
-template <class T>
-FUSED_SAM_HD void copy(T* to, const T* from, int count, int lane) {
-  constexpr int V = pack_width<T>();
-  walk<V>(Copy<T>{to, from}, count, head_of<V>(count, to, from), lane);
-}
 
 FUSED_SAM_HD double norm_unit(const Unit<SlimEntry>& u, const AscentGroup& group, int lane) {
   double sum = 0.0;
@@ -238,8 +220,8 @@ FUSED_SAM_HD double norm_unit(const Unit<SlimEntry>& u, const AscentGroup& group
     using G = decltype(g);
     const P* w = static_cast<const P*>(u.entry->param()) + u.begin;
     const G* gradient = static_cast<const G*>(u.entry->grad()) + u.begin;
-    sum = group.adaptive ? sum_of_squares<P, G, true>(w, gradient, group.eta, u.count, lane)
-                         : sum_of_squares<P, G, false>(w, gradient, 0.0, u.count, lane);
+    sum = group.reads_weights() ? sum_of_squares<P, G, true>(w, gradient, group, u.count, lane)
+                                : sum_of_squares<P, G, false>(w, gradient, group, u.count, lane);
   });
   return sum;
 }
@@ -247,63 +229,73 @@ FUSED_SAM_HD double norm_unit(const Unit<SlimEntry>& u, const AscentGroup& group
 // q = 1 or 2.
 FUSED_SAM_HD void perturb_unit(const Unit<SlimEntry>& u, const AscentTerms& terms, double q, double norm, int lane) {
   const AscentScalars s = ascent_scalars(terms.rho.read(), terms.group, q, norm, u.entry->dtype() == DType::f64);
-  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), u.entry->model_dtype(), [&](auto p, auto g, auto m) {
     using P = decltype(p);
     using G = decltype(g);
+    using M = decltype(m);
     constexpr int V = pack_width<P, G>();
     P* w = static_cast<P*>(u.entry->param()) + u.begin;
-    P* backup = static_cast<P*>(u.entry->backup()) + u.begin;
     const G* gradient = static_cast<const G*>(u.entry->grad()) + u.begin;
-    if (!s.active) return copy(backup, w, u.count, lane);
-    const Perturb<P, G> op{w, gradient, backup, AscentMath<Lane<typename Computed<P>::type>>(s)};
-    walk<V>(op, u.count, head_of<V>(u.count, w, gradient, backup), lane);
+    const AscentMath<Lane<typename Computed<P>::type>> math(s);
+    if constexpr (std::is_same<M, NoModel>::value) {
+      P* backup = static_cast<P*>(u.entry->backup()) + u.begin;
+      if (!s.active) return copy(backup, w, u.count, lane);
+      const Perturb<P, G, M> op{w, gradient, backup, w, math};
+      walk<V>(op, u.count, head_of<V>(u.count, w, gradient, backup), lane);
+    } else {
+      if (!s.active) return;
+      M* model = static_cast<M*>(u.entry->model()) + u.begin;
+      const Perturb<P, G, M> op{w, gradient, nullptr, model, math};
+      walk<V>(op, u.count, head_of<V>(u.count, w, gradient, model), lane);
+    }
   });
 }
 
-// What a base step does to this lane's share of w: update(w, source, gradient), or, with `skip` or without a gradient,
-// only the restore.
+// What a base step does to this lane's share of w: update(w, source, gradient, model), or, with `skip` or without a
+// gradient, only the restore.
 template <class E, class F>
 FUSED_SAM_HD void descend_unit(const Unit<E>& u, bool skip, int lane, const F& update) {
-  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), u.entry->model_dtype(), [&](auto p, auto g, auto m) {
     using P = decltype(p);
     using G = decltype(g);
     P* w = static_cast<P*>(u.entry->param()) + u.begin;
     const P* source = u.entry->backup() != nullptr ? static_cast<const P*>(u.entry->backup()) + u.begin : w;
-    if (skip || u.entry->grad() == nullptr) {
-      if (source != w) copy(w, source, u.count, lane);
-      return;
-    }
-    update(w, source, static_cast<G*>(u.entry->grad()) + u.begin);
+    const ModelStore<P, decltype(m)> model(u);
+    if (skip || u.entry->grad() == nullptr) return model.restore(w, source, u.count, lane);
+    update(w, source, static_cast<G*>(u.entry->grad()) + u.begin, model);
   });
 }
 
 FUSED_SAM_HD void sgd_unit(const Unit<SlimEntry>& u, const SgdTerms& terms, float grad_multiplier, bool skip,
                            int lane) {
-  descend_unit(u, skip, lane, [&](auto* w, const auto* source, auto* gradient) {
+  descend_unit(u, skip, lane, [&](auto* w, const auto* source, auto* gradient, auto model) {
     using P = Pointee<decltype(w)>;
     using G = Pointee<decltype(gradient)>;
+    using M = typename decltype(model)::Type;
     constexpr int V = pack_width<P, G>();
     SgdGroup group = terms.group;
     group.lr = terms.lr.read();
     P* m = group.momentum != 0.0 ? static_cast<P*>(u.entry->state(0)) + u.begin : w;  // w: aligned like any other
-    const Sgd<P, G> op{w, source, gradient, m, SgdMath<Lane<typename Computed<P>::type>>(group, grad_multiplier)};
-    walk<V>(op, u.count, head_of<V>(u.count, w, source, gradient, m), lane);
+    const SgdMath<Lane<typename Computed<P>::type>> math(group, grad_multiplier);
+    const Sgd<P, G, M> op{w, source, gradient, m, math, model};
+    walk<V>(op, u.count, head_of<V>(u.count, w, source, gradient, m, model.or_else(w)), lane);
   });
 }
 
 FUSED_SAM_HD void adam_unit(const Unit<WideEntry>& u, const AdamTerms& terms, float grad_multiplier, bool skip,
                             int lane) {
-  descend_unit(u, skip, lane, [&](auto* w, const auto* source, auto* gradient) {
+  descend_unit(u, skip, lane, [&](auto* w, const auto* source, auto* gradient, auto model) {
     using P = Pointee<decltype(w)>;
     using G = Pointee<decltype(gradient)>;
+    using M = typename decltype(model)::Type;
     constexpr int V = pack_width<P, G>();
     const AdamScalars scalars = adam_scalars(terms.group, terms.lr.read(), u.entry->step());
     P* m = static_cast<P*>(u.entry->state(0)) + u.begin;
     P* v = static_cast<P*>(u.entry->state(1)) + u.begin;
     P* largest = scalars.group.amsgrad ? static_cast<P*>(u.entry->state(2)) + u.begin : v;
     const AdamMath<Lane<typename Computed<P>::type>> math(scalars, grad_multiplier);
-    const Adam<P, G> op{w, source, gradient, m, v, largest, math};
-    walk<V>(op, u.count, head_of<V>(u.count, w, source, gradient, m, v, largest), lane);
+    const Adam<P, G, M> op{w, source, gradient, m, v, largest, math, model};
+    walk<V>(op, u.count, head_of<V>(u.count, w, source, gradient, m, v, largest, model.or_else(w)), lane);
   });
 }
 

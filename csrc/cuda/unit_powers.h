@@ -25,14 +25,13 @@ FUSED_SAM_HD void for_each_element(const Unit<SlimEntry>& u, int lane, const Vis
 
 FUSED_SAM_HD Peak peak_unit(const Unit<SlimEntry>& u, const AscentGroup& group, int lane) {
   Peak result;
-  for_each_element(u, lane, [&](double w, double g, int64_t i) { result.add(neighbourhood(w, group) * g, i); });
+  for_each_element(u, lane, [&](double w, double g, int64_t i) { result.add(scaled(w, g, group), i); });
   return result;
 }
 
 FUSED_SAM_HD double powers_unit(const Unit<SlimEntry>& u, const AscentGroup& group, double q, double scale, int lane) {
   double sum = 0.0;
-  for_each_element(u, lane,
-                   [&](double w, double g, int64_t) { sum += power_of(neighbourhood(w, group) * g, scale, q); });
+  for_each_element(u, lane, [&](double w, double g, int64_t) { sum += power_of(scaled(w, g, group), scale, q); });
   return sum;
 }
 
@@ -43,19 +42,22 @@ FUSED_SAM_HD void power_perturb_unit(const Unit<SlimEntry>& u, const AscentTerms
   const bool here = static_cast<double>(tensor_number(*u.entry)) == norm.tensor;
   const int64_t element = here ? static_cast<int64_t>(norm.element) : -1;
   const bool infinite = q > 1.7976931348623157e308;
-  dispatch(u.entry->dtype(), u.entry->grad_dtype(), [&](auto p, auto g) {
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), u.entry->model_dtype(), [&](auto p, auto g, auto m) {
     using P = decltype(p);
+    using Out = ModelOr<P, decltype(m)>;
+    constexpr bool kHasModel = std::is_same<Out, decltype(m)>::value;
     P* w = static_cast<P*>(u.entry->param());
+    Out* target = static_cast<Out*>(kHasModel ? u.entry->model() : u.entry->param());
     P* backup = static_cast<P*>(u.entry->backup());
     const auto* gradient = static_cast<const decltype(g)*>(u.entry->grad());
     FUSED_SAM_ROLLED
     for (int64_t i = u.begin + lane; i < u.begin + u.count; i += kWarp) {
       const P old = w[i];
       const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
-      backup[i] = old;
+      if (!kHasModel) backup[i] = old;
       if (!active || (infinite && i != element)) continue;
-      store_rounded(&w[i], infinite ? peak_displaced(widen(old), x, terms.group, rho)
-                                    : displaced(widen(old), x, terms.group, rho, q, norm.value));
+      store_rounded(&target[i], infinite ? peak_displaced(widen(old), x, terms.group, rho)
+                                         : displaced(widen(old), x, terms.group, rho, q, norm.value));
     }
   });
 }

@@ -13,7 +13,7 @@ namespace fused_sam {
 namespace {
 
 // As in bindings.cpp, but rho and lr may be tensors on the device.
-using AscentTuple = std::tuple<int64_t, py::object, bool, double>;
+using AscentTuple = std::tuple<int64_t, py::object, bool, double, double>;
 using SgdTuple = std::tuple<int64_t, py::object, double, double, double, bool, bool, bool>;
 using AdamTuple =
     std::tuple<int64_t, py::object, double, double, double, double, bool, bool, bool, bool, double, double>;
@@ -37,8 +37,8 @@ cuda::Scalar scalar_of(const py::object& value, Device device, const char* name)
 
 std::vector<cuda::AscentTerms> ascent_terms(const std::vector<AscentTuple>& groups, Device device) {
   std::vector<cuda::AscentTerms> terms;
-  for (const auto& [size, rho, adaptive, eta] : groups) {
-    terms.push_back({AscentGroup{0.0, adaptive, eta}, scalar_of(rho, device, "rho")});
+  for (const auto& [size, rho, adaptive, eta, decay] : groups) {
+    terms.push_back({AscentGroup{0.0, adaptive, eta, decay}, scalar_of(rho, device, "rho")});
   }
   return terms;
 }

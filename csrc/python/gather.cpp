@@ -129,11 +129,12 @@ py::list lookup(const py::dict& state, const py::list& params, const py::str& ke
 }
 
 Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::tuple& states,
-             int cuda_index)
+             const py::object& masters, int cuda_index)
     : device_{cuda_index >= 0, cuda_index},
       count_(static_cast<Py_ssize_t>(params.size())),
       params_(checked(params, count_, "params")),
       grads_(checked(grads, count_, "grads")),
+      masters_(checked(masters, count_, "masters")),
       tensors_(static_cast<size_t>(count_)),
       layouts_(static_cast<size_t>(count_)) {
   if (states.size() > kStates) throw py::value_error("Invalid states. Must be " + std::to_string(kStates) + " lists.");
@@ -151,13 +152,31 @@ bool Batch::describe(Py_ssize_t index, Tensor* out) {
   PyObject* backup = item(backups_, index);
   *out = Tensor{};
   if (grad == nullptr && backup == nullptr) return true;
-  TensorView param;
-  if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), device_, &param, out)) return false;
+  TensorView param, master;
+  if (!read_weights(index, &param, &master, out)) return false;
+  const TensorView& weights = out->has_model() ? master : param;
   layouts_[static_cast<size_t>(index)] = layout_key(param);
+  if (out->has_model() && backup != nullptr) return false;
   if (!read_grad(grad, device_, param, out) || !read_operand(backup, device_, param, &out->backup)) return false;
   for (int k = 0; k < kStates; ++k) {
-    if (!read_operand(item(states_[k], index), device_, param, &out->state[k])) return false;
+    if (!read_operand(item(states_[k], index), device_, weights, &out->state[k])) return false;
   }
+  return true;
+}
+
+// The parameter, and its master where it has one, which the kernels take for it.
+bool Batch::read_weights(Py_ssize_t index, TensorView* param, TensorView* master, Tensor* out) const {
+  if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), index), device_, param, out)) return false;
+  PyObject* object = item(masters_, index);
+  if (object == nullptr) return true;
+  if (size_of(param->dtype) != 2 || !read_tensor(object, device_, master) || master->dtype != DType::f32 ||
+      !same_layout(*master, *param)) {
+    return false;
+  }
+  out->model = param->data;
+  out->model_dtype = param->dtype;
+  out->param = master->data;
+  out->dtype = DType::f32;
   return true;
 }
 
@@ -185,11 +204,14 @@ void Batch::adopt_backups(const Batch& ascent) {
     const auto k = static_cast<size_t>(i);
     if (ascent.tensors_[k].backup == nullptr) continue;
     PyObject* object = PyTuple_GET_ITEM(params_.ptr(), i);
-    TensorView param;
+    TensorView param, master;
     const bool taking_part = tensors_[k].param != nullptr;
-    const bool fits = taking_part || read_dense_param(object, device_, &param, &tensors_[k]);
+    const bool fits = taking_part || read_weights(i, &param, &master, &tensors_[k]);
     if (fits && !taking_part) layouts_[k] = layout_key(param);
-    if (!fits || object != PyTuple_GET_ITEM(ascent.params_.ptr(), i) || layouts_[k] != ascent.layouts_[k]) {
+    const bool same_master = tensors_[k].dtype == ascent.tensors_[k].dtype &&
+                             (!tensors_[k].has_model() || tensors_[k].param == ascent.tensors_[k].param);
+    if (!fits || object != PyTuple_GET_ITEM(ascent.params_.ptr(), i) || layouts_[k] != ascent.layouts_[k] ||
+        !same_master) {
       throw changed(i);
     }
     tensors_[k].backup = ascent.tensors_[k].backup;
@@ -200,9 +222,8 @@ void Batch::refresh() {
   for (Py_ssize_t i = 0; i < count_; ++i) {
     const auto k = static_cast<size_t>(i);
     if (tensors_[k].backup == nullptr) continue;
-    TensorView param;
-    if (!read_dense_param(PyTuple_GET_ITEM(params_.ptr(), i), device_, &param, &tensors_[k]) ||
-        layout_key(param) != layouts_[k]) {
+    TensorView param, master;
+    if (!read_weights(i, &param, &master, &tensors_[k]) || layout_key(param) != layouts_[k]) {
       throw changed(i);
     }
   }
@@ -232,7 +253,8 @@ void Batch::keep_backups() {
 void Batch::make_backups(bool owned) {
   int64_t pool_bytes = 0;
   for (const Tensor& t : tensors_) {
-    if (t.grad != nullptr && bytes_of(t) < kSmallBytes) pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
+    if (t.grad != nullptr && !t.has_model() && bytes_of(t) < kSmallBytes)
+      pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
   }
   const py::module_ torch = py::module_::import("torch");
   const auto data_of = [&](const py::object& memory) {
@@ -248,7 +270,9 @@ void Batch::make_backups(bool owned) {
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     if (t.grad == nullptr) continue;
-    if (bytes_of(t) < kSmallBytes) {
+    if (t.has_model()) {
+      t.backup = t.param;
+    } else if (bytes_of(t) < kSmallBytes) {
       t.backup = pool;
       pool += (bytes_of(t) / kAlignment + 1) * kAlignment;
     } else if (owned && t.grad_dtype == t.dtype && is_sole_owner(item(grads_, i), 2)) {
@@ -265,7 +289,9 @@ void Batch::set_backups(const py::list& backups) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     PyObject* backup = item(backups_, i);
     if (t.grad == nullptr && backup == nullptr) continue;
-    if (backup != nullptr && backup == item(grads_, i) && t.grad_dtype == t.dtype) {
+    if (backup == nullptr && t.has_model()) {
+      t.backup = t.param;
+    } else if (!t.has_model() && backup == item(grads_, i) && t.grad_dtype == t.dtype) {
       t.backup = t.grad;
     } else if (backup == nullptr || !describe(i, &t)) {
       throw py::value_error("Invalid backup at index " + std::to_string(i) +
@@ -296,15 +322,18 @@ const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
 // Two written tensors on the same memory would be updated in no particular order.
 void Batch::require_disjoint() const {
   std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
-  ranges.reserve((2 + kStates) * tensors_.size());
-  const auto add = [&](const void* data, const Tensor& t) {
+  ranges.reserve((3 + kStates) * tensors_.size());
+  const auto add = [&](const void* data, const Tensor& t, DType dtype) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
-    if (data != nullptr && t.numel > 0) ranges.emplace_back(begin, begin + static_cast<uintptr_t>(bytes_of(t)));
+    const auto bytes = static_cast<uintptr_t>(t.numel * size_of(dtype));
+    if (data != nullptr && bytes > 0) ranges.emplace_back(begin, begin + bytes);
   };
   for (const Tensor& t : tensors_) {
-    add(t.param, t);
-    for (const void* state : t.state) add(state, t);
-    if (PyTuple_GET_SIZE(backups_.ptr()) > 0) add(t.backup, t);  // those made here overlap nothing
+    add(t.param, t, t.dtype);
+    add(t.model, t, t.model_dtype);
+    for (const void* state : t.state) add(state, t, t.dtype);
+    // Those made here overlap nothing.
+    if (PyTuple_GET_SIZE(backups_.ptr()) > 0 && !t.has_model()) add(t.backup, t, t.dtype);
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i) {

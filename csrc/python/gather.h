@@ -26,9 +26,10 @@ class Batch {
  public:
   // `backups` is a list, None, or the batch of the ascent whose backups are to be used.
   // `cuda_index` is the CUDA device that the tensors are on; negative: they are on the CPU.
-  // `states` holds at most kStates lists. Throws ValueError unless all lists have the length of `params`.
+  // `states` holds at most kStates lists; `masters` the fp32 copies of 16-bit parameters, or None. Throws ValueError
+  // unless all lists have the length of `params`.
   Batch(const pybind11::list& params, const pybind11::object& grads, const pybind11::object& backups,
-        const pybind11::tuple& states, int cuda_index);
+        const pybind11::tuple& states, const pybind11::object& masters, int cuda_index);
 
   Device device() const { return device_; }
 
@@ -36,10 +37,11 @@ class Batch {
   const std::vector<Py_ssize_t>& odd() const { return odd_; }
 
   // Finds memory for w of every parameter with a gradient: the gradient's own where it is large and `owned` and nothing
-  // but this object and one Python list refers to it, else memory that lasts as long as this object.
+  // but this object and one Python list refers to it, else memory that lasts as long as this object. A master is its
+  // own.
   void make_backups(bool owned);
 
-  // Throws ValueError unless there is a fitting backup for every gradient.
+  // Throws ValueError unless there is a fitting backup for every gradient, and none where there is a master.
   void set_backups(const pybind11::list& backups);
 
   // The descriptors; group k covers the next sizes[k] tensors. Throws ValueError where odd() is not empty, for sizes
@@ -62,12 +64,13 @@ class Batch {
 
  private:
   bool describe(Py_ssize_t index, Tensor* out);
+  bool read_weights(Py_ssize_t index, TensorView* param, TensorView* master, Tensor* out) const;
   void adopt_backups(const Batch& ascent);
   void require_disjoint() const;
 
   Device device_;
   Py_ssize_t count_;
-  pybind11::tuple params_, grads_, backups_, states_[kStates];
+  pybind11::tuple params_, grads_, backups_, masters_, states_[kStates];
   pybind11::list memory_;  // what make_backups allocated
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
@@ -85,7 +88,7 @@ std::vector<int64_t> sizes_of(const std::vector<Tuple>& groups) {
 // Throws ValueError unless every tensor with a gradient has a backup.
 inline void require_backups(const std::vector<Tensor>& tensors) {
   for (const Tensor& t : tensors) {
-    if (t.grad != nullptr && t.backup == nullptr) {
+    if (t.grad != nullptr && t.backup == nullptr && t.numel > 0) {
       throw pybind11::value_error("Invalid backups. A parameter with a gradient must have one.");
     }
   }

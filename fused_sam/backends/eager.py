@@ -23,6 +23,9 @@ NEEDS_DENSE = False
 # The base steps that a batch has.
 BASE_STEPS = ("sgd_update", "adam_update")
 
+# Whether a batch takes masters.
+TAKES_MASTERS = True
+
 
 def get_grads(params: TensorList) -> TensorList:
     """p.grad of every parameter."""
@@ -49,7 +52,7 @@ class Batch:
     """The tensors of one op. Arguments and results of the methods are those of the functions in `fused_sam.ops`.
 
     ``states``: what the base step keeps, the momentum buffers of SGD, or the exp_avgs, exp_avg_sqs and max_exp_avg_sqs
-    of Adam.
+    of Adam. ``masters``: w in fp32 of 16-bit parameters, which hold it rounded; None for the others.
     """
 
     # Whether an update by the same backend can restore what this has perturbed.
@@ -61,8 +64,11 @@ class Batch:
         grads: TensorList | None = None,
         backups: TensorList | Batch | None = None,
         *states: TensorList | None,
+        masters: TensorList | None = None,
     ) -> None:
         self.params = params
+        self.masters = masters or [None] * len(params)
+        self.weights = [p if m is None else m for p, m in zip(params, self.masters)]
         self.grads: Any = grads
         self.backups: Any = backups.backups if isinstance(backups, Batch) else backups
         self.states = states
@@ -75,10 +81,15 @@ class Batch:
     def make_backups(self, owned: bool) -> None:
         """Memory for w of each parameter with a gradient. ``owned`` gradients could lend theirs; only one kernel that
         reads and writes both makes that worth it."""
-        self.backups = [None if g is None else torch.empty_like(p) for p, g in zip(self.params, self.grads)]
+        self.set_backups(
+            [
+                torch.empty_like(p) if m is None and g is not None else None
+                for p, g, m in zip(self.params, self.grads, self.masters)
+            ]
+        )
 
     def set_backups(self, backups: TensorList) -> None:
-        self.backups = backups
+        self.backups = [b if m is None or g is None else m for b, g, m in zip(backups, self.grads, self.masters)]
 
     @property
     def kept(self) -> list[Any | None]:
@@ -86,7 +97,7 @@ class Batch:
         return self.backups or [None] * len(self.params)
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        members = [(i, _scaled(self.params[i], self.grads[i], group)) for i, group in self._members(groups)]
+        members = [(i, _scaled(self.weights[i], self.grads[i], group)) for i, group in self._members(groups)]
         members = [(i, x) for i, x in members if x.numel()]
         if not members:
             zeros = torch.zeros(3, dtype=torch.float64, device=self.params[0].device)
@@ -110,7 +121,8 @@ class Batch:
         perturbed = [(i, self._perturbed(i, group, norm, q)) for i, group in self._members(groups)]
         # A backup may be the gradient itself, so all of w + e is formed before any backup is written.
         for i, _ in perturbed:
-            self.backups[i].copy_(self.params[i])
+            if self.masters[i] is None:
+                self.backups[i].copy_(self.params[i])
         self.grads = None
         journal.append(self)
         for i, w in perturbed:
@@ -118,7 +130,8 @@ class Batch:
 
     def _perturbed(self, i: int, group: AscentGroup, norm: Tensor | None, q: float) -> Tensor:
         """w + e of one tensor."""
-        w, g = _wide(self.params[i]), _wide(self.grads[i])
+        w = _wide(self.weights[i])
+        g = _decayed(w, _wide(self.grads[i]), group)
         t = _neighbourhood(w, group) if group.adaptive else 1.0
         if norm is None:
             return w + t * (torch.nan_to_num(torch.sign(g), nan=0.0) * group.rho)
@@ -129,9 +142,9 @@ class Batch:
 
     def _perturbed_by_powers(self, i: int, group: AscentGroup, norm: Tensor, q: float) -> Tensor:
         value, *place = norm.unbind() if q == math.inf else (norm,)
-        w = self.params[i].double()
+        w = self.weights[i].double()
         t = _neighbourhood(w, group)
-        x = t * self.grads[i].double()
+        x = t * _decayed(w, self.grads[i].double(), group)
         active = torch.isfinite(value) & (value > 0) & (group.rho != 0)
         size = group.rho * t
         if q == math.inf:
@@ -153,7 +166,8 @@ class Batch:
         journal.clear()
         for i, group in self._members(groups):
             buffer = self._state(0, i) if group.momentum != 0 else None
-            _sgd_tensor(self.params[i], self.grads[i], buffer, group, grad_scale, found_inf)
+            _sgd_tensor(self.weights[i], self.grads[i], buffer, group, grad_scale, found_inf)
+            self._round(i)
 
     def adam_update(
         self,
@@ -169,7 +183,13 @@ class Batch:
         for i, group in self._members(groups):
             state = self._state(0, i), self._state(1, i), self._state(2, i) if group.amsgrad else None
             step = None if steps is None else steps[i]
-            _adam_tensor(self.params[i], self.grads[i], *state, step, group, grad_scale, found_inf)
+            _adam_tensor(self.weights[i], self.grads[i], *state, step, group, grad_scale, found_inf)
+            self._round(i)
+
+    def _round(self, index: int) -> None:
+        """The parameter from its master."""
+        if self.masters[index] is not None:
+            self.params[index].copy_(self.masters[index])
 
     def _state(self, kind: int, index: int) -> Any:
         states = self.states[kind] if kind < len(self.states) else None
@@ -194,8 +214,16 @@ def _neighbourhood(w: Tensor, group: AscentGroup) -> Tensor:
 
 
 def _scaled(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
-    """T g"""
-    return _neighbourhood(w.double(), group) * g.double() if group.adaptive else g
+    """T (g + decay w)"""
+    if not group.adaptive and group.decay == 0:
+        return g
+    x = _decayed(w.double(), g.double(), group)
+    return _neighbourhood(w.double(), group) * x if group.adaptive else x
+
+
+def _decayed(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
+    """The gradient as the ascent takes it."""
+    return g if group.decay == 0 else g.add(w, alpha=group.decay)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -283,10 +311,12 @@ def _adam_tensor(
 
 def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """The gradient as the base step takes it, after unscaling it in place."""
+    g = _wide(grad)
     if grad_scale is not None:
         # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.
-        grad.copy_(_wide(grad) * grad_scale.double().reciprocal().float())
-    return -_wide(grad) if maximize else _wide(grad)
+        g = g * grad_scale.double().reciprocal().float()
+        grad.copy_(g)
+    return -g if maximize else g
 
 
 def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NEEDS_DENSE = True
 BASE_STEPS = ("sgd_update", "adam_update")
+TAKES_MASTERS = True
 
 get_grads = _native.get_grads
 clear_grads = _native.clear_grads
@@ -46,13 +47,14 @@ def batch(
     grads: TensorList | None = None,
     backups: TensorList | CPUBatch | None = None,
     *states: TensorList | None,
+    masters: TensorList | None = None,
 ) -> CPUBatch:
     device = params[0].device
     if device.type == "cpu":
-        return CPUBatch(device, params, grads, backups, *states)
+        return CPUBatch(device, params, grads, backups, *states, masters=masters)
     if reason := _why_not_device(device.index):
         raise RuntimeError(f"FusedSAM's CUDA kernels cannot be used: {reason}.")
-    return CUDABatch(device, params, grads, backups, *states)
+    return CUDABatch(device, params, grads, backups, *states, masters=masters)
 
 
 class CPUBatch:
@@ -65,12 +67,13 @@ class CPUBatch:
         grads: TensorList | None,
         backups: TensorList | CPUBatch | None,
         *states: TensorList | None,
+        masters: TensorList | None = None,
     ) -> None:
         self.device = device
         self.params = params
         kept = backups._batch if isinstance(backups, CPUBatch) else backups
         cuda_index = device.index if device.type == "cuda" else -1
-        self._batch: _native.Batch = _native.Batch(params, grads, kept, states, cuda_index)
+        self._batch: _native.Batch = _native.Batch(params, grads, kept, states, masters, cuda_index)
 
     @property
     def odd(self) -> list[int]:

@@ -90,7 +90,7 @@ def data_parallel(
     Raises:
         ValueError: on all ranks, if their parameters differ in number, names, shapes, strides, dtypes or
             ``requires_grad``; for an option out of range; for sharded parameters, or such as the
-            DistributedDataParallel does not have.
+            DistributedDataParallel does not have; with ``second_order``, or ``reuse`` and another scope than "world".
         RuntimeError: without a process group, while the weights are perturbed, or for the second call;
             in a step, on all ranks, when ``check_replicas_every`` finds them to differ.
     """
@@ -102,6 +102,13 @@ def data_parallel(
     group = _group(ddp, process_group)
     world_size = dist.get_world_size(group)
     size = scopes.ranks_per_e(m_sharpness, world_size)
+    if optimizer.second_order:
+        raise ValueError("Invalid optimizer with second_order=True. The averaging of gradients cuts their graph.")
+    if optimizer.reuse is not None and size != world_size:
+        raise ValueError(
+            f"Invalid {m_sharpness=} with reuse={optimizer.reuse}. Must be 'world': what is reused must be the same on "
+            "all ranks."
+        )
     names = _names(model if ddp is None else ddp.module, optimizer)
     mine: list[Any] = [f"m_sharpness={size}", *agreement.entries((name, p) for p, name in names.items())]
     agreement.require_same(mine, "parameters", group)

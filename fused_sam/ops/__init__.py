@@ -6,6 +6,7 @@ means that there is none. Groups cover the lists in order, ``size`` tensors each
     norm        ||T g||_q over all groups, T = |w| + eta elementwise in adaptive groups, 1 elsewhere; 1/p + 1/q = 1
     perturb     backup = w, w = w + rho_k T sign(g) (|T g| / ||T g||_q)^(q-1) for the tensors of group k, which is
                 rho_k T^2 g / ||T g||_2 for p = 2                                            (Foret et al. 2021, eq. 2)
+                Both take g + decay_k w for g in groups that say so.
     restore     w = backup
     sgd_update  w = backup, then SGD with momentum at w with the gradient taken at w + e     (Algorithm 1)
     adam_update w = backup, then Adam or AdamW likewise

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fused_sam.ops.groups import AscentGroup, dual_exponent, require_sizes
 from fused_sam.ops.journal import Copies, Journal, bump_versions
-from fused_sam.routing import TensorList, contiguous, route, stand_ins
+from fused_sam.routing import Part, TensorList, contiguous, make_batch, route, stand_ins
 
 
 class Ascent:
     """The first half of a SAM step: `norm` and `perturb` with one look at the tensors.
+
+    ``masters`` are fp32 copies of 16-bit parameters, None for the others: w is read there, and T is that of them.
 
     Raises:
         InvalidTensor: for a sparse, complex, integer or mismatched tensor.
@@ -22,15 +24,22 @@ class Ascent:
     """
 
     def __init__(
-        self, params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None, p: float = 2
+        self,
+        params: TensorList,
+        grads: TensorList,
+        groups: list[AscentGroup],
+        backend: str | None = None,
+        p: float = 2,
+        masters: TensorList | None = None,
     ) -> None:
         require_sizes(params, groups)
         self.q = dual_exponent(p)
         self.params = params
         self.grads = grads
         self.groups = groups
-        self._choice = backend, p
-        self._parts = route(backend, params, grads)
+        self.masters = masters
+        self._choice = backend, p, masters
+        self._parts = route(backend, params, grads, masters=masters)
 
     def of(self, index: set[int]) -> Ascent:
         """That of some of the tensors: the others count as without a gradient."""
@@ -44,9 +53,7 @@ class Ascent:
             return None
         norms = []
         for part in self._parts:
-            batch = part.batch or part.backend.batch(
-                contiguous(part.take(self.params)), contiguous(part.take(self.grads))
-            )
+            batch = self._on_stand_ins(part) if part.batch is None else part.batch
             norms.append(part.globally(batch.norm(part.regroup(self.groups), self.q)))
         if not norms:
             return torch.zeros(3 if self.q == math.inf else (), dtype=torch.float64)
@@ -73,12 +80,24 @@ class Ascent:
                 part.batch.perturb(*scalars, journal)
                 continue
             p, g = part.take(self.params), part.take(self.grads)
-            journal.append(Copies(p, kept or [None if x is None else torch.empty_like(w) for w, x in zip(p, g)]))
+            memory = [
+                torch.empty_like(w) if b is None and x is not None else b
+                for w, x, b in zip(p, g, kept or [None] * len(p))
+            ]
+            journal.append(Copies(p, memory))
             with stand_ins(p) as p_:
-                batch = part.backend.batch(p_, contiguous(g))
+                batch = make_batch(part.backend, p_, contiguous(g), masters=self._masters_of(part))
                 batch.make_backups(owned=False)
                 batch.perturb(*scalars, [])
         bump_versions(self.params, self.grads)
+
+    def _on_stand_ins(self, part: Part) -> Any:
+        lists = contiguous(part.take(self.params)), contiguous(part.take(self.grads))
+        return make_batch(part.backend, *lists, masters=self._masters_of(part))
+
+    def _masters_of(self, part: Part) -> TensorList | None:
+        """For a call on stand-ins; an ascent only reads them."""
+        return None if self.masters is None else contiguous(part.take(self.masters))
 
 
 def joint_norm(norms: list[Tensor], q: float) -> Tensor:
@@ -95,10 +114,15 @@ def joint_norm(norms: list[Tensor], q: float) -> Tensor:
 
 
 def norm(
-    params: TensorList, grads: TensorList, groups: list[AscentGroup], backend: str | None = None, p: float = 2
+    params: TensorList,
+    grads: TensorList,
+    groups: list[AscentGroup],
+    backend: str | None = None,
+    p: float = 2,
+    masters: TensorList | None = None,
 ) -> Any:
     """||T g||_q over the gradients of all groups, accumulated in fp64. Returns and raises as `Ascent`."""
-    return Ascent(params, grads, groups, backend, p).norm()
+    return Ascent(params, grads, groups, backend, p, masters).norm()
 
 
 def perturb(
@@ -110,8 +134,11 @@ def perturb(
     backend: str | None = None,
     journal: Journal | None = None,
     p: float = 2,
+    masters: TensorList | None = None,
 ) -> None:
     """backup = w and w = w + e, in place, for every parameter with a gradient; ``norm`` is as `norm` returns it.
+
+    A parameter that has a master has no other backup: it becomes master + e, rounded, and the master stays.
 
     A norm that is zero or not finite leaves w as it is (decided on the device). ``backups[i] is grads[i]`` swaps in
     place. ``journal`` receives an entry when, and as soon as, there is something to restore.
@@ -119,9 +146,10 @@ def perturb(
     Raises:
         InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched backup; nothing has been changed then.
     """
-    route(backend, params, grads, backups)
-    if any((g is None) != (b is None) for g, b in zip(grads, backups)):
-        raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient.")
+    route(backend, params, grads, backups, masters=masters)
+    needed = [g is not None and m is None for g, m in zip(grads, masters or [None] * len(grads))]
+    if any(need == (b is None) for need, b in zip(needed, backups)):
+        raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient, no master.")
     shape = None if p == math.inf else (3,) if p == 1 else ()
     if shape != (None if norm is None else norm.shape):
         given = None if norm is None else f"of shape {list(norm.shape)}"
@@ -129,4 +157,5 @@ def perturb(
     others = {id(g): i for i, g in enumerate(grads) if g is not None}
     if any(others.get(id(b), i) != i for i, b in enumerate(backups)):
         raise ValueError("Invalid backups. A gradient may hold no parameter but its own.")
-    Ascent(params, grads, groups, backend, p).perturb(norm, [] if journal is None else journal, backups)
+    ascent = Ascent(params, grads, groups, backend, p, masters)
+    ascent.perturb(norm, [] if journal is None else journal, backups)

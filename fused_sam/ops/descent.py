@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_sam.ops.groups import AdamGroup, SGDGroup, require_sizes
 from fused_sam.ops.journal import Journal, all_present, bump_versions, copy, undo
-from fused_sam.routing import Part, TensorList, route, stand_ins
+from fused_sam.routing import Part, TensorList, make_batch, route, stand_ins
 
 G = TypeVar("G", bound=Any)  # a group of one of the ops
 
@@ -40,6 +40,7 @@ def sgd_update(
     found_inf: Tensor | None = None,
     backend: str | None = None,
     journal: Journal | None = None,
+    masters: TensorList | None = None,
 ) -> None:
     """w = backup (w itself where there is none), then one step of SGD with the gradients given, in one pass.
 
@@ -50,7 +51,8 @@ def sgd_update(
     Parameters without a gradient are only restored. Momentum buffers are written in place. With ``grad_scale`` (a
     GradScaler's, shape []) the gradients are divided by it in place first; with a nonzero ``found_inf`` (shape [])
     every parameter is only restored. ``backups`` may be `one_batch` of a journal. ``journal`` is cleared as
-    soon as there is nothing left to restore.
+    soon as there is nothing left to restore. For a parameter that has a master w is that, and state is fp32 as it is;
+    the parameter becomes the master, rounded.
 
     Raises:
         InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched momentum buffer; nothing has been
@@ -63,7 +65,7 @@ def sgd_update(
         batch.sgd_update(part.regroup(groups), *scalars)
 
     states = (momentum_buffers,)
-    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal)
+    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
 
 
 def adam_update(
@@ -80,6 +82,7 @@ def adam_update(
     backend: str | None = None,
     journal: Journal | None = None,
     capturable: bool = False,
+    masters: TensorList | None = None,
 ) -> None:
     """w = backup (w itself where there is none), then step t of Adam with the gradients given, in one pass.
 
@@ -121,7 +124,7 @@ def adam_update(
             _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
 
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal)
+    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
     if not capturable and not skipped:
         _advance([t for t, _ in advanced], None)
 
@@ -165,10 +168,11 @@ def _descend(
     found_inf: Tensor | None,
     backend: str | None,
     journal: Journal | None,
+    masters: TensorList | None,
 ) -> None:
     """A base step: the restore, and ``update(part, batch, grad_scale, found_inf, journal)`` for every part."""
     journal = [] if journal is None else journal
-    parts = route(backend, params, grads, backups, states)
+    parts = route(backend, params, grads, backups, states, masters)
     written = [grads, backups]
     if backups is not None and (len(parts) != 1 or parts[0].batch is None or parts[0].index is not None):
         # Only a single call can restore and update as one; elsewhere all of w comes back before any of it is updated.
@@ -178,16 +182,16 @@ def _descend(
         else:
             undo(journal)
         written = [grads]
-        parts = route(backend, params, grads, None, states)
+        parts = route(backend, params, grads, None, states, masters)
     for part in parts:
         scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
         if part.batch is not None:
             update(part, part.batch, *scalars, journal)
             continue
         with contextlib.ExitStack() as stack:
-            lists = [part.take(params), part.take(grads), *map(part.take_any, states)]
-            p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
-            update(part, part.backend.batch(p_, g_, None, *states_), *scalars, journal)
+            lists = [part.take_any(x) for x in (masters, params, grads, *states)]
+            masters_, p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
+            update(part, make_batch(part.backend, p_, g_, None, *states_, masters=masters_), *scalars, journal)
     bump_versions(params, *written)
 
 

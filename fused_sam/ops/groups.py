@@ -13,12 +13,17 @@ from fused_sam.routing import TensorList
 
 
 class AscentGroup(NamedTuple):
-    """How far the next ``size`` tensors are displaced. ``rho`` may be a tensor of one element, read on the device."""
+    """How far the next ``size`` tensors are displaced; with ``rho`` < 0 (p = 2 only) the other way.
+
+    ``rho`` may be a tensor of one element, read on the device. ``decay``: the ascent takes g + decay * w for the
+    gradient, that of the loss plus decay / 2 ||w||^2.
+    """
 
     size: int
     rho: float | Tensor
     adaptive: bool
     eta: float = 0.0
+    decay: float = 0.0
 
     def on(self, device: torch.device, size: int) -> AscentGroup:
         """The same for ``size`` tensors on a device."""

@@ -1,13 +1,14 @@
 """The kernels in Triton, for GPUs of any vendor: no compiler of CUDA or C++ is needed where the package is installed.
 
-The norm is two launches, perturb, restore and update are one each, for any number of tensors; as many times that as
-there are pairs of parameter and gradient dtypes among them. Nothing waits for the device. On CPU tensors the kernels
-run in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+The norm is two launches (for p other than 2 and 1 four), perturb, restore and update are one each, for any number of
+tensors; as many times that as there are pairs of parameter and gradient dtypes among them. Nothing waits for the
+device. On CPU tensors the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 
-from fused_sam.backends import eager
 from fused_sam.backends.triton import kernels, tables
 from fused_sam.backends.triton.operands import Seen, is_param, is_sole_owner, look, matches, require_disjoint
 
@@ -30,13 +30,24 @@ except ImportError:
     from fused_sam.backends.eager import clear_grads, get_grads, lookup
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AscentGroup, Journal, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
     from fused_sam.routing import TensorList
 
-__all__ = ["BASE_STEPS", "NEEDS_DENSE", "Batch", "batch", "clear_grads", "get_grads", "lookup", "why_not"]
+__all__ = [
+    "BASE_STEPS",
+    "NEEDS_DENSE",
+    "TAKES_MASTERS",
+    "Batch",
+    "batch",
+    "clear_grads",
+    "get_grads",
+    "lookup",
+    "why_not",
+]
 
 NEEDS_DENSE = True
-BASE_STEPS = ("sgd_update",)
+BASE_STEPS = ("sgd_update", "adam_update")
+TAKES_MASTERS = False
 
 # Backups of tensors smaller than this share one allocation: asking who owns a gradient costs more than the memory.
 SMALL_BYTES = 4096
@@ -63,12 +74,6 @@ def why_not(device_type: str) -> str | None:
     return f"the Triton kernels are not for {device_type} tensors"
 
 
-class _ByTorch(eager.Batch):
-    """p other than 2 and inf, whose powers Triton has on no vendor's GPU alike."""
-
-    joins_update = False
-
-
 class Batch:
     joins_update = True
 
@@ -77,14 +82,15 @@ class Batch:
         params: TensorList,
         grads: TensorList | None = None,
         backups: TensorList | Batch | None = None,
-        momentum_buffers: TensorList | None = None,
+        *states: TensorList | None,
     ) -> None:
         self.params = params
         self._device: torch.device = params[0].device
         nothing: TensorList = [None] * len(params)
         listed = backups if isinstance(backups, list) else nothing
         self._grads = tuple(grads or ())
-        self._p, self._g, self._m = look(params), look(grads or nothing), look(momentum_buffers or nothing)
+        self._p, self._g = look(params), look(grads or nothing)
+        self._states = [look(state or nothing) for state in states]
         kept = look(listed)
         self._sizes = tuple(p.numel for p in self._p)
         self._bytes = [size * p.traits[0].itemsize for size, p in zip(self._sizes, self._p)]
@@ -92,7 +98,7 @@ class Batch:
         self._backups = [0 if b is None else b.address for b in kept]
         self._listed = listed is not nothing
         self._memory: list[Any] = [listed]  # what the backups lie in
-        self._given: TensorList | None = None
+        self._moved: Tensor | None = None  # the column of those that the kernels have written, if this is an ascent
         if isinstance(backups, Batch):
             self._adopt(backups)
 
@@ -100,12 +106,14 @@ class Batch:
         p, g = self._p[i], self._g[i]
         if g is None and backup is None:
             return True
-        return is_param(p, self._device) and matches(g, p, True) and matches(backup, p) and matches(self._m[i], p)
+        written = backup, *(state[i] for state in self._states)
+        return is_param(p, self._device) and matches(g, p, True) and all(matches(x, p) for x in written)
 
     def _adopt(self, ascent: Batch) -> None:
         """A parameter that the ascent moved and that has no gradient now takes part too: it is restored."""
-        if len(ascent.params) > len(self.params):
+        if len(ascent.params) != len(self.params):
             raise ValueError("Invalid backups. Must be of the same parameters.")
+        self._moved = ascent._moved
         self._memory.append(ascent._memory)
         for i, address in enumerate(ascent._backups):
             if address != 0:
@@ -140,7 +148,6 @@ class Batch:
                 )
             self._backups[i] = 0 if b is None else b.address
         self._listed = True
-        self._given = backups
         self._memory.append(backups)
 
     @property
@@ -148,59 +155,80 @@ class Batch:
         return [True if address else None for address in self._backups]
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        if q != 2:
-            return _ByTorch(self.params, list(self._grads)).norm(groups, q)
         plan = self._plan([group.size for group in groups], self._pairs())
+        shape = [3] if q == math.inf else []
         if plan.total == 0:
-            return torch.zeros((), dtype=torch.float64, device=self._device)
+            return torch.zeros(shape, dtype=torch.float64, device=self._device)
         with tables.on_device(self._device):
-            partials = torch.empty(plan.total, dtype=torch.float64, device=self._device)
-            result = torch.empty((), dtype=torch.float64, device=self._device)
-            table = tables.ascent_table(groups)
+            table = tables.ascent_table(groups, q)
             columns = self._columns(plan, plan.groups, _addresses(self._p), _addresses(self._g), table)
-            for x in plan.launches:
-                kernels.norm_partials[(x.programs,)](*columns, partials, x.first, **_constants(x), **kernels.OPTIONS)
-            kernels.norm_total[(1,)](partials, result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
+            if q == 2:
+                return self._sum_of_squares(plan, columns)
+            peak = self._peak(plan, columns)
+            return peak if q == math.inf else self._sum_of_powers(plan, columns, peak)
+
+    def _sum_of_squares(self, plan: tables.Plan, columns: list[Tensor]) -> Tensor:
+        partials, result = self._float64(plan.total), self._float64()
+        for x in plan.launches:
+            _launch(kernels.norm_partials, x, *columns, partials, x.first)
+        kernels.norm_total[(1,)](partials, result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
         return result
 
+    def _peak(self, plan: tables.Plan, columns: list[Tensor]) -> Tensor:
+        """The largest |T g|, the number of its tensor, and its place in that tensor."""
+        peaks, elements = torch.empty(2, plan.total, dtype=torch.int64, device=self._device)
+        result = self._float64(3)
+        for x in plan.launches:
+            _launch(kernels.peak_partials, x, *columns, peaks, elements, x.first)
+        kernels.peak_total[(1,)](
+            columns[0], peaks, elements, result, plan.total, TILE=kernels.PEAK_TOTAL_TILE, **kernels.TOTAL_OPTIONS
+        )
+        return result
+
+    def _sum_of_powers(self, plan: tables.Plan, columns: list[Tensor], peak: Tensor) -> Tensor:
+        partials, result = self._float64(plan.total), self._float64()
+        for x in plan.launches:
+            _launch(kernels.power_partials, x, *columns, peak, partials, x.first)
+        kernels.power_total[(1,)](
+            partials, peak, columns[-1], result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS
+        )
+        return result
+
+    def _float64(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float64, device=self._device)
+
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
-        if q not in (1, 2):
-            by_torch = _ByTorch(self.params, list(self._grads))
-            if self._given is None:
-                by_torch.make_backups(owned=False)
-            else:
-                by_torch.set_backups(self._given)
-            by_torch.perturb(norm, groups, q, journal)
-            return
         groups = [group._replace(rho=tables.readable(group.rho)) for group in groups]
         plan = self._plan([group.size for group in groups], self._pairs())
         self._require_disjoint()
         if any(self._backups[i] == 0 for x in plan.launches for i in x.rows):
             raise ValueError("Invalid backups. A parameter with a gradient must have one.")
-        norm = None if norm is None else norm.to(torch.float64)
-        with tables.on_device(self._device):
-            columns = self._columns(
-                plan,
-                plan.groups,
-                _addresses(self._p),
-                _addresses(self._g),
-                tables.column(self._backups),
-                tables.ascent_table(groups),
-            )
-            self._memory.extend(
-                tensor for tensor, g, b in zip(self._grads, self._g, self._backups) if b and b == g.address
-            )
-            planned, self._backups = self._backups, [0] * len(self.params)
-            for x in plan.launches:
-                last = x.first + x.programs - 1
-                kernels.perturb[(x.programs,)](
-                    *columns, norm, last, **_constants(x), REST=kernels.REST, **kernels.OPTIONS
-                )
-                for i in x.rows:
-                    self._backups[i] = planned[i]
-                if x is plan.launches[0]:
-                    journal.append(self)
+        self._memory.extend(tensor for tensor, g, b in zip(self._grads, self._g, self._backups) if b and b == g.address)
+        if plan.launches:
+            with tables.on_device(self._device):
+                self._move(plan, norm, groups, q, journal)
         self._grads, self._g = (), [None] * len(self.params)
+
+    def _move(
+        self, plan: tables.Plan, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal
+    ) -> None:
+        kernel, how = kernels.perturb, {}
+        if q not in (1, 2):
+            kernel, how = kernels.perturb_by_powers, {"PEAK": q == math.inf}
+        addresses = _addresses(self._p), _addresses(self._g), tables.column(self._backups)
+        zeros = tables.column([0] * len(self.params))
+        columns = self._columns(plan, plan.groups, *addresses, tables.ascent_table(groups, q), zeros)
+        moved = columns[-1] = self._moved = columns[-1].clone()
+        norm = None if norm is None else norm.to(torch.float64).contiguous()
+        # Entered first: a restore goes by what the kernels have written, which is nothing where none was launched.
+        journal.append(self)
+        try:
+            for x in plan.launches:
+                _launch(kernel, x, *columns, norm, x.first + x.programs - 1, **how)
+        except BaseException:
+            if not moved.any():
+                journal.remove(self)
+            raise
 
     def restore(self) -> None:
         now = look(self.params)
@@ -211,34 +239,63 @@ class Batch:
         plan = self._plan([len(now)], self._pairs_of_backups())
         self._require_disjoint()
         with tables.on_device(self._device):
-            columns = self._columns(plan, _addresses(self._p), tables.column(self._backups))
+            columns = self._columns(plan, _addresses(self._p), self._kept_at())
             for x in plan.launches:
-                constants = {k: v for k, v in _constants(x).items() if k not in ("G", "C")}
-                kernels.restore[(x.programs,)](*columns, x.first, **constants, REST=kernels.REST, **kernels.OPTIONS)
+                _launch(kernels.restore, x, *columns, x.first)
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
         groups = [group._replace(lr=tables.readable(group.lr)) for group in groups]
+        columns = self._state_columns([("momentum_buffers", [group.momentum != 0 for group in groups])], groups)
+        columns.append(tables.sgd_table(groups))
+        self._update(kernels.sgd_update, groups, columns, grad_scale, found_inf, journal)
+
+    def adam_update(
+        self,
+        groups: list[AdamGroup],
+        steps: TensorList | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        journal: Journal,
+    ) -> None:
+        groups = [group._replace(lr=tables.readable(group.lr)) for group in groups]
+        always = [True] * len(groups)
+        needs = [("exp_avgs", always), ("exp_avg_sqs", always), ("max_exp_avg_sqs", [x.amsgrad for x in groups])]
+        columns = self._state_columns(needs, groups)
+        columns += [_addresses(look(steps or [None] * len(self.params))), tables.adam_table(groups)]
+        self._update(kernels.adam_update, groups, columns, grad_scale, found_inf, journal)
+
+    def _update(
+        self,
+        kernel: Any,
+        groups: list[Any],
+        columns: list[bytes],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        journal: Journal,
+    ) -> None:
+        """A base step, of which ``columns`` are the state and the hyperparameters."""
         pairs = [of_grad or of_backup for of_grad, of_backup in zip(self._pairs(), self._pairs_of_backups())]
         plan = self._plan([group.size for group in groups], pairs)
-        self._require_momentum(groups)
         self._require_disjoint()
         with tables.on_device(self._device):
-            columns = self._columns(
-                plan,
-                plan.groups,
-                _addresses(self._p),
-                _addresses(self._g),
-                tables.column(self._backups),
-                _addresses(self._m),
-                tables.sgd_table(groups),
-            )
+            tensors = _addresses(self._p), _addresses(self._g), self._kept_at()
+            arguments = self._columns(plan, plan.groups, *tensors, *columns)
             for x in plan.launches:
-                kernels.sgd_update[(x.programs,)](
-                    *columns, grad_scale, found_inf, x.first, **_constants(x), REST=kernels.REST, **kernels.OPTIONS
-                )
+                _launch(kernel, x, *arguments, grad_scale, found_inf, x.first)
             journal.clear()
+
+    def _state_columns(self, needs: list[tuple[str, list[bool]]], groups: list[Any]) -> list[bytes]:
+        """The addresses of each kind of state, of which every group says whether it needs it."""
+        columns = []
+        for k, (name, needed) in enumerate(needs):
+            state = self._states[k] if k < len(self._states) else [None] * len(self.params)
+            wanted = [need for need, group in zip(needed, groups) for _ in range(group.size)]
+            if None in state and any(x is None and g and need for x, g, need in zip(state, self._g, wanted)):
+                raise ValueError(f"Invalid {name}. Must have an entry for every gradient of a group that uses them.")
+            columns.append(_addresses(state))
+        return columns
 
     def _pairs(self) -> list[tables.Dtypes | None]:
         """(dtype of the parameter, dtype of the gradient) of every parameter that has a gradient."""
@@ -254,34 +311,33 @@ class Batch:
             )
         if self.odd:
             raise ValueError(
-                f"Invalid tensor at index {self.odd[0]}. Parameter, gradient, backup and momentum buffer must be dense "
+                f"Invalid tensor at index {self.odd[0]}. Parameter, gradient, backup and state must be dense "
                 f"{self._device} tensors of one shape and memory layout and of dtypes that mix."
             )
         return tables.plan(tuple(pairs), self._sizes, tuple(group_sizes))
 
-    def _columns(self, plan: tables.Plan, *columns: bytes) -> list[Tensor]:
+    def _columns(self, plan: tables.Plan, *columns: bytes | Tensor) -> list[Tensor]:
+        """The columns on the device, where a tensor is already."""
         if not plan.launches:
             return []
-        return _columns.on(self._device, [plan.chunks, plan.sizes, *columns])
+        columns = plan.chunks, plan.sizes, *columns
+        sent = iter(_columns.on(self._device, [x for x in columns if isinstance(x, bytes)]))
+        return [x if isinstance(x, Tensor) else next(sent) for x in columns]
+
+    def _kept_at(self) -> bytes | Tensor:
+        """The column of backups to restore from."""
+        return tables.column(self._backups) if self._moved is None else self._moved
 
     def _require_disjoint(self) -> None:
         """Two written tensors on the same memory would be updated in no particular order."""
         spans = []
-        for p, g, m, b, size in zip(self._p, self._g, self._m, self._backups, self._bytes):
+        for i, (p, g, b, size) in enumerate(zip(self._p, self._g, self._backups, self._bytes)):
             if g is not None or b != 0:
                 spans.append((p.address, size))
-                if m is not None:
-                    spans.append((m.address, size))
+                spans.extend((state[i].address, size) for state in self._states if state[i] is not None)
                 if self._listed and b != 0:  # those made here overlap nothing
                     spans.append((b, size))
         require_disjoint(tuple(spans))
-
-    def _require_momentum(self, groups: list[SGDGroup]) -> None:
-        if None not in self._m:
-            return
-        needed = [group.momentum != 0 for group in groups for _ in range(group.size)]
-        if any(need and g is not None and m is None for need, g, m in zip(needed, self._g, self._m)):
-            raise ValueError("Invalid momentum_buffers. A group with momentum must have one for every gradient.")
 
 
 batch = Batch
@@ -291,12 +347,14 @@ def _addresses(seen: list[Seen | None]) -> bytes:
     return tables.column(0 if x is None else x.address for x in seen)
 
 
-def _constants(launch: tables.Launch) -> dict[str, Any]:
-    """What is compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
+def _launch(kernel: Any, launch: tables.Launch, *arguments: Any, **constants: Any) -> None:
+    """One program per chunk. Compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
     param, grad = launch.dtypes
     computed = torch.float64 if param == torch.float64 else torch.float32
-    dtypes = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed]}
-    return {**dtypes, "CHUNK": kernels.CHUNK, "TILE": kernels.TILE}
+    constants = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed], **constants}
+    constants |= {"CHUNK": kernels.CHUNK, **kernels.tiles_of(kernel)}
+    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
+    kernel[(launch.programs,)](*arguments, **constants, **kernels.OPTIONS)
 
 
 def _require_same(index: int, before: Seen, now: Seen) -> None:

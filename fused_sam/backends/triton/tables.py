@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_sam.backends.triton import kernels
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AscentGroup, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, SGDGroup
 
 Dtypes = tuple[torch.dtype, torch.dtype]  # of a parameter and of its gradient
 
@@ -69,12 +69,13 @@ def column(numbers: Iterable[int]) -> bytes:
     return array("q", numbers).tobytes()
 
 
-def ascent_table(groups: list[AscentGroup]) -> bytes:
+def ascent_table(groups: list[AscentGroup], q: float) -> bytes:
     """The hyperparameters of an ascent as the kernels read them."""
     rows = []
     for group in groups:
         number, address, flags = _scalar(group.rho)
-        rows.append(struct.pack("=dqqd", number, address, flags | kernels.ADAPTIVE * group.adaptive, group.eta))
+        flags |= kernels.ADAPTIVE * group.adaptive
+        rows.append(struct.pack("=dqqddd", number, address, flags, group.eta, q, group.decay))
     return b"".join(rows)
 
 
@@ -87,6 +88,19 @@ def sgd_table(groups: list[SGDGroup]) -> bytes:
         flags |= kernels.MOMENTUM * (group.momentum != 0) | kernels.DECAY * (group.weight_decay != 0)
         numbers = lr, group.momentum, 1.0 - group.dampening, group.weight_decay
         rows.append(struct.pack("=ddddqq", *numbers, address, flags))
+    return b"".join(rows)
+
+
+def adam_table(groups: list[AdamGroup]) -> bytes:
+    """The hyperparameters of Adam as the kernels read them."""
+    rows = []
+    for group in groups:
+        lr, address, flags = _scalar(group.lr)
+        flags |= kernels.AMSGRAD * group.amsgrad | kernels.MAXIMIZE * group.maximize | kernels.FIRST * group.first
+        flags |= kernels.DECAY * (group.weight_decay != 0) | kernels.DECOUPLED * group.decoupled
+        numbers = lr, group.beta1, group.beta2, group.eps, group.weight_decay
+        corrections = group.correction1, group.correction2_root
+        rows.append(struct.pack("=dddddddqq", *numbers, *corrections, address, flags))
     return b"".join(rows)
 
 

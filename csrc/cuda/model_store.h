@@ -1,0 +1,77 @@
+// Where weights go: copies, and the model's 16-bit weights where the kernels work on fp32 master copies.
+#pragma once
+
+#include "lane.h"
+
+namespace fused_sam::cuda {
+
+// to <- from, rounded where `to` is narrower.
+template <class T, class F>
+struct Copy {
+  static constexpr int kUnroll = 4;
+  T* to;
+  const F* from;
+
+  template <int V>
+  using Regs = Pack<F, V>;
+  template <int V>
+  FUSED_SAM_HD Pack<F, V> load(int i) const {
+    return cuda::load<V>(from + i);
+  }
+  template <int V>
+  FUSED_SAM_HD void finish(int i, const Pack<F, V>& pack) const {
+    if constexpr (std::is_same<T, F>::value) {
+      cuda::store<V>(to + i, pack);
+    } else {
+      Pack<T, V> rounded;
+      for (int e = 0; e < V; ++e) narrow(&rounded.v[e], widen(pack.v[e]));
+      cuda::store<V>(to + i, rounded);
+    }
+  }
+};
+
+template <class T, class F>
+FUSED_SAM_HD void copy(T* to, const F* from, int count, int lane) {
+  constexpr int V = pack_width<T, F>();
+  walk<V>(Copy<T, F>{to, from}, count, head_of<V>(count, to, from), lane);
+}
+
+// What is left to do with a unit's new weights, in memory of type M beside that of type P.
+template <class P, class M>
+class ModelStore {
+ public:
+  using Type = M;
+
+  template <class E>
+  FUSED_SAM_HD explicit ModelStore(const Unit<E>& u) : model_(static_cast<M*>(u.entry->model()) + u.begin) {}
+
+  template <int V>
+  FUSED_SAM_HD void store(int i, const Pack<P, V>& weights) const {
+    Copy<M, P>{model_, nullptr}.template finish<V>(i, weights);
+  }
+  // The master copy is w already.
+  FUSED_SAM_HD void restore(P* w, const P*, int count, int lane) const { copy(model_, w, count, lane); }
+  // What must be aligned as w is.
+  FUSED_SAM_HD const M* or_else(const P*) const { return model_; }
+
+ private:
+  M* model_;
+};
+
+template <class P>
+class ModelStore<P, NoModel> {
+ public:
+  using Type = NoModel;
+
+  template <class E>
+  FUSED_SAM_HD explicit ModelStore(const Unit<E>&) {}
+
+  template <int V>
+  FUSED_SAM_HD void store(int, const Pack<P, V>&) const {}
+  FUSED_SAM_HD void restore(P* w, const P* source, int count, int lane) const {
+    if (source != w) copy(w, source, count, lane);
+  }
+  FUSED_SAM_HD const P* or_else(const P* w) const { return w; }
+};
+
+}  // namespace fused_sam::cuda

@@ -1,0 +1,197 @@
+"""Kernels for p = 2 and p = inf: the 2-norm, the way to w + e, and the way back."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_sam.backends.triton.tiles import (
+    chunk,
+    in_full_tiles,
+    load,
+    number,
+    pointer,
+    scalar,
+    store,
+    sum_of_lanes,
+    widened,
+)
+
+
+@triton.jit
+def terms_of(ascent, groups, row):
+    """(entry of the table, flags, whether adaptive, eta, decay) of a tensor."""
+    entry = ascent + tl.load(groups + row) * 6
+    flags = tl.load(entry + 2)
+    return entry, flags, (flags & 2) != 0, number(tl.load(entry + 3)), number(tl.load(entry + 5))
+
+
+@triton.jit
+def scaled(w_, g_, start, count, adaptive, eta, decay, C: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
+    """x = T (g + decay w) of a tile in fp64, zeros beyond the end. Where x does not depend on w, w is not read."""
+    x = widened(load(g_, start, count, True, TILE, FULL), C).to(tl.float64)
+    if adaptive | (decay != 0):
+        w = widened(load(w_, start, count, True, TILE, FULL), C).to(tl.float64)
+        x = tl.where(decay != 0, tl.fma(w, tl.broadcast_to(decay, [TILE]), x), x)
+        x = x * tl.where(adaptive, tl.abs(w) + eta, 1.0)
+    return x
+
+
+@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "ascent", "partials", "first"])
+def norm_partials(
+    chunks,
+    sizes,
+    groups,
+    weights,
+    grads,
+    ascent,
+    partials,
+    first,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """partials[chunk] = sum of x^2 over the chunk in float64; element i of it goes to lane i % TILE."""
+    index = first + tl.program_id(0)
+    row, begin, count = chunk(chunks, sizes, index, CHUNK)
+    _, _, adaptive, eta, decay = terms_of(ascent, groups, row)
+    w_address, w = pointer(weights, row, begin, P)
+    g_address, g = pointer(grads, row, begin, G)
+    full = in_full_tiles(w_address | g_address, count, TILE)
+    acc = tl.zeros([TILE], tl.float64)
+    for start in range(0, full, TILE):
+        x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, True)
+        acc = tl.fma(x, x, acc)
+    for start in range(full, count, TILE):
+        x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, False)
+        acc = tl.fma(x, x, acc)
+    tl.store(partials + index, sum_of_lanes(acc, TILE))
+
+
+@triton.jit(do_not_specialize=["partials", "out", "count"])
+def norm_total(partials, out, count, TILE: tl.constexpr):
+    """out = sqrt(sum of partials), a float64, by one program: partial i goes to lane i % TILE."""
+    acc = tl.zeros([TILE], tl.float64)
+    lane = tl.arange(0, TILE)
+    for start in range(0, count, TILE):
+        acc += tl.load(partials + start + lane, mask=start + lane < count, other=0.0)
+    tl.store(out, tl.sqrt(sum_of_lanes(acc, TILE)))
+
+
+@triton.jit
+def _ascent_factors(rho, norm, C: tl.constexpr):
+    """(pre, post, active): e = post * (pre * g) where active, with pre a power of two that keeps post in range."""
+    double: tl.constexpr = C.primitive_bitwidth == 64
+    limit: tl.constexpr = 2.0**900 if double else 2.0**100
+    shift: tl.constexpr = 2.0**512 if double else 2.0**64
+    active = (rho != 0) & (norm > 0) & (norm < float("inf"))
+    norm = tl.where(active, norm, 1.0)
+    scale = rho / norm
+    size = tl.abs(scale)  # rho < 0 leads the other way
+    far = (size > limit) | (size < 1.0 / limit)
+    pre = tl.where(far, tl.where(size > 1.0, shift, 1.0 / shift), 1.0).to(tl.float64)
+    # rho / norm overflows in fp64 when the norm is subnormal, so the norm is scaled, not the quotient.
+    post = tl.where(far, rho / (norm * pre), scale)
+    return pre.to(C), post.to(C), active
+
+
+@triton.jit
+def _perturb_tile(
+    w_,
+    g_,
+    b_,
+    start,
+    count,
+    pre,
+    post,
+    active,
+    adaptive,
+    eta,
+    decay,
+    C: tl.constexpr,
+    SIGN: tl.constexpr,
+    TILE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    raw = load(w_, start, count, True, TILE, FULL)
+    w = widened(raw, C)
+    # Read before the backup is written: they may be the same memory.
+    g = widened(load(g_, start, count, active, TILE, FULL), C)
+    g = tl.where(decay != 0, tl.fma(w, tl.broadcast_to(decay, [TILE]), g), g)
+    t = tl.abs(w) + eta
+    if SIGN:
+        step = tl.where(g > 0, post, tl.where(g < 0, post * -1.0, post * 0.0))
+        moved = tl.where(adaptive, tl.fma(t, step, w), w + step)
+    else:
+        g = g * pre
+        if adaptive:
+            moved = tl.fma(t, t * g * post, w)
+        else:
+            moved = tl.fma(g, tl.broadcast_to(post, [TILE]), w)
+    store(b_, raw, start, count, True, TILE, FULL)
+    store(w_, moved.to(raw.dtype), start, count, active, TILE, FULL)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "chunks", "sizes", "groups", "weights", "grads", "backups", "ascent", "moved", "norm", "last"
+    ]
+)  # fmt: skip
+def perturb(
+    chunks,
+    sizes,
+    groups,
+    weights,
+    grads,
+    backups,
+    ascent,
+    moved,
+    norm,
+    last,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """backup = w, w = w + e; without a norm, the e of p = inf. moved[tensor] = where the backup is, now that it is one.
+
+    From the last chunk to the first: the cache still holds what the norm read last.
+    """
+    row, begin, count = chunk(chunks, sizes, last - tl.program_id(0), CHUNK)
+    w_address, w = pointer(weights, row, begin, P)
+    g_address, g = pointer(grads, row, begin, G)
+    b_address, b = pointer(backups, row, begin, P)
+    entry, flags, adaptive, eta, decay = terms_of(ascent, groups, row)
+    rho = scalar(tl.load(entry), tl.load(entry + 1), (flags & 1) != 0)
+    SIGN: tl.constexpr = norm is None
+    if SIGN:
+        pre, post, active = 1.0, rho.to(C), rho != 0
+    else:
+        pre, post, active = _ascent_factors(rho, tl.load(norm), C)
+    eta, decay = eta.to(C), decay.to(C)
+    full = in_full_tiles(w_address | g_address | b_address, count, TILE)
+    for start in range(0, full, TILE):
+        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, TILE, True)
+    for start in range(full, count, REST):
+        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, REST, False)
+    tl.store(moved + row, b_address)
+
+
+@triton.jit(do_not_specialize=["chunks", "sizes", "weights", "backups", "first"])
+def restore(
+    chunks, sizes, weights, backups, first, P: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr
+):
+    """w = backup where there is one."""
+    row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
+    w_address, w = pointer(weights, row, begin, P)
+    b_address, b = pointer(backups, row, begin, P)
+    count = tl.where(b_address == 0, 0, count)
+    full = in_full_tiles(w_address | b_address, count, TILE)
+    for start in range(0, full, TILE):
+        store(w, load(b, start, count, True, TILE, True), start, count, True, TILE, True)
+    for start in range(full, count, REST):
+        store(w, load(b, start, count, True, REST, False), start, count, True, REST, False)

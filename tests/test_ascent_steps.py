@@ -1,0 +1,242 @@
+"""Several steps of projected gradient ascent, ``ascent_steps`` (appendix C.6 of the paper)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    FEW_SIZES,
+    FLOAT64_RTOL,
+    HYPER,
+    LARGE,
+    RHO,
+    assert_same_bits,
+    batches,
+    buffers,
+    closure_for,
+    ids,
+    leaves,
+    quadratic,
+    set_grads,
+    small_net,
+    snapshot,
+    zeroing,
+)
+from torch import Tensor
+from torch.amp import GradScaler
+
+from fused_sam import FusedSAM, ReferenceSAM
+
+NORMS = [1.0, 1.5, 2.0, 3.0, math.inf]
+NEIGHBOURHOODS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "adaptive": {"adaptive": True, "eta": 0.013},
+    "weights": {"adaptive": "weights"},
+    "decay": {"adaptive": True, "decay_in_ascent": True},
+}
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("neighbourhood", NEIGHBOURHOODS)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_trajectory_matches_the_float64_reference(
+    p: float, neighbourhood: str, steps: int, backend: str, device: str
+) -> None:
+    net, data = small_net(device=device), batches(4, device=device)
+    twin = copy.deepcopy(net)
+    options = {"rho": 0.3, "p": p, "ascent_steps": steps, **NEIGHBOURHOODS[neighbourhood], **HYPER}
+    opt = FusedSAM(net.parameters(), backend=backend, **options)
+    reference = ReferenceSAM(twin.parameters(), **options)
+    for batch in data:
+        calls = []
+        loss = opt.step(lambda batch=batch, calls=calls: calls.append(1) or closure_for(net, batch)())
+        assert len(calls) == steps + 1
+        expected = reference.step(zeroing(twin, closure_for(twin, batch)))
+        assert_close([loss.detach()], [expected.detach()])
+    assert_close(net.parameters(), twin.parameters())
+    assert_close(buffers(opt), buffers(reference))
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_groups_of_their_own_radius_and_one_that_stays(p: float, backend: str, device: str) -> None:
+    """Also a group with rho = 0, and the two-call form, which asks perturb_next."""
+
+    def groups(params: list[Tensor]) -> list[dict[str, Any]]:
+        return [
+            {"params": params[0:2], "rho": 0.3},
+            {"params": params[2:4], "rho": 0.0},
+            {"params": params[4:6], "rho": 0.11, "adaptive": True},
+            {"params": params[6:], "perturb": False},
+        ]
+
+    start = [torch.randn(n, device=device, dtype=torch.float64) for n in FEW_SIZES]
+    params, twins = [x.clone() for x in start], [x.clone() for x in start]
+    opt = FusedSAM(groups(params), p=p, ascent_steps=3, backend=backend, **HYPER)
+    reference = ReferenceSAM(groups(twins), p=p, **HYPER)
+    for _ in range(2):
+        while opt.perturb_next:
+            g = [torch.randn(n, device=device, dtype=torch.float64) for n in FEW_SIZES]
+            for optimizer, tensors in ((opt, params), (reference, twins)):
+                set_grads(tensors, g)
+                optimizer.first_step(zero_grad=True)
+            assert_close(params, twins)
+        g = [torch.randn(n, device=device, dtype=torch.float64) for n in FEW_SIZES]
+        set_grads(params, g)
+        set_grads(twins, g)
+        opt.step()
+        reference.second_step()
+        assert_close(params, twins)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("p", [2.0, 3.0, math.inf])
+def test_e_never_leaves_the_ball(dtype: torch.dtype, p: float, backend: str, device: str) -> None:
+    """Three gradients of one direction, and the radius of one; as stored, which may be half an ulp of w off."""
+    params = leaves(9, LARGE, 67, device=device, dtype=dtype)
+    w = [x.detach().double().clone() for x in params]
+    opt = FusedSAM(params, rho=3.0, p=p, ascent_steps=3, backend=backend, lr=0.13)
+    for _ in range(3):
+        set_grads(params, [torch.ones_like(x) for x in params])
+        opt.first_step(zero_grad=True)
+        e = torch.cat([x.detach().double() - y for x, y in zip(params, w)])
+        rounding = torch.cat([x.detach().double().abs().maximum(y.abs()) for x, y in zip(params, w)])
+        slack = float(torch.linalg.vector_norm(rounding * torch.finfo(dtype).eps, ord=p)) + 1e-6
+        assert float(torch.linalg.vector_norm(e, ord=p)) == pytest.approx(3.0, abs=slack)
+    opt.restore()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_weights_come_back_bit_for_bit(dtype: torch.dtype, backend: str, device: str) -> None:
+    params = leaves(9, LARGE, 67, device=device, dtype=dtype)
+    w = snapshot(params)
+    opt = FusedSAM(params, rho=0.4, ascent_steps=4, backend=backend, lr=0.13)
+    calls = []
+
+    def closure() -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        sum((x * x).sum() for x in params).backward()
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    assert_same_bits(params, w)
+    assert not opt.perturbed
+    set_grads(params, [torch.randn_like(x) for x in params])
+    opt.first_step()
+    set_grads(params, [torch.randn_like(x) for x in params])
+    opt.first_step()
+    opt.restore()
+    assert_same_bits(params, w)
+
+
+def test_gradients_that_come_and_go_between_the_steps(backend: str, device: str) -> None:
+    """A parameter whose first gradient comes late moves from then on; one that loses it stays where it is."""
+    start = [torch.randn(n, device=device, dtype=torch.float64) for n in (9, 67, LARGE)]
+    params, twins = [x.clone() for x in start], [x.clone() for x in start]
+    opt = FusedSAM(params, rho=0.4, ascent_steps=3, backend=backend, **HYPER)
+    reference = ReferenceSAM(twins, rho=0.4, **HYPER)
+    for pattern in ((0, 1), (0, 2), (1, 2)):
+        g = [torch.randn_like(x) if i in pattern else None for i, x in enumerate(params)]
+        for optimizer, tensors in ((opt, params), (reference, twins)):
+            set_grads(tensors, g)
+            optimizer.first_step(zero_grad=True)
+        assert_close(params, twins)
+    opt.restore()
+    assert_same_bits(params, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+def test_with_masters_it_is_the_ascent_of_fp32_weights(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Rounded after each step; a parameter of which the first gradient comes late, too."""
+    params = leaves(9, LARGE, 67, device=device, dtype=dtype)
+    twins = [x.detach().float() for x in params]
+    w = snapshot(params)
+    opt = FusedSAM(params, rho=0.4, ascent_steps=3, master_weights=True, backend=backend, lr=0.13)
+    wide = FusedSAM(twins, rho=0.4, ascent_steps=3, backend=backend, lr=0.13)
+    for pattern in ((0, 1), (0, 2), (1, 2)):
+        g = [torch.randn_like(x) if i in pattern else None for i, x in enumerate(params)]
+        for optimizer, tensors in ((opt, params), (wide, twins)):
+            set_grads(tensors, g)
+            optimizer.first_step(zero_grad=True)
+        for x, y in zip(params, twins):
+            # e is read back from the rounded weights, so that roundings of two steps may meet.
+            torch.testing.assert_close(x.float(), y, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    opt.restore()
+    assert_same_bits(params, w)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_norm_that_says_nothing_leaves_e_as_it_is(value: float, backend: str, device: str) -> None:
+    params = leaves(9, 67, device=device)
+    opt = FusedSAM(params, rho=0.4, ascent_steps=3, backend=backend, lr=0.13)
+    set_grads(params, [torch.randn_like(x) for x in params])
+    opt.first_step(zero_grad=True)
+    moved = snapshot(params)
+    set_grads(params, [torch.full_like(x, value) for x in params])
+    opt.first_step(zero_grad=True)
+    for x, before in zip(params, moved, strict=True):
+        before = torch.frombuffer(bytearray(before), dtype=x.dtype).to(device)
+        torch.testing.assert_close(x.detach(), before, rtol=1e-6, atol=1e-7)
+    opt.restore()
+
+
+@pytest.mark.parametrize("bad_step", [0, 1, 2])
+def test_an_overflow_in_any_step_skips_under_a_scaler(bad_step: int, backend: str, device: str) -> None:
+    params = leaves(9, 67, device=device)
+    w = snapshot(params)
+    opt = FusedSAM(params, rho=0.4, ascent_steps=2, backend=backend, lr=0.13)
+    scaler = GradScaler(device, init_scale=8.0)
+    scaler.scale(torch.ones((), device=device))  # makes the scale
+    for step in range(3):
+        set_grads(params, [torch.full_like(x, math.inf if step == bad_step else 0.5) for x in params])
+        if step < 2:
+            opt.first_step(zero_grad=True)
+    scaler.step(opt)
+    scaler.update()
+    assert_same_bits(params, w)
+
+
+def test_the_calls_of_a_step_are_counted(backend: str, device: str) -> None:
+    params = leaves(9, device=device)
+    opt = FusedSAM(params, rho=RHO, ascent_steps=2, backend=backend, lr=0.13)
+    quadratic(params)()
+    opt.first_step(zero_grad=True)
+    assert opt.perturbed
+    assert opt.perturb_next
+    with pytest.raises(RuntimeError, match=r"step\(\) needs first_step\(\) before it"):
+        opt.step()
+    quadratic(params)()
+    opt.first_step(zero_grad=True)
+    assert not opt.perturb_next
+    with pytest.raises(RuntimeError, match="perturbed already"):
+        opt.first_step()
+    quadratic(params)()
+    opt.step()
+    assert opt.perturb_next
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "2", None])
+def test_bad_numbers_of_steps_are_refused(steps: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid ascent_steps="):
+        FusedSAM(leaves(3), lr=0.13, ascent_steps=steps)
+
+
+def test_copies_and_the_last_report(backend: str, device: str) -> None:
+    params = leaves(9, device=device, dtype=torch.float64)
+    opt = copy.deepcopy(FusedSAM(params, rho=RHO, ascent_steps=2, backend=backend, lr=0.13, telemetry=True))
+    params = opt.param_groups[0]["params"]
+    opt.step(quadratic(params))
+    w = float(params[0].detach().norm())
+    assert float(opt.last.radius) == pytest.approx(RHO, rel=1e-9)
+    assert float(opt.last.grad_norm) > 3 * w  # of the last step, taken at w + e

@@ -1,0 +1,269 @@
+"""MSAM: the perturbation along the momentum, ``direction="momentum"``, with one gradient in a step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    FLOAT64_RTOL,
+    HYPER,
+    LARGE,
+    LENGTH_RTOL,
+    RHO,
+    assert_same_bits,
+    batches,
+    closure_for,
+    ids,
+    leaves,
+    quadratic,
+    set_grads,
+    small_net,
+    snapshot,
+)
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from fused_sam import FusedSAM, ReferenceSAM
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], str, dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, "sgd", HYPER),
+    "Nesterov": (torch.optim.SGD, "sgd", {**HYPER, "nesterov": True}),
+    "maximize": (torch.optim.SGD, "sgd", {**HYPER, "maximize": True, "dampening": 0.3}),
+    "AdamW": (torch.optim.AdamW, "adamw", {"lr": 0.013, "weight_decay": 0.17}),
+}
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+def make(params: Any, base: str, backend: str, **options: Any) -> FusedSAM:
+    base_class, _, base_options = BASES[base]
+    return FusedSAM(params, base_class, direction="momentum", backend=backend, **base_options, **options)
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+
+
+@every_base
+@pytest.mark.parametrize("form", ["closure", "two calls"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_trajectory_matches_the_float64_reference(
+    base: str, form: str, adaptive: bool, backend: str, device: str
+) -> None:
+    net, data = small_net(device=device), batches(6, device=device)
+    twin = copy.deepcopy(net)
+    opt = make(net.parameters(), base, backend, rho=0.3, adaptive=adaptive)
+    _, name, options = BASES[base]
+    reference = ReferenceSAM(twin.parameters(), rho=0.3, adaptive=adaptive, base=name, **options)
+    for batch in data:
+        calls: list[int] = []
+
+        def closure(batch: Any = batch, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            return closure_for(net, batch)()
+
+        if form == "closure":
+            loss = opt.step(closure)
+        else:
+            opt.first_step()
+            opt.zero_grad()
+            loss = closure()
+            opt.step()
+        assert len(calls) == 1
+        reference.first_step_along_momentum()
+        twin.zero_grad()
+        assert_close([loss.detach()], [closure_for(twin, batch)().detach()])  # the loss at w + e
+        reference.second_step()
+        assert_close(net.parameters(), twin.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_e_leads_against_the_momentum_and_has_length_rho(dtype: torch.dtype, backend: str, device: str) -> None:
+    params = [torch.zeros(n, device=device, dtype=dtype).requires_grad_() for n in (9, LARGE, 67)]
+    opt = FusedSAM(params, rho=0.4, direction="momentum", backend=backend, lr=0.0, momentum=0.9)
+    g = [torch.randn_like(x) for x in params]
+    set_grads(params, g)
+    opt.first_step()
+    assert all(not x.any() for x in params)  # no momentum yet
+    opt.step()
+    opt.first_step(zero_grad=True)
+    assert all(x.grad is None for x in params)
+    e = torch.cat([x.detach().double() for x in params])
+    m = torch.cat([x.double() for x in g])
+    assert float(e.norm()) == pytest.approx(0.4, rel=LENGTH_RTOL[dtype])
+    assert float(torch.dot(e, m) / e.norm() / m.norm()) == pytest.approx(-1, abs=1e-5)
+    opt.restore()
+    assert all(not x.any() for x in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+def test_with_masters_a_trajectory_is_that_of_fp32_weights(dtype: torch.dtype, backend: str, device: str) -> None:
+    params = leaves(9, LARGE, 67, device=device, dtype=dtype)
+    twins = [x.detach().float() for x in params]
+    options = {"rho": 0.4, "direction": "momentum", "backend": backend, **HYPER}
+    opt, wide = FusedSAM(params, master_weights=True, **options), FusedSAM(twins, **options)
+    for _ in range(3):
+        opt.first_step()
+        wide.first_step()
+        assert_same_bits(params, [x.to(dtype) for x in twins])
+        g = [torch.randn_like(x) for x in params]
+        for optimizer, tensors in ((opt, params), (wide, twins)):
+            set_grads(tensors, g)
+            optimizer.step()
+        assert_same_bits(params, [x.to(dtype) for x in twins])
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e35])
+def test_momentum_near_the_ends_of_fp32(scale: float, backend: str, device: str) -> None:
+    params = [torch.zeros(n, device=device).requires_grad_() for n in (9, 67)]
+    opt = FusedSAM(params, rho=0.4, direction="momentum", backend=backend, lr=0.0, momentum=0.9)
+    set_grads(params, [torch.randn_like(x) * scale for x in params])
+    opt.first_step()
+    opt.step()
+    opt.first_step()
+    e = torch.cat([x.detach().double() for x in params])
+    assert float(e.norm()) == pytest.approx(0.4, rel=LENGTH_RTOL[torch.float32])
+    opt.restore()
+
+
+@every_base
+def test_between_steps_the_weights_are_those_to_evaluate_and_to_save(base: str, backend: str, device: str) -> None:
+    """The authors' implementation keeps them perturbed. A run resumed from the file goes on bit for bit."""
+    net, data = small_net(torch.float32, device), batches(6, torch.float32, device)
+    opt = make(net.parameters(), base, backend, rho=0.3)
+    for batch in data[:3]:
+        opt.step(closure_for(net, batch))
+    assert not opt.perturbed
+    file = io.BytesIO()
+    torch.save({"model": net.state_dict(), "optimizer": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert all("rho" not in k and "norm" not in k for s in saved["optimizer"]["state"].values() for k in s)
+    twin = small_net(torch.float32, device)
+    twin.load_state_dict(saved["model"])
+    resumed = make(twin.parameters(), base, backend, rho=0.3)
+    resumed.load_state_dict(saved["optimizer"])
+    with torch.no_grad():
+        assert_same_bits([twin(data[0][0])], [net(data[0][0])])
+    for batch in data[3:]:
+        opt.step(closure_for(net, batch))
+        resumed.step(closure_for(twin, batch))
+    assert_same_bits(twin.parameters(), snapshot(net.parameters()))
+
+
+def test_a_group_without_momentum_and_one_that_stays_are_not_moved(backend: str, device: str) -> None:
+    params = leaves(9, 67, 5, device=device, dtype=torch.float64)
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "momentum": 0.0},
+        {"params": params[2:], "perturb": False},
+    ]
+    opt = FusedSAM(groups, rho=0.4, direction="momentum", backend=backend, lr=0.13, momentum=0.9)
+    opt.step(quadratic(params))
+    w = [x.detach().clone() for x in params]
+    opt.first_step()
+    assert float((params[0].detach() - w[0]).norm()) == pytest.approx(0.4, rel=1e-9)
+    assert_same_bits(params[1:], w[1:])
+    opt.restore()
+    assert_same_bits(params, w)
+
+
+def test_an_exception_and_an_overflow_leave_the_weights(backend: str, device: str) -> None:
+    params = leaves(9, LARGE, device=device)
+    opt = FusedSAM(params, rho=0.4, direction="momentum", backend=backend, lr=0.13, momentum=0.9)
+    opt.step(quadratic(params))
+    w, m = snapshot(params), snapshot(opt.state[x]["momentum_buffer"] for x in params)
+
+    def failing() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(failing)
+    assert_same_bits(params, w)
+    scaler = GradScaler(device, init_scale=8.0)
+    scaler.scale(torch.ones((), device=device))
+    opt.first_step()
+    set_grads(params, [torch.full_like(x, math.inf) for x in params])
+    scaler.step(opt)
+    scaler.update()
+    assert_same_bits(params, w)
+    assert_same_bits((opt.state[x]["momentum_buffer"] for x in params), m)
+    # An infinite momentum, which no scaler lets happen, moves nothing and is no overflow of a gradient.
+    opt.state[params[0]]["momentum_buffer"].fill_(math.inf)
+    opt.first_step()
+    assert_same_bits(params, w)
+    opt.restore()
+
+
+def test_the_last_report(backend: str, device: str) -> None:
+    params = leaves(9, device=device, dtype=torch.float64)
+    options = {"direction": "momentum", "backend": backend, "lr": 0.13, "momentum": 0.9, "telemetry": True}
+    opt = FusedSAM(params, rho=RHO, **options)
+    opt.step(quadratic(params))
+    m = opt.state[params[0]]["momentum_buffer"].clone()
+    loss = opt.step(quadratic(params))
+    assert opt.last.loss is None
+    assert float(opt.last.loss_perturbed) == float(loss.detach())
+    assert float(opt.last.grad_norm) == pytest.approx(float(m.norm()), rel=1e-12)
+    assert float(opt.last.radius) == pytest.approx(RHO, rel=1e-9)
+    assert float(opt.last.cosine) == pytest.approx(1, abs=1e-3)  # the quadratic's gradient hardly turns
+
+
+def test_with_interval_it_is_the_base_in_between(backend: str, device: str) -> None:
+    params = leaves(9, LARGE, device=device)
+    twins = [x.detach().clone().requires_grad_() for x in params]
+    opt = FusedSAM(params, rho=0.4, direction="momentum", interval=3, backend=backend, **HYPER)
+    plain = torch.optim.SGD(twins, foreach=False, **HYPER)
+    for _ in range(3):  # the first is perturbed, by nothing
+        opt.step(quadratic(params))
+        plain.zero_grad()
+        quadratic(twins)()
+        plain.step()
+    assert_same_bits(params, twins)
+    assert opt.perturb_next
+
+
+def test_another_base_with_momentum_and_one_without(backend: str, device: str) -> None:
+    net, data = small_net(device=device), batches(2, device=device)
+    opt = FusedSAM(net.parameters(), torch.optim.NAdam, direction="momentum", backend=backend, lr=0.013)
+    for batch in data:
+        opt.step(closure_for(net, batch))
+    w = [x.detach().clone() for x in net.parameters()]
+    opt.first_step()
+    assert any(not torch.equal(x, y) for x, y in zip(net.parameters(), w))
+    opt.restore()
+    layer = nn.Linear(3, 2, device=device)
+    opt = FusedSAM(layer.parameters(), torch.optim.Adagrad, direction="momentum", backend=backend, lr=0.013)
+    opt.step(lambda: layer(torch.ones(3, device=device)).sum().backward())
+    with pytest.raises(RuntimeError, match="needs a base optimizer that keeps one of"):
+        opt.first_step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "sideways"}, r"Invalid direction='sideways'. Must be one of \['gradient', 'momentum'\]"),
+        ({"p": 3.0}, r"Invalid direction='momentum' with p=3\.0"),
+        ({"momentum": 0.0}, "Invalid direction='momentum' with momentum=0"),
+        ({"decay_in_ascent": True}, "Invalid direction='momentum' with decay_in_ascent=True"),
+        ({"ascent_steps": 2}, "Invalid direction='momentum' with ascent_steps=2"),
+        ({"second_order": True}, "second_order=True"),
+        ({"interval": 2, "reuse": 0.3}, r"reuse=0\.3"),
+    ],
+)
+def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FusedSAM(leaves(3), **{"direction": "momentum", "lr": 0.13, "momentum": 0.9, **options})
+
+
+def test_a_closure_of_its_own_for_the_ascent_is_refused() -> None:
+    params = leaves(3)
+    opt = FusedSAM(params, direction="momentum", lr=0.13, momentum=0.9)
+    with pytest.raises(ValueError, match="Invalid ascent with direction='momentum'"):
+        opt.step(quadratic(params), ascent=quadratic(params))
