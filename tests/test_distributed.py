@@ -186,7 +186,7 @@ def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") ->
 
     def backwards(micro: Sequence[Batch]) -> None:
         for i, batch in enumerate(micro):
-            quiet = silent == "all" or (silent == "all but the last" and i < k - 1)
+            quiet = {"none": False, "all": True, "all but the last": i < k - 1, "all but the first": i > 0}[silent]
             with handle.no_sync() if quiet else contextlib.nullcontext():
                 loss_of(model, batch).backward()
 
@@ -200,7 +200,7 @@ def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") ->
 @pytest.mark.parametrize(
     ("wrap", "silent"),
     # What a DistributedDataParallel has not averaged, nobody does.
-    [(w, s) for w in WRAPS for s in ("none", "all but the last", "all") if (w, s) != ("ddp", "all")],
+    [(w, s) for w in WRAPS for s in ("none", "all but the last")] + [("plain", "all"), ("plain", "all but the first")],
 )
 @pytest.mark.parametrize("m", ["rank", "world"])
 def test_accumulation(wrap: str, m: str, silent: str, pair: Ranks) -> None:
