@@ -45,7 +45,7 @@ class Oracle:
         seconds, self.displaced = [], []
         for start in range(0, len(shards), self.ranks_per_e):
             scope = shards[start : start + self.ranks_per_e]
-            if perturb:
+            for _ in range(self.sam.ascent_steps if perturb else 0):
                 self._set_grads([self._grads(shard) for shard in scope])
                 self.sam.first_step()
             for shard in scope:
@@ -83,6 +83,7 @@ SAM_OPTIONS: dict[str, dict[str, Any]] = {
     "inf": {"p": float("inf")},
     "one": {"p": 1.0},
     "adam": {"base": "adam", "lr": 0.013, "weight_decay": 0.017},
+    "three ascents": {"ascent_steps": 3},
 }
 
 
@@ -100,7 +101,7 @@ def pair_of(m: Any, base: str = "sgd", **options: Any) -> tuple[nn.Module, Oracl
 
 def two_calls(opt: FusedSAM, backward: Callable[[], Any]) -> None:
     backward()
-    if opt.perturb_next:
+    while opt.perturb_next:
         opt.first_step(zero_grad=True)
         backward()
     opt.step()
@@ -166,6 +167,12 @@ def test_options_of_the_ddp(option: str, form: str, pair: Ranks) -> None:
 @pytest.mark.parametrize("m", ["rank", "world"])
 def test_options_of_sam(option: str, m: str, pair: Ranks) -> None:
     pair.run(follows_the_oracle, "plain", m, sam=SAM_OPTIONS[option])
+
+
+@pytest.mark.parametrize("form", ["closure", "two calls"])
+@pytest.mark.parametrize("m", ["rank", "world"])
+def test_several_ascents_under_ddp(m: str, form: str, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, "ddp", m, form, sam=SAM_OPTIONS["three ascents"])
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
