@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
 
 from fused_sam import FusedSAM, ReferenceSAM
 from fused_sam.batchnorm import first_pass_only
@@ -471,3 +472,50 @@ def grows_and_thaws(wrap: str) -> None:
 
 def test_parameters_that_come_and_freeze(pair: Ranks) -> None:
     pair.run(grows_and_thaws, "plain")
+
+
+class Checkpointed(nn.Module):
+    """Reentrant checkpoints run backwards inside of the backward."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(1 if shared else 2))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, by_checkpoint: bool = True) -> Tensor:
+        for i in range(2):
+            layer = self.layers[i % len(self.layers)]
+            x = checkpoint(layer, x, use_reentrant=True) if by_checkpoint else layer(x)
+            x = x.tanh()
+        return self.head(x)
+
+
+def steps_through_checkpoints(shared: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    net = Checkpointed(shared).double()
+    oracle = Oracle(net, 1, rho=RHO, **HYPER)
+    oracle.backward = lambda x: oracle.net(x, by_checkpoint=False).square().sum().backward()
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    data_parallel(net, opt, check_replicas_every=1, bucket_cap_mb=1e-5)
+    for _ in range(2):
+        xs = [torch.randn(3, 5, dtype=torch.float64) for _ in range(size)]
+
+        def closure(x: Tensor = xs[rank]) -> Tensor:
+            loss = net(x.requires_grad_()).square().sum()
+            loss.backward()
+            return loss
+
+        if shared:
+            w = [bits(p) for p in net.parameters()]
+            with pytest.raises(RuntimeError, match="Invalid second gradient of a parameter"):
+                opt.step(closure)
+            assert w == [bits(p) for p in net.parameters()]
+        else:
+            oracle.step([[x.detach()] for x in xs])
+            opt.step(closure)
+            close(list(net.parameters()), list(oracle.net.parameters()), "w")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_reentrant_checkpoints(shared: bool, pair: Ranks) -> None:
+    pair.run(steps_through_checkpoints, shared)
