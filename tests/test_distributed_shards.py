@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, FLOAT64_RTOL, HYPER, RHO, assert_same_bits, snapshot
+from rank_oracle import Oracle, close
 from ranks import Ranks
-from test_distributed import Oracle, close
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam
