@@ -21,7 +21,7 @@ help:
 # The constraints file keeps every resolution on one torch. Sources are compiled into the package by the install.
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench,imagenet]'
 	@touch $@
 
 # The data set as Debian packages it; without apt or root the script finds or fetches its own.

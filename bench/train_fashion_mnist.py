@@ -22,8 +22,7 @@ from rich.table import Table
 import fused_sam
 from bench import curves, data, records
 from bench.models import WideResNet, parameter_count
-from bench.training import PASSES, Config, Run
-from fused_sam import backends
+from bench.training import PASSES, Config, Run, chosen_backend
 
 SOURCES = "Debian's dataset-fashion-mnist, else a download, else scikit-learn's digits"
 NOISE = "this fraction of the training labels is replaced by another class"
@@ -116,12 +115,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args
-
-
-def chosen_backend(name: str | None, device: str) -> str:
-    """The name of the backend that FusedSAM uses."""
-    module = backends.for_device(torch.device(device).type, backends.requested(name))
-    return module.__name__.rpartition(".")[2]
 
 
 class Job:

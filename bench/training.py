@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fused_sam
 from bench import data
 from bench.models import WideResNet
+from fused_sam import backends
 
 PASSES = {"sgd": 1, "sam": 2}
 MEASUREMENTS = 20  # of the test error in a run, at most
@@ -49,6 +50,12 @@ class Config:
     def name(self) -> str:
         noise = f"-noise{100 * self.label_noise:.0f}" if self.label_noise else ""
         return f"{self.dataset.lower()}{noise}"
+
+
+def chosen_backend(name: str | None, device: str) -> str:
+    """The name of the backend that FusedSAM uses."""
+    module = backends.for_device(torch.device(device).type, backends.requested(name))
+    return module.__name__.rpartition(".")[2]
 
 
 class StepClock:

@@ -27,7 +27,7 @@ class FusedSGD:
     def step(
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """One `ops.sgd_update` over all groups; new momentum buffers enter the state once they hold something."""
+        """One `ops.sgd_update` over all groups; new momentum buffers stay in the state only if it is made."""
         params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
         grads = host.get_grads(params)
         copies = optimizer._masters_of(params, grads)
@@ -45,22 +45,34 @@ class FusedSGD:
             # A buffer that is skipped must not come into being, and only the host can see to that.
             ops.undo(journal)
             return
+        backups = ops.one_batch(journal, len(params))
+        if buffers is not None and fresh:
+            _enter(optimizer, params, fresh, {"momentum_buffer": buffers}, journal)
         ops.sgd_update(
             local(params),
             local(grads),
-            ops.one_batch(journal, len(params)),
+            backups,
             buffers if buffers is None else local(buffers),
             _sgd_groups(optimizer.param_groups, fresh),
             grad_scale,
             found_inf,
             optimizer.backend,
             journal,
-            copies,
+            copies if copies is None else local(copies),
         )
         masters.enter(optimizer.state, params, copies)
-        if buffers is not None:
-            for i in fresh:
-                optimizer.state[params[i]]["momentum_buffer"] = buffers[i]
+
+
+def _enter(
+    optimizer: FusedSAM, params: list[Tensor], fresh: set[int], state: dict[str, list[Any]], journal: ops.Journal
+) -> None:
+    """New state of the parameters ``fresh``, taken out again unless the update is made that fills it."""
+    entries = {
+        params[i]: {key: values[i] for key, values in state.items() if values[i] is not None} for i in sorted(fresh)
+    }
+    new = ops.NewState(optimizer.state, entries)
+    journal.append(new)
+    new.enter()
 
 
 def _weights(params: list[Tensor], copies: list[Any] | None) -> list[Tensor]:
@@ -148,7 +160,7 @@ class FusedAdam(AnyBase):
     def step(
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """One `ops.adam_update` over all groups; new state enters the optimizer's once it holds something."""
+        """One `ops.adam_update` over all groups; new state stays in the optimizer's only if it is made."""
         params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
         if not self._is_fusable(optimizer, params):
             if optimizer._masters is not None:
@@ -166,12 +178,14 @@ class FusedAdam(AnyBase):
             # State that is skipped must not come into being, and only the host can see to that.
             ops.undo(journal)
             return
+        backups = ops.one_batch(journal, len(params))
         if fresh:
             _make_adam_state(optimizer.param_groups, _weights(params, copies), fresh, state)
+            _enter(optimizer, params, fresh, state, journal)
         ops.adam_update(
             local(params),
             local(grads),
-            ops.one_batch(journal, len(params)),
+            backups,
             local(state["exp_avg"]),
             local(state["exp_avg_sq"]),
             local(state["max_exp_avg_sq"]) if any(group["amsgrad"] for group in optimizer.param_groups) else None,
@@ -182,12 +196,9 @@ class FusedAdam(AnyBase):
             optimizer.backend,
             journal,
             capturable=not any(isinstance(t, Tensor) and t.is_cpu for t in steps),
-            masters=copies,
+            masters=copies if copies is None else local(copies),
         )
         masters.enter(optimizer.state, params, copies)
-        for i in fresh:
-            entries = {key: values[i] for key, values in state.items() if values[i] is not None}
-            optimizer.state[params[i]].update(entries)
 
     def _is_fusable(self, optimizer: FusedSAM, params: list[Tensor]) -> bool:
         """Whether every backend concerned has the step, and every hyperparameter but lr can be read without waiting."""

@@ -64,8 +64,10 @@ class FirstPassOnly:
         ]
 
     def _enter(self, layer: Any, args: object) -> None:
-        perturbed = self._optimizer is not None and self._optimizer.perturbed
-        context = _frozen([layer]) if perturbed else contextlib.nullcontext()
+        # Along the momentum there is no pass at w: the one at w + e has to count.
+        optimizer = self._optimizer
+        counted = optimizer is not None and optimizer.perturbed and optimizer.direction == "gradient"
+        context = _frozen([layer]) if counted else contextlib.nullcontext()
         context.__enter__()
         self._running.setdefault(layer, []).append(context)
 
@@ -90,5 +92,7 @@ def first_pass_only(model: nn.Module, optimizer: FusedSAM) -> FirstPassOnly:
     One line at set-up; the closure form and the two-call form then need nothing more::
 
         fused_sam.batchnorm.first_pass_only(model, optimizer)
+
+    With ``direction="momentum"``, which makes no pass at w, the only pass of a step updates them.
     """
     return FirstPassOnly(model, optimizer)

@@ -155,6 +155,7 @@ class FusedSAM(Optimizer):
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         self._ascent: ascents.Displacement | None = None
+        self._journal: ops.Journal = []  # of a step at w
         self._peers: Peers = Alone()
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
@@ -272,6 +273,7 @@ class FusedSAM(Optimizer):
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
         self._peers.reset()
+        ops.undo(self._journal)
         if self._ascent is None:
             return
         ops.undo(self._ascent.journal)
@@ -297,7 +299,7 @@ class FusedSAM(Optimizer):
 
     def _descend(self, report: Report | None = None) -> None:
         """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
-        ascent, journal = self._ascent, self._ascent.journal if self._ascent else []
+        ascent, journal = self._ascent, self._ascent.journal if self._ascent else self._journal
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if ascent is None:
             self._require_capturable(self._flat_params())
@@ -338,7 +340,7 @@ class FusedSAM(Optimizer):
         copies = self._masters.of(self.state, params, grads)
         if self._ascent is None:
             self._masters.refresh(params, copies)
-        return copies
+        return copies if any(m is not None for m in copies) else None
 
     def _note_masters(self) -> None:
         if self._masters is not None:
@@ -388,6 +390,8 @@ class FusedSAM(Optimizer):
                 if self.telemetry:
                     raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
                 self._along.require_whole_parameters(self.second_order)
+                if self.telemetry:
+                    raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
                 if self._masters is not None:
                     raise ValueError(
                         "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "
@@ -421,7 +425,8 @@ class FusedSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("Copying or pickling")
         ours = {key: getattr(self, key) for key in _COPIED}
-        return {**super().__getstate__(), **ours, "_ascent": None, "_peers": self._peers.copied(), "last": Report()}
+        fresh: dict[str, Any] = {"_ascent": None, "_journal": [], "_peers": self._peers.copied(), "last": Report()}
+        return {**super().__getstate__(), **ours, **fresh}
 
 
 # What a copy takes along, beside what torch.optim.Optimizer does.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused_sam import backends
 from fused_sam.backends import eager
@@ -97,8 +98,12 @@ def route(
     Raises:
         InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match
             its parameter (state: its master) in dtype, device and shape.
+        TypeError: for anything but a list where a list belongs.
         ValueError: if the lists differ in length.
     """
+    for x in (params, grads, backups, masters, *states):
+        if not (isinstance(x, list) or x is None or (x is backups and hasattr(x, "kept"))):
+            raise TypeError(f"Invalid {type(x).__name__} of tensors. Must be a list.")
     lists = [x for x in (grads, backups, *states, masters) if isinstance(x, list)]
     for x in lists:
         if len(x) != len(params):
@@ -253,6 +258,7 @@ def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any],
         raise InvalidTensor(index, f"dtype {param.dtype} is not supported, must be one of {list(DTYPES)}")
     if param.layout != torch.strided:
         raise InvalidTensor(index, f"layout {param.layout} of the parameter is not supported, must be strided")
+    _require_memory(index, param)
     if overlaps_itself(param):
         raise InvalidTensor(
             index, f"the parameter overlaps itself in memory (shape {list(param.shape)}, strides {param.stride()})"
@@ -281,3 +287,13 @@ def _require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -
             raise InvalidTensor(
                 index, f"{name} {getattr(x, name)} does not match the parameter's {getattr(param, name)}"
             )
+    _require_memory(index, x)
+
+
+def _require_memory(index: int, x: Tensor) -> None:
+    """Refuse a tensor whose storage was resized to nothing, which torch itself would read and write nonetheless.
+
+    Tensors of other classes may have their memory elsewhere.
+    """
+    if type(x) in (Tensor, Parameter) and x.numel() > 0 and x.untyped_storage().nbytes() == 0:
+        raise InvalidTensor(index, f"the memory of a tensor of shape {list(x.shape)} has been freed")

@@ -159,6 +159,19 @@ def test_each_step_counts_the_batch_once_at_w(momentum: float | None, form: str,
         assert_same_bits(statistics(net), statistics(once), "statistic")
 
 
+def test_the_only_pass_of_a_step_along_the_momentum_counts(backend: str) -> None:
+    net, x = Normed(), images()
+    twin = copy.deepcopy(net)
+    opt = FusedSAM(net.parameters(), rho=RHO, direction="momentum", backend=backend, **HYPER)
+    plain = FusedSAM(twin.parameters(), rho=RHO, direction="momentum", backend=backend, **HYPER)
+    first_pass_only(net, opt)
+    for _ in range(3):
+        opt.step(loss_closure(net, x))
+        plain.step(loss_closure(twin, x))
+    assert_same_bits(statistics(net), statistics(twin), "statistics")
+    assert net.bare.num_batches_tracked == 3
+
+
 def test_after_remove_both_passes_count(backend: str) -> None:
     net = Normed()
     opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)

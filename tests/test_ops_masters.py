@@ -24,7 +24,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from fused_sam import ops
+from fused_sam import backends, ops
 from fused_sam.ops import AscentGroup, InvalidTensor
 
 every_dtype = pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=ids)
@@ -63,18 +63,24 @@ class Problem:
         for carved in self.carved:
             carved.check()
 
-    def ascend(self, groups: list[AscentGroup], p: float, backend: str) -> tuple[ops.Journal, ops.Journal]:
+    def ascend(self, groups: list[AscentGroup], p: float, backend: str, twin: str) -> tuple[ops.Journal, ops.Journal]:
         """Both to w + e, with the norm of the fp32 tensors. The journals that lead back."""
-        norm = ops.norm(self.weights, self.wide_grads, groups, backend, p)
+        norm = ops.norm(self.weights, self.wide_grads, groups, twin, p)
         ours = ops.norm(self.params, self.grads, groups, backend, p, self.masters)
         assert (norm is None) == (ours is None)
         if norm is not None:
             torch.testing.assert_close(ours, norm, rtol=NORM_RTOL[torch.float32], atol=0)
         journals: tuple[ops.Journal, ops.Journal] = ([], [])
         backups = [torch.empty_like(w) for w in self.weights]
-        ops.perturb(self.weights, self.wide_grads, backups, norm, groups, backend, journals[1], p)
+        ops.perturb(self.weights, self.wide_grads, backups, norm, groups, twin, journals[1], p)
         ops.perturb(self.params, self.grads, self.nothing, norm, groups, backend, journals[0], p, self.masters)
         return journals
+
+
+@pytest.fixture
+def twin(backend: str, device: str) -> str:
+    """The backend that works on the masters of this one, for the fp32 tensors beside it."""
+    return backend if backends.for_device(device, backend).TAKES_MASTERS else "eager"
 
 
 def groups_of(adaptive: bool, decay: float) -> list[AscentGroup]:
@@ -87,11 +93,11 @@ def groups_of(adaptive: bool, decay: float) -> list[AscentGroup]:
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, math.inf], ids=str)
 @pytest.mark.parametrize(("adaptive", "decay"), [(False, 0.0), (True, 0.0), (True, 0.37)], ids=str)
 def test_w_plus_e_is_rounded_into_the_parameter_and_the_master_stays(
-    dtype: torch.dtype, wide: bool, p: float, adaptive: bool, decay: float, backend: str, device: str
+    dtype: torch.dtype, wide: bool, p: float, adaptive: bool, decay: float, backend: str, device: str, twin: str
 ) -> None:
     problem = Problem(dtype, wide, device)
     masters, params = snapshot(problem.masters), snapshot(problem.params)
-    journals = problem.ascend(groups_of(adaptive, decay), p, backend)
+    journals = problem.ascend(groups_of(adaptive, decay), p, backend, twin)
     problem.check_params(problem.weights)
     assert snapshot(problem.params) != params
     assert snapshot(problem.masters) == masters
@@ -106,20 +112,22 @@ def test_w_plus_e_is_rounded_into_the_parameter_and_the_master_stays(
 @every_width
 @pytest.mark.parametrize("config", SGD_CONFIGS)
 @pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w + e"])
-def test_sgd(dtype: torch.dtype, wide: bool, config: str, perturbed: bool, backend: str, device: str) -> None:
+def test_sgd(
+    dtype: torch.dtype, wide: bool, config: str, perturbed: bool, backend: str, device: str, twin: str
+) -> None:
     problem = Problem(dtype, wide, device)
     journals: tuple[ops.Journal, ops.Journal] = ([], [])
     if perturbed:
-        journals = problem.ascend(groups_of(False, 0.0), 2.0, backend)
+        journals = problem.ascend(groups_of(False, 0.0), 2.0, backend, twin)
     count = len(problem.params)
     groups = sgd_groups(count, **SGD_CONFIGS[config])
     scale = torch.tensor(0.125, device=device)  # of which no fp16 gradient becomes subnormal
-    for journal, params, grads, state, masters in (
-        (journals[0], problem.params, problem.grads, problem.states[0], problem.masters),
-        (journals[1], problem.weights, problem.wide_grads, problem.wide_states[0], None),
+    for journal, params, grads, state, masters, by in (
+        (journals[0], problem.params, problem.grads, problem.states[0], problem.masters, backend),
+        (journals[1], problem.weights, problem.wide_grads, problem.wide_states[0], None, twin),
     ):
         backups = ops.one_batch(journal, count)
-        ops.sgd_update(params, grads, backups, state, groups, scale, None, backend, journal, masters)
+        ops.sgd_update(params, grads, backups, state, groups, scale, None, by, journal, masters)
         assert journal == []
     problem.check()
     assert_same_bits(problem.grads, [g.to(problem.grads[0].dtype) for g in problem.wide_grads], "unscaled gradient")
@@ -128,27 +136,27 @@ def test_sgd(dtype: torch.dtype, wide: bool, config: str, perturbed: bool, backe
 @every_dtype
 @every_width
 @pytest.mark.parametrize("config", ADAM_CONFIGS)
-def test_adam(dtype: torch.dtype, wide: bool, config: str, backend: str, device: str) -> None:
+def test_adam(dtype: torch.dtype, wide: bool, config: str, backend: str, device: str, twin: str) -> None:
     problem = Problem(dtype, wide, device, states=3)
-    journals = problem.ascend(groups_of(True, 0.0), 2.0, backend)
+    journals = problem.ascend(groups_of(True, 0.0), 2.0, backend, twin)
     count = len(problem.params)
     groups = adam_groups(count, **ADAM_CONFIGS[config])
-    for journal, params, grads, states, masters in (
-        (journals[0], problem.params, problem.grads, problem.states, problem.masters),
-        (journals[1], problem.weights, problem.wide_grads, problem.wide_states, None),
+    for journal, params, grads, states, masters, by in (
+        (journals[0], problem.params, problem.grads, problem.states, problem.masters, backend),
+        (journals[1], problem.weights, problem.wide_grads, problem.wide_states, None, twin),
     ):
         steps = [torch.tensor(6.0) for _ in params]
         lists = params, grads, ops.one_batch(journal, count), *states, steps
-        ops.adam_update(*lists, groups, backend=backend, journal=journal, masters=masters)
+        ops.adam_update(*lists, groups, backend=by, journal=journal, masters=masters)
         assert [float(t) for t in steps] == [7.0] * count
     problem.check()
 
 
 @every_dtype
-def test_found_inf_only_restores(dtype: torch.dtype, backend: str, device: str) -> None:
+def test_found_inf_only_restores(dtype: torch.dtype, backend: str, device: str, twin: str) -> None:
     problem = Problem(dtype, False, device)
     before = [snapshot(x) for x in (problem.params, problem.masters, problem.states[0])]
-    journal, _ = problem.ascend(groups_of(False, 0.0), 2.0, backend)
+    journal, _ = problem.ascend(groups_of(False, 0.0), 2.0, backend, twin)
     count = len(problem.params)
     inf = torch.tensor(1.0, device=device)
     groups = sgd_groups(count, **SGD_CONFIGS["momentum"])
@@ -181,7 +189,7 @@ def test_missing_gradients_and_parameters_without_masters(backend: str, device: 
 
 
 @every_dtype
-def test_strided_parameters(dtype: torch.dtype, backend: str, device: str) -> None:
+def test_strided_parameters(dtype: torch.dtype, backend: str, device: str, twin: str) -> None:
     """Their masters are dense; both are worked on as contiguous copies."""
     for name, p, g in strided_pairs(dtype, device):
         master, strides = p.float() + 1e-6, p.stride()
@@ -189,16 +197,16 @@ def test_strided_parameters(dtype: torch.dtype, backend: str, device: str) -> No
         weight, before = master.clone(), p.clone()
         groups, config = [AscentGroup(1, RHO, True, 0.03)], sgd_groups(1, lr=0.13, momentum=0.87)
         norm = ops.norm([p], [g], groups, backend, masters=[master])
-        assert float(norm) == pytest.approx(float(ops.norm([weight], [g.float()], groups, backend)), rel=1e-12), name
+        assert float(norm) == pytest.approx(float(ops.norm([weight], [g.float()], groups, twin)), rel=1e-12), name
         journal: ops.Journal = []
         ops.Ascent([p], [g], groups, backend, masters=[master]).perturb(norm, journal)
-        ops.perturb([weight], [g.float()], [torch.empty_like(weight)], norm, groups, backend)
+        ops.perturb([weight], [g.float()], [torch.empty_like(weight)], norm, groups, twin)
         assert_same_bits([p], [weight.to(dtype)], name)
         ops.undo(journal)
         assert_same_bits([p], [before], name)
         weight, momentum = master.clone(), torch.randn_like(master)
         wide_momentum = momentum.clone()
-        ops.sgd_update([weight], [g.float()], None, [wide_momentum], config, backend=backend)
+        ops.sgd_update([weight], [g.float()], None, [wide_momentum], config, backend=twin)
         ops.sgd_update([p], [g], None, [momentum], config, backend=backend, masters=[master])
         assert_same_bits([master, momentum, p], [weight, wide_momentum, weight.to(dtype)], name)
         assert p.stride() == strides, name

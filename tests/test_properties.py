@@ -8,23 +8,18 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 from typing import Any
 
+import profiles  # noqa: F401
 import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, snapshot
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from fused_sam import FusedSAM, ReferenceSAM, backends
-
-settings.register_profile("ci", max_examples=40, stateful_step_count=15, deadline=None, derandomize=True)
-settings.register_profile("soak", max_examples=100_000, stateful_step_count=50, deadline=None)
-settings.register_profile("long", max_examples=3000, stateful_step_count=40, deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Sizes around the edges of vectors, of the memory that small backups share, and of blocks.
 DIMENSIONS = st.sampled_from([0, 1, 2, 3, 7, 8, 17, 31])

@@ -19,15 +19,15 @@ class Neighbourhood:
     """
 
     def __init__(self, rho: float, p: float = 2.0, adaptive: bool | str = False, eta: float = 0.0) -> None:
-        param_groups.check_ascent({"rho": rho, "adaptive": adaptive, "eta": eta})
+        # The loss is measured as it is: no weight decay is added to its gradient.
+        self._options = {"rho": rho, "adaptive": adaptive, "eta": eta, "decay_in_ascent": False}
+        param_groups.check_ascent(self._options)
         ops.dual_exponent(p)
-        self.rho, self.p, self.adaptive, self.eta = float(rho), float(p), adaptive, float(eta)
+        self.rho, self.p, self.eta = float(rho), float(p), float(eta)
 
     def groups(self, params: list[Tensor], radius: float) -> list[ops.AscentGroup]:
         """What the ops need for a step of length ``radius`` from w."""
-        return param_groups.ascent_groups(
-            [{"params": params, "rho": radius, "adaptive": self.adaptive, "eta": self.eta}]
-        )
+        return param_groups.ascent_groups([{**self._options, "params": params, "rho": radius}])
 
     def scale(self, params: list[Tensor]) -> Tensor:
         """T at w, fp64, all elements in one vector."""

@@ -163,11 +163,11 @@ class Batch:
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
         self.restore()
-        journal.clear()
         for i, group in self._members(groups):
             buffer = self._state(0, i) if group.momentum != 0 else None
             _sgd_tensor(self.weights[i], self.grads[i], buffer, group, grad_scale, found_inf)
             self._round(i)
+        journal.clear()
 
     def adam_update(
         self,
@@ -179,12 +179,12 @@ class Batch:
     ) -> None:
         """``steps`` done before are read where the groups do not hold the corrections; None if none is."""
         self.restore()
-        journal.clear()
         for i, group in self._members(groups):
             state = self._state(0, i), self._state(1, i), self._state(2, i) if group.amsgrad else None
             step = None if steps is None else steps[i]
             _adam_tensor(self.weights[i], self.grads[i], *state, step, group, grad_scale, found_inf)
             self._round(i)
+        journal.clear()
 
     def _round(self, index: int) -> None:
         """The parameter from its master."""

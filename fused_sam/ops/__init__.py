@@ -17,7 +17,7 @@ fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm 
 from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, sgd_update
 from fused_sam.ops.groups import AdamGroup, AscentGroup, SGDGroup, dual_exponent, host_number, is_capturing
-from fused_sam.ops.journal import Journal, all_present, one_batch, undo
+from fused_sam.ops.journal import Journal, NewState, all_present, one_batch, undo
 from fused_sam.routing import InvalidTensor
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "AscentGroup",
     "InvalidTensor",
     "Journal",
+    "NewState",
     "SGDGroup",
     "adam_update",
     "all_present",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.ops.groups import AdamGroup, SGDGroup, require_sizes
-from fused_sam.ops.journal import Journal, all_present, bump_versions, copy, undo
+from fused_sam.ops.journal import Counted, Journal, all_present, bump_versions, copy
 from fused_sam.routing import Part, TensorList, make_batch, route, stand_ins
 
 G = TypeVar("G", bound=Any)  # a group of one of the ops
@@ -51,7 +51,7 @@ def sgd_update(
     Parameters without a gradient are only restored. Momentum buffers are written in place. With ``grad_scale`` (a
     GradScaler's, shape []) the gradients are divided by it in place first; with a nonzero ``found_inf`` (shape [])
     every parameter is only restored. ``backups`` may be `one_batch` of a journal. ``journal`` is cleared as
-    soon as there is nothing left to restore. For a parameter that has a master w is that, and state is fp32 as it is;
+    soon as there is nothing left to undo. For a parameter that has a master w is that, and state is fp32 as it is;
     the parameter becomes the master, rounded.
 
     Raises:
@@ -111,11 +111,15 @@ def adam_update(
         raise ValueError("Invalid steps. Must be floating tensors of one element.")
     if capturable and any(t.dtype != torch.float32 or t.device != p.device for t, p in advanced):
         raise ValueError("Invalid steps. Must be float32 and on the device of their parameters if capturable.")
-    skipped = False
+    journal = [] if journal is None else journal
+    counted = None
     if not capturable:
         skipped = found_inf is not None and bool(found_inf)
         found_inf = found_inf if skipped else None
-        groups = _by_step(groups, grads, steps)
+        before = [None if g is None else t.item() for t, g in zip(steps, grads)]
+        groups = _by_step(groups, before)
+        if not skipped:
+            counted = Counted([t for t, _ in advanced], [t for t in before if t is not None])
 
     def update(part: Part, batch: Any, *scalars: Any) -> None:
         on_device = part.take(steps) if capturable else None
@@ -124,20 +128,29 @@ def adam_update(
             _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
 
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
-    if not capturable and not skipped:
-        _advance([t for t, _ in advanced], None)
+    try:
+        if counted is not None:
+            journal.append(counted)
+            _advance(counted.counts, None)
+        _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
+    except BaseException:
+        if counted is not None and counted in journal:
+            counted.restore()
+            journal.remove(counted)
+        raise
 
 
-def _by_step(groups: list[AdamGroup], grads: TensorList, steps: TensorList) -> list[AdamGroup]:
-    """The groups cut into runs of one step, with the corrections of the step that now begins."""
+def _by_step(groups: list[AdamGroup], steps: list[float | None]) -> list[AdamGroup]:
+    """The groups cut into runs of one step, with the corrections of the step that now begins.
+
+    ``steps``: those done before; None for a parameter without a gradient, which is only restored, in any step.
+    """
     runs: list[AdamGroup] = []
     start = 0
     for group in groups:
-        # A parameter without a gradient is only restored: it goes with any step.
         current, size = None, 0
-        for i in range(start, start + group.size):
-            step = None if grads[i] is None else steps[i].item() + 1
+        for before in steps[start : start + group.size]:
+            step = None if before is None else before + 1
             if current is not None and step is not None and step != current:
                 runs.append(group.at(size, current))
                 current, size = step, 0
@@ -173,25 +186,30 @@ def _descend(
     """A base step: the restore, and ``update(part, batch, grad_scale, found_inf, journal)`` for every part."""
     journal = [] if journal is None else journal
     parts = route(backend, params, grads, backups, states, masters)
+    at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
     written = [grads, backups]
-    if backups is not None and (len(parts) != 1 or parts[0].batch is None or parts[0].index is not None):
+    if backups is not None and not at_once:
         # Only a single call can restore and update as one; elsewhere all of w comes back before any of it is updated.
         if isinstance(backups, list):
             restore(params, backups, backend)
-            journal.clear()
         else:
-            undo(journal)
+            backups.restore()
+            bump_versions(params, backups)
         written = [grads]
         parts = route(backend, params, grads, None, states, masters)
     for part in parts:
         scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
+        # Of several calls none may say that there is nothing left to undo.
+        done = journal if at_once else []
         if part.batch is not None:
-            update(part, part.batch, *scalars, journal)
+            update(part, part.batch, *scalars, done)
             continue
         with contextlib.ExitStack() as stack:
             lists = [part.take_any(x) for x in (masters, params, grads, *states)]
             masters_, p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
-            update(part, make_batch(part.backend, p_, g_, None, *states_, masters=masters_), *scalars, journal)
+            update(part, make_batch(part.backend, p_, g_, None, *states_, masters=masters_), *scalars, done)
+    if not at_once:
+        journal.clear()
     bump_versions(params, *written)
 
 

@@ -7,12 +7,14 @@ import operator
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from fused_sam.routing import TensorList
 
-# What perturb has done and restore or sgd_update have yet to undo: entries with ``params``, ``kept`` (None for each
-# parameter that is not displaced), ``joins_update`` and ``restore()``. It is written by the code that touches the
-# weights, at the moment it has: an interrupt finds it true.
+# What is to be undone if the step goes no further: entries with ``params``, ``kept`` (None for each parameter that is
+# not displaced), ``joins_update`` and ``restore()``. What perturb has done to the weights is entered by the code that
+# touches them, at the moment it has, and what a base step does to state before the weights follow; the update clears it
+# all, at the moment it is made. An interrupt finds it true.
 Journal: TypeAlias = list[Any]
 
 
@@ -34,6 +36,58 @@ class Copies:
     def restore(self) -> None:
         """Copy back."""
         copy(self.backups, self.params)
+
+
+class NewState:
+    """A journal entry for state that comes into being with the first update. Until then it holds nothing."""
+
+    joins_update = False
+
+    def __init__(self, state: dict[Tensor, dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
+        self.params: TensorList = []
+        self.kept: TensorList = []
+        self.state = state
+        self.entries = entries
+
+    def enter(self) -> None:
+        """Put the entries into the state.
+
+        Raises:
+            TypeError: where something other than a dict is there.
+        """
+        for param, entry in self.entries.items():
+            there = self.state[param]
+            if not isinstance(there, dict):
+                raise TypeError(f"Invalid state of a parameter, a {type(there).__name__}. Must be a dict.")
+            there.update(entry)
+
+    def restore(self) -> None:
+        """Take them out."""
+        for param, entry in self.entries.items():
+            there = self.state.get(param, {})
+            if not isinstance(there, dict):
+                continue
+            for key in entry:
+                there.pop(key, None)
+            if not there:
+                self.state.pop(param, None)
+
+
+class Counted:
+    """A journal entry for counts of steps on the host, tensors of one element, that have been advanced."""
+
+    joins_update = False
+
+    def __init__(self, counts: list[Tensor], before: list[float]) -> None:
+        self.params: TensorList = []
+        self.kept: TensorList = []
+        self.counts = counts
+        self.before = before
+
+    def restore(self) -> None:
+        """Set them back."""
+        for count, before in zip(self.counts, self.before):
+            count.fill_(before)
 
 
 def copy(sources: TensorList, targets: TensorList) -> None:

@@ -1,0 +1,12 @@
+"""How long Hypothesis searches: HYPOTHESIS_PROFILE=ci (the same cases every time), long, or soak."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("ci", max_examples=40, stateful_step_count=15, deadline=None, derandomize=True)
+settings.register_profile("soak", max_examples=100_000, stateful_step_count=50, deadline=None)
+settings.register_profile("long", max_examples=3000, stateful_step_count=40, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
