@@ -235,7 +235,10 @@ class FusedSAM(Optimizer):
                 raise RuntimeError(
                     "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
                 )
-            self._base.step(self, [], None, None)
+            try:
+                self._base.step(self, self._journal, None, None)
+            finally:
+                self.restore()
             self._note_masters()
             return None
         self._descend()
@@ -387,8 +390,6 @@ class FusedSAM(Optimizer):
             routing.require_disjoint([p for p in params if p.layout == torch.strided])
             peers = self._peers.adopt(group["params"])
             if isinstance(peers, shards.Shards):
-                if self.telemetry:
-                    raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
                 self._along.require_whole_parameters(self.second_order)
                 if self.telemetry:
                     raise ValueError("Invalid telemetry=True. Must be False with DTensor parameters.")
