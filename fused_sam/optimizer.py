@@ -237,7 +237,11 @@ class FusedSAM(Optimizer):
                 raise RuntimeError(
                     "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
                 )
-            self._base.step(self, [], None, None)
+            try:
+                self._base.step(self, self._journal, None, None)
+            finally:
+                self.restore()
+            self._note_masters()
             return None
         descents.descend(self)
         return None

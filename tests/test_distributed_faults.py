@@ -14,16 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, bits, closure_for, small_net, snapshot
+from rank_oracle import WRAPS, Oracle, close, loss_of, wrapped
 from ranks import Ranks
-from test_distributed import Oracle, close, loss_of, wrapped
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
 
 from fused_sam import FusedSAM
 from fused_sam.distributed import data_parallel
-
-WRAPS = ["ddp", "plain"]
 
 
 def state_of(opt: torch.optim.Optimizer) -> list[bytes]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, FLOAT64_RTOL, HYPER, RHO, assert_same_bits, snapshot
+from rank_oracle import Oracle, close
 from ranks import Ranks
-from test_distributed import Oracle, close
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam
 
-from fused_sam import FusedSAM
+from fused_sam import FusedSAM, ReferenceSAM
 from fused_sam.distributed import data_parallel
 
 # Sizes that do not divide by the number of ranks, one that leaves a rank with nothing.
@@ -145,6 +145,36 @@ def test_four_ranks_follow_one_process(how: str, case: str, four: Ranks) -> None
 @pytest.mark.parametrize("case", ["sam", "p=1", "p=3", "clipped"])
 def test_tensor_parallel_parameters_follow_one_process(case: str, pair: Ranks) -> None:
     pair.run(follows_the_oracle, "tp", **CASES[case])
+
+
+def sums_what_is_partial(p: float) -> None:
+    """A replicated parameter whose gradient is yet to be summed, beside one that is cut into shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
+    w, parts = [torch.randn(n, dtype=torch.float64) for n in (7, 5)], torch.randn(2, 2, 7, dtype=torch.float64)
+    shards = torch.randn(2, 5, dtype=torch.float64)
+    exact = [nn.Parameter(x.clone()) for x in w]
+    params = [nn.Parameter(distribute_tensor(x.clone(), mesh, [how])) for x, how in zip(w, (Replicate(), Shard(0)))]
+    reference = ReferenceSAM(exact, rho=RHO, p=p, **HYPER)
+    opt = FusedSAM(params, rho=RHO, p=p, **HYPER)
+    for number in (0, 1):
+        exact[0].grad, exact[1].grad = parts[number].sum(0), shards[number]
+        params[0].grad = DTensor.from_local(parts[number][rank], mesh, [Partial()])
+        params[1].grad = distribute_tensor(shards[number].clone(), mesh, [Shard(0)])
+        if number == 0:
+            reference.first_step()
+            opt.first_step(zero_grad=True)
+            close(whole(params), exact, "w + e")
+    reference.second_step()
+    opt.step()
+    close(whole(params), exact, "w")
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0])
+def test_partial_gradients_are_summed(p: float, pair: Ranks) -> None:
+    pair.run(sums_what_is_partial, p)
 
 
 def overflows(failing_pass: int) -> None:

@@ -82,7 +82,7 @@ class Overlap:
             self._mean = self._begun()
             Variable._execution_engine.queue_callback(self.finish)
         place = self._place.get(param)
-        if place is None:  # unfrozen since: `finish` sends it
+        if place is None:  # frozen since its forward
             return
         if place < self._mean.sent:
             raise RuntimeError(

@@ -1,0 +1,239 @@
+"""Which gradients are averaged: accumulated, of micro-batches, missing, of parameters that come and freeze."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import HYPER, RHO, batches, bits, closure_for, small_net
+from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, Oracle, close, loss_of, pair_of, two_calls, wrapped
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_sam import FusedSAM
+from fused_sam.distributed import data_parallel
+
+
+def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") -> None:
+    rank, size, k = dist.get_rank(), dist.get_world_size(), 3
+    net, oracle, opt = pair_of(m)
+    model = wrapped(net, wrap, **WRAP_OPTIONS[wrap_option])
+    handle = data_parallel(model, opt, m_sharpness=m, check_replicas_every=1)
+
+    def backwards(micro: Sequence[Batch]) -> None:
+        for i, batch in enumerate(micro):
+            quiet = {"none": False, "all": True, "all but the last": i < k - 1, "all but the first": i > 0}[silent]
+            with handle.no_sync() if quiet else contextlib.nullcontext():
+                loss_of(model, batch).backward()
+
+    for _ in range(3):
+        shards = [batches(k) for _ in range(size)]
+        oracle.step(shards)
+        two_calls(opt, functools.partial(backwards, shards[rank]))
+        close(list(net.parameters()), list(oracle.net.parameters()), "w")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "silent"),
+    # What a DistributedDataParallel has not averaged, nobody does.
+    [(w, s) for w in WRAPS for s in ("none", "all but the last")] + [("plain", "all"), ("plain", "all but the first")],
+)
+@pytest.mark.parametrize("m", ["rank", "world"])
+def test_accumulation(wrap: str, m: str, silent: str, pair: Ranks) -> None:
+    pair.run(accumulates, wrap, m, silent)
+
+
+def test_accumulation_in_a_static_graph(pair: Ranks) -> None:
+    pair.run(accumulates, "ddp", "rank", "none", "static")
+
+
+def steps_with_micro_batches(wrap: str, m: Any) -> None:
+    rank, size, k = dist.get_rank(), dist.get_world_size(), 3
+    net, oracle, opt = pair_of(m)
+    model = wrapped(net, wrap)
+    data_parallel(model, opt, m_sharpness=m, check_replicas_every=1)
+
+    def backward(batch: Batch) -> Tensor:
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        data = [batches(size) for _ in range(k)]
+        oracle.step([[shard] for shards in data for shard in shards])
+        opt.step([functools.partial(backward, shards[rank]) for shards in data])
+        close(list(net.parameters()), list(oracle.net.parameters()), "w")
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("m", ["rank", "world"])
+def test_lists_of_closures(wrap: str, m: str, pair: Ranks) -> None:
+    pair.run(steps_with_micro_batches, wrap, m)
+
+
+class TwoHeads(nn.Module):
+    """The second head has a gradient where it is asked for, the third never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(5, 3) for _ in range(3))
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        return self.first(x) + (self.second(x).tanh() if both else 0)
+
+
+def misses_gradients(wrap: str, m: str) -> None:
+    """Rank 0 has no gradient of the second head in odd steps, nobody has one in every fourth."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    net = TwoHeads().double()
+    oracle = Oracle(net, size if m == "world" else 1, rho=RHO, **HYPER)
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    model = wrapped(net, wrap, find_unused_parameters=True) if wrap == "ddp" else net
+    data_parallel(model, opt, m_sharpness=m, check_replicas_every=1, bucket_cap_mb=1e-5)
+    third = copy.deepcopy(list(net.third.parameters()))
+
+    def backward(net: nn.Module, x: Tensor, both: bool) -> Tensor:
+        loss = net(x, both).square().sum()
+        loss.backward()
+        return loss
+
+    for step in range(6):
+        xs = [torch.randn(4, 5, dtype=torch.float64) for _ in range(size)]
+        both = [step % 4 != 3 and (r > 0 or step % 2 == 0) for r in range(size)]
+        oracle.backward = lambda shard: backward(oracle.net, *shard)
+        oracle.step([[(x, b)] for x, b in zip(xs, both)])
+        opt.step(lambda xs=xs, both=both: backward(model, xs[rank], both[rank]))
+        close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {step}")
+    assert all(map(torch.equal, third, net.third.parameters())), "decayed without a gradient"
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("m", ["rank", "world"])
+def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str, pair: Ranks) -> None:
+    pair.run(misses_gradients, wrap, m)
+
+
+def has_nothing_to_learn_from(m: str) -> None:
+    """The backward of rank 0 makes no gradient at all, in one pass or both."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    net, oracle, opt = pair_of(m)
+    data_parallel(net, opt, m_sharpness=m, check_replicas_every=1)
+    for _ in range(3):
+        shards = batches(size)
+        oracle.step([[], *([shard] for shard in shards[1:])])
+
+        def backward(shards: Sequence[Batch] = shards) -> None:
+            if rank > 0:
+                loss_of(net, shards[rank]).backward()
+
+        two_calls(opt, backward)
+        close(list(net.parameters()), list(oracle.net.parameters()), "w")
+
+
+@pytest.mark.parametrize("m", ["rank", "world"])
+def test_a_rank_without_examples(m: str, pair: Ranks) -> None:
+    pair.run(has_nothing_to_learn_from, m)
+
+
+def trains_in_two_worlds() -> bytes:
+    """Ranks 0, 1 and 2, 3 train apart from each other; the latter share an e."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = groups[rank // 2]
+    net = small_net()
+    oracle = Oracle(net, 1 if rank < 2 else 2, rho=RHO, **HYPER)
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    data_parallel(net, opt, process_group=mine, m_sharpness=1 if rank < 2 else 2, check_replicas_every=1)
+    for _ in range(3):
+        shards = batches(4)
+        first = rank // 2 * 2
+        oracle.step([[shard] for shard in shards[first : first + 2]])
+        opt.step(lambda shards=shards: closure_for(net, shards[rank])())
+        close(list(net.parameters()), list(oracle.net.parameters()), "w")
+    return bits(net[0].weight)
+
+
+def test_a_process_group(four: Ranks) -> None:
+    a, b, c, d = four.run(trains_in_two_worlds)
+    assert a == b
+    assert c == d
+    assert a != c
+
+
+def grows_and_thaws(wrap: str) -> None:
+    """A group added between steps, of parameters that differ at first; another frozen and thawed."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    net = small_net()
+    head = nn.Linear(4, 4).double()
+    model = nn.Sequential(net, head)
+    oracle = Oracle(model, 1, rho=RHO, **HYPER)
+    if rank:
+        nn.init.zeros_(head.weight)
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    data_parallel(net, opt, check_replicas_every=1)
+    opt.add_param_group({"params": head.parameters()})
+    for step in range(4):
+        for owner in (model, oracle.net):
+            owner[0][3].requires_grad_(step % 2 == 0)
+        shards = batches(size)
+        oracle.step([[shard] for shard in shards])
+        opt.step(closure_for(model, shards[rank]))
+        close(list(model.parameters()), list(oracle.net.parameters()), f"w after step {step}")
+
+
+def test_parameters_that_come_and_freeze(pair: Ranks) -> None:
+    pair.run(grows_and_thaws, "plain")
+
+
+class Checkpointed(nn.Module):
+    """Reentrant checkpoints run backwards inside of the backward."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(1 if shared else 2))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, by_checkpoint: bool = True) -> Tensor:
+        for i in range(2):
+            layer = self.layers[i % len(self.layers)]
+            x = checkpoint(layer, x, use_reentrant=True) if by_checkpoint else layer(x)
+            x = x.tanh()
+        return self.head(x)
+
+
+def steps_through_checkpoints(shared: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    net = Checkpointed(shared).double()
+    oracle = Oracle(net, 1, rho=RHO, **HYPER)
+    oracle.backward = lambda x: oracle.net(x, by_checkpoint=False).square().sum().backward()
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    data_parallel(net, opt, check_replicas_every=1, bucket_cap_mb=1e-5)
+    for _ in range(2):
+        xs = [torch.randn(3, 5, dtype=torch.float64) for _ in range(size)]
+
+        def closure(x: Tensor = xs[rank]) -> Tensor:
+            loss = net(x.requires_grad_()).square().sum()
+            loss.backward()
+            return loss
+
+        if shared:
+            w = [bits(p) for p in net.parameters()]
+            with pytest.raises(RuntimeError, match="Invalid second gradient of a parameter"):
+                opt.step(closure)
+            assert w == [bits(p) for p in net.parameters()]
+        else:
+            oracle.step([[x.detach()] for x in xs])
+            opt.step(closure)
+            close(list(net.parameters()), list(oracle.net.parameters()), "w")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_reentrant_checkpoints(shared: bool, pair: Ranks) -> None:
+    pair.run(steps_through_checkpoints, shared)
