@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,17 @@ class Config:
     def name(self) -> str:
         noise = f"-noise{100 * self.label_noise:.0f}" if self.label_noise else ""
         return f"{self.dataset.lower()}{noise}"
+
+
+def save_whole(state: Any, path: Path) -> None:
+    """torch.save, but whenever it ends, by a full disk or a kill, the file is the old one or the new one."""
+    aside = path.with_suffix(f".part{os.getpid()}")
+    try:
+        torch.save(state, aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 class StepClock:
