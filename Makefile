@@ -59,7 +59,7 @@ sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python tests/sanitize.sh $(ARGS)
 
 soak: $(READY)
-	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_faults.py -k "grow" $(ARGS)
+	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_faults.py tests/test_large.py -k "grow or 32_bits" $(ARGS)
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)
 
 clean:
