@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# make sanitize: the native core under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under ThreadSanitizer.
+# make sanitize: the native core under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under
+# ThreadSanitizer.
 # A copy of the package with that core lies in build/sanitize; nothing of it is ever installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +25,7 @@ cp -r fused_sam "$build/package" && rm -f "$build"/package/fused_sam/_native*.so
 cp "$build"/address/_native*.so "$build/package/fused_sam"
 
 # libstdc++ too: without it the sanitizer does not find the functions that throw. Python itself leaks on purpose.
-LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so) $("$cxx" -print-file-name=libstdc++.so)"
+LD_PRELOAD=$(for name in asan ubsan stdc++; do "$cxx" -print-file-name="lib$name.so"; done | paste -sd " ")
 export LD_PRELOAD PYTHONPATH=$build/package OMP_NUM_THREADS=2
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 cd "$root/tests"

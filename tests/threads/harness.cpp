@@ -85,7 +85,8 @@ bool same_for_any_team(DType dtype, unsigned seed) {
 
 int main(int, char** arguments) {
   // The name by which csrc/cpu/parallel.cpp finds torch, and through it the runtime.
-  const std::string torch = std::string(arguments[0]).substr(0, std::string(arguments[0]).rfind('/')) + "/libtorch_cpu.so";
+  const std::string self = arguments[0];
+  const std::string torch = self.substr(0, self.rfind('/')) + "/libtorch_cpu.so";
   void* runtime = dlopen(torch.c_str(), RTLD_NOW);
   if (runtime == nullptr) {
     std::fprintf(stderr, "%s\n", dlerror());

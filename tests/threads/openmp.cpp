@@ -1,4 +1,4 @@
-// What csrc/cpu/parallel.cpp calls of an OpenMP runtime, on plain threads: ThreadSanitizer sees when they start and end.
+// What csrc/cpu/parallel.cpp calls of an OpenMP runtime, on plain threads: ThreadSanitizer sees them start and end.
 #include <atomic>
 #include <thread>
 #include <vector>
