@@ -2,6 +2,8 @@
 # make test    set up, and run every check: lint, types, tests
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     on a machine with a GPU, without network: build, tests, sanitizers, benchmarks; OUT=folder for logs and rows
+# make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
+# make soak    random calls and 10^5 steps of flat memory, for hours
 # make help    this list
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ READY  := $(VENV)/.ready
 ARGS   ?=
 OUT    ?= runs/gpu
 
-.PHONY: help train test bench gpu lint clean fashion-mnist
+.PHONY: help train test bench gpu sanitize soak lint clean fashion-mnist
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +54,13 @@ bench: $(READY)
 # With the interpreter that has torch for the GPU, not one of ours. ARGS="--steps ..." for a part, --help for all.
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
+
+sanitize: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python tests/sanitize.sh $(ARGS)
+
+soak: $(READY)
+	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_faults.py tests/test_large.py -k "grow or 32_bits" $(ARGS)
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info fused_sam/_native*.so $(READY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.training import save_whole
 from fused_sam import rng
 
 NAME = "checkpoint.pt"
@@ -53,9 +53,7 @@ class Requests:
 def save(state: dict[str, Any], path: Path) -> None:
     """Written aside and renamed: at any time there is a whole file under the name, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".part{os.getpid()}")
-    torch.save(state, aside)
-    os.replace(aside, path)
+    save_whole(state, path)
 
 
 def load(path: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ BatchNorm statistics come from the first pass of a SAM step only.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -22,7 +21,7 @@ from rich.table import Table
 import fused_sam
 from bench import curves, data, records
 from bench.models import WideResNet, parameter_count
-from bench.training import PASSES, Config, Run, chosen_backend
+from bench.training import PASSES, Config, Run, chosen_backend, save_whole
 
 SOURCES = "Debian's dataset-fashion-mnist, else a download, else scikit-learn's digits"
 NOISE = "this fraction of the training labels is replaced by another class"
@@ -192,9 +191,7 @@ class Job:
             "running": run and run.state_dict(),
         }
         self.out.mkdir(parents=True, exist_ok=True)
-        aside = self.checkpoint.with_suffix(f".part{os.getpid()}")
-        torch.save(state, aside)
-        os.replace(aside, self.checkpoint)
+        save_whole(state, self.checkpoint)
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON row per run."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,17 @@ def chosen_backend(name: str | None, device: str) -> str:
     """The name of the backend that FusedSAM uses."""
     module = backends.for_device(torch.device(device).type, backends.requested(name))
     return module.__name__.rpartition(".")[2]
+
+
+def save_whole(state: Any, path: Path) -> None:
+    """torch.save, but whenever it ends, by a full disk or a kill, the file is the old one or the new one."""
+    aside = path.with_suffix(f".part{os.getpid()}")
+    try:
+        torch.save(state, aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 class StepClock:

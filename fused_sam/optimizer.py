@@ -241,7 +241,7 @@ class FusedSAM(Optimizer):
                 self._base.step(self, self._journal, None, None)
             finally:
                 self.restore()
-            self._note_masters()
+            masters.note(self)
             return None
         descents.descend(self)
         return None

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 import weakref
@@ -302,7 +303,7 @@ def steps(count):
 
 steps(200)
 before = resident()
-steps(1000)
+steps(int(sys.argv[2]))
 growth = resident() - before
 big = torch.ones(16 << 20)
 opt = FusedSAM([big], rho=0.07, lr=0.013, backend=sys.argv[1])
@@ -316,25 +317,27 @@ print(json.dumps({"growth": growth, "swap": resident("VmHWM") - before}))
 
 
 @pytest.fixture(scope="module")
-def memory() -> dict[str, Any]:
-    command = [sys.executable, "-c", MEMORY_PROBE, "native"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
+    if backends.available().get(request.param) != "ok":
+        pytest.skip(f"the {request.param} backend is not built")
+    rounds = os.environ.get("FUSED_SAM_SOAK", "1000")  # of two steps each, and a few that fail
+    command = [sys.executable, "-c", MEMORY_PROBE, request.param, rounds]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
-needs_native = pytest.mark.skipif(backends.available().get("native") != "ok", reason="the native backend is not built")
 
 
-@needs_native
 @needs_proc
+@pytest.mark.parametrize("memory", ["native", "eager"], indirect=True)
 def test_two_thousand_small_steps_do_not_grow_the_process(memory: dict[str, Any]) -> None:
     assert memory["growth"] < 4 << 10
 
 
-@needs_native
 @needs_proc
+@pytest.mark.parametrize("memory", ["native"], indirect=True)
 def test_the_in_place_swap_takes_no_memory(memory: dict[str, Any]) -> None:
     """A backup would take another 64 MiB."""
     assert memory["swap"] < 8 << 10

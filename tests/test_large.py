@@ -1,6 +1,7 @@
 """Calls on more memory than the last-level cache holds, where the native kernels store past the cache.
 
-Exceeding a server's cache would take gigabytes, so the machine is made to look as if it had a small one.
+Exceeding a server's cache would take gigabytes, so the machine is made to look as if it had a small one. Exceeding what
+32 bits can count does take them: that test is part of ``make soak``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from fused_sam import backends, ops
+from fused_sam import FusedSAM, backends, ops
 
 CACHE = 1 << 20
 TENSORS = 2 * len(DTYPES)
@@ -137,3 +138,31 @@ def test_calls_beyond_the_cache_equal_calls_within_it(isa: str, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert USED in done.stderr
+
+
+def available_gib() -> int:
+    """Memory that this machine has left."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) >> 20 for line in lines if line.startswith("MemAvailable"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(backends.available().get("native") != "ok", reason="the native backend is not built")
+@pytest.mark.skipif("FUSED_SAM_SOAK" not in os.environ, reason="takes 13 GB and half a minute: make soak")
+def test_a_parameter_of_more_elements_than_32_bits_count() -> None:
+    if available_gib() < 16:
+        pytest.skip("needs 16 GiB of free memory")
+    size = 2**31 + 2**16 + 3
+    places = torch.tensor([0, 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, size - 1])
+    values = torch.arange(1.0, 1.0 + len(places), dtype=torch.bfloat16)
+    p = torch.zeros(size, dtype=torch.bfloat16)
+    opt = FusedSAM([p], rho=0.5, lr=0.25, backend="native")
+    # Memory of zeros is not taken before it is written.
+    p.grad = torch.zeros_like(p).index_put_((places,), values)
+    opt.first_step(zero_grad=True)
+    length = float(values.double().norm())
+    torch.testing.assert_close(p[places], (0.5 * values.double() / length).bfloat16())
+    p.grad = torch.zeros_like(p).index_put_((places,), -8 * values)
+    opt.step()
+    torch.testing.assert_close(p[places], 2 * values, rtol=0, atol=0)
+    assert int(p.count_nonzero()) == len(places)

@@ -207,3 +207,17 @@ def test_an_unknown_backend_is_refused_by_name(op: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match="abacus"):
         getattr(ops, op)(**kwargs, backend="abacus")
     assert_same_bits(kwargs["params"], before)
+
+
+@pytest.mark.parametrize(("op", "key"), [(op, key) for op, key in LISTS if key != "params"])
+def test_a_tensor_whose_memory_was_freed_is_refused(op: str, key: str, backend: str, device: str) -> None:
+    kwargs = arguments(op, device)
+    kwargs[key][1].untyped_storage().resize_(0)
+    assert_refused(op, kwargs, backend)
+
+
+@pytest.mark.parametrize(("op", "key"), LISTS)
+def test_a_tuple_is_no_list_of_tensors(op: str, key: str, backend: str, device: str) -> None:
+    kwargs = arguments(op, device)
+    kwargs[key] = tuple(kwargs[key])
+    assert_refused(op, kwargs, backend)

@@ -1,0 +1,74 @@
+"""The flags that the native core is built with, and what the built library says of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+needs_cmake = pytest.mark.skipif(
+    shutil.which("cmake") is None or importlib.util.find_spec("pybind11") is None, reason="needs cmake and pybind11"
+)
+
+
+def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+    command += ["-DFUSED_SAM_CUDA=OFF", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@needs_cmake
+def test_every_file_is_hardened_and_none_is_bound_to_this_machine_or_to_loose_arithmetic(tmp_path: Path) -> None:
+    configured = configure(tmp_path)
+    assert configured.returncode == 0, configured.stderr
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    assert len(commands) > 20
+    for entry in commands:
+        flags = entry["command"].split()
+        for needed in ("-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-O3", "-ffp-contract=off"):
+            assert needed in flags, (needed, entry["file"])
+        # -ffast-math also makes the library flush subnormals in the whole process.
+        loose = ("-march=", "-mtune=", "-ffast-math", "-Ofast", "-funsafe", "-fassociative", "-fsanitize")
+        assert not [flag for flag in flags if flag.startswith(loose)], entry["file"]
+
+
+@needs_cmake
+def test_a_sanitized_core_is_refused_in_a_release_build(tmp_path: Path) -> None:
+    configured = configure(tmp_path, "-DFUSED_SAM_SANITIZE=address")
+    assert configured.returncode != 0
+    assert "FUSED_SAM_SANITIZE=address in a Release build" in configured.stderr
+
+
+def test_nothing_is_downloaded_at_build_time() -> None:
+    sources = (ROOT / "CMakeLists.txt").read_text() + (ROOT / "setup.py").read_text()
+    for name in ("FetchContent", "ExternalProject", "file(DOWNLOAD", "https://", "http://", "urllib", "git clone"):
+        assert name not in sources
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_the_library_is_hardened() -> None:
+    """Read-only relocations, bound when it is loaded; no executable stack; checks of the stack and of copies."""
+    spec = importlib.util.find_spec("fused_sam._native")
+    if spec is None or spec.origin is None:
+        pytest.skip("the native core is not built")
+
+    def readelf(option: str) -> str:
+        return subprocess.run(["readelf", "-W", option, spec.origin], capture_output=True, text=True, check=True).stdout
+
+    segments, dynamic, symbols = readelf("-l"), readelf("-d"), readelf("--dyn-syms")
+    assert "GNU_RELRO" in segments
+    assert re.search(r"GNU_STACK.* RW ", segments)
+    assert re.search(r"\(FLAGS\).*BIND_NOW|\(FLAGS_1\).*NOW", dynamic)
+    assert "TEXTREL" not in dynamic
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+    assert "__stack_chk_fail" in symbols
+    exported = [line for line in symbols.splitlines() if re.search(r"GLOBAL\s+DEFAULT\s+\d+", line)]
+    assert [line.split()[-1] for line in exported] == ["PyInit__native"]
