@@ -73,6 +73,5 @@ def test_the_table_of_options_names_each_with_its_bytes():
     ]
     lines = tables.options(rows).splitlines()
     assert lines[2].startswith("| FusedSAM | 40 |")
-    assert lines[3] == "| ASAM | 44 | 20 (20 to 20) | 50.0 | 90% |"
-    assert lines[5].startswith("| AdamW | 52 |")
-    assert lines[4] == "| p = inf | 36 | 20 (20 to 20) | 50.0 | 90% |"
+    for start in ("| ASAM | 44 |", "| p = inf | 36 |", "| AdamW | 52 |", "| MSAM | 40 |"):
+        assert any(line == f"{start} 20 (20 to 20) | 50.0 | 90% |" for line in lines), start
