@@ -99,7 +99,7 @@ def route(
         ValueError: if the lists differ in length.
     """
     for x in (params, grads, backups, *states):
-        if not (isinstance(x, list) or x is None or (x is backups and hasattr(x, "kept"))):
+        if not (isinstance(x, list) or x is None or (x is backups and hasattr(x, "joins_update"))):
             raise TypeError(f"Invalid {type(x).__name__} of tensors. Must be a list.")
     lists = [x for x in (grads, backups, *states) if isinstance(x, list)]
     for x in lists:
