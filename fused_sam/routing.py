@@ -102,7 +102,7 @@ def route(
         ValueError: if the lists differ in length.
     """
     for x in (params, grads, backups, masters, *states):
-        if not (isinstance(x, list) or x is None or (x is backups and hasattr(x, "kept"))):
+        if not (isinstance(x, list) or x is None or (x is backups and hasattr(x, "joins_update"))):
             raise TypeError(f"Invalid {type(x).__name__} of tensors. Must be a list.")
     lists = [x for x in (grads, backups, *states, masters) if isinstance(x, list)]
     for x in lists:
