@@ -94,13 +94,14 @@ def test_trajectory_of_the_reference(config: dict[str, Any], adaptive: bool) -> 
     w: list[Any] = [exact(p) for p in params]
     m: list[Any] = [None] * len(params)
     sam = ReferenceSAM(params, rho=RHO, adaptive=adaptive, **config)
+    rho = -RHO if config.get("maximize") else RHO  # where the objective is worst
     for first, second in gradient_stream(SHAPES, 6, torch.float64):
         set_grads(params, first)
         norm = exact_norm((p, g, adaptive) for p, g in zip(params, first, strict=True))
         sam.first_step(zero_grad=True)
         for i, (p, g) in enumerate(zip(params, first, strict=True)):
             assert p.grad is None
-            assert_close(p, w[i] + exact_ascent(w[i], exact(g), norm, RHO, adaptive))
+            assert_close(p, w[i] + exact_ascent(w[i], exact(g), norm, rho, adaptive))
         set_grads(params, second)
         sam.second_step()
         for i, (p, g) in enumerate(zip(params, second, strict=True)):
