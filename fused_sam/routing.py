@@ -102,12 +102,11 @@ def route(
         ValueError: if the lists differ in length.
     """
     for x in (params, grads, backups, masters, *states):
-        if not (isinstance(x, list) or x is None or (x is backups and hasattr(x, "joins_update"))):
+        if isinstance(x, list):
+            if len(x) != len(params):
+                raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
+        elif not (x is None or (x is backups and hasattr(x, "joins_update"))):
             raise TypeError(f"Invalid {type(x).__name__} of tensors. Must be a list.")
-    lists = [x for x in (grads, backups, *states, masters) if isinstance(x, list)]
-    for x in lists:
-        if len(x) != len(params):
-            raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
     if not params:
         return []
     device = params[0].device

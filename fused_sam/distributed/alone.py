@@ -31,9 +31,11 @@ class Alone(Peers):
         return Alone()
 
     def average_first(self, optimizer: FusedSAM) -> None:
-        if self._said or not (dist.is_available() and dist.is_initialized()):
+        if self._said:
             return
         self._said = True
+        if not (dist.is_available() and dist.is_initialized()):
+            return
         if (ranks := dist.get_world_size()) > 1:
             logging.getLogger("fused_sam").warning(
                 "There are %d ranks, and fused_sam.distributed.data_parallel(model, optimizer) has not been called: "
