@@ -20,7 +20,9 @@ class Report(NamedTuple):
     """The last step that was made; None where there was nothing to see, or nobody looked.
 
     Gradients are taken as backward left them: under a GradScaler they are those of the scaled loss, unless the caller
-    has unscaled them. After ``step([closure_1, ..., closure_k])`` all but ``second_grad_norm`` have the shape [k].
+    has unscaled them. After ``step([closure_1, ..., closure_k])`` all but ``second_grad_norm`` have the shape [k]. With
+    several steps of the ascent they are those of the last one, and the cosine is with the first gradient; along the
+    momentum, the momentum stands in the first gradient's place.
 
     Attributes:
         grad_norm: the norm that e was scaled by, ||T g||_q of Foret et al. 2021, eq. 2; fp64, shape []. None for
