@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fused_sam import masters, ops
 from fused_sam.ascents import Displacement
+from fused_sam.backends.eager import wide
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -55,11 +56,11 @@ def keep(optimizer: FusedSAM, ascent: Displacement) -> None:
         return
     device = triples[0][0].device
     square = _norm(optimizer, [p for p, _, _ in triples], [g for _, g, _ in triples]).to(device) ** 2
-    dots = [torch.sum(_wide(g) * _wide(gs), dtype=torch.float64).to(device) for _, g, gs in triples]
+    dots = [torch.sum(wide(g) * wide(gs), dtype=torch.float64).to(device) for _, g, gs in triples]
     factor = torch.stack(dots).sum() / square
     usable = torch.isfinite(factor) & (square > 0)
     for p, g, gs in triples:
-        part = _wide(gs) - factor.to(p.device, _wide(g).dtype) * _wide(g)
+        part = wide(gs) - factor.to(p.device, wide(g).dtype) * wide(g)
         state = optimizer.state[p]
         last = state.get(KEY)
         if last is None:
@@ -81,13 +82,8 @@ def apply(optimizer: FusedSAM, alpha: float) -> None:
     length, of_parts = _norm(optimizer, params, grads), _norm(optimizer, params, parts)
     ratio = torch.where(of_parts > 0, alpha * length / of_parts, 0.0)
     for g, part in zip(grads, parts):
-        g.copy_(_wide(g) + ratio.to(g.device, _wide(g).dtype) * _wide(part))
+        g.copy_(wide(g) + ratio.to(g.device, wide(g).dtype) * wide(part))
 
 
 def _norm(optimizer: FusedSAM, params: list[Tensor], tensors: list[Any]) -> Tensor:
     return ops.norm(params, tensors, [ops.AscentGroup(len(params), 0.0, False)], optimizer.backend)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """fp32 for 16-bit tensors, others as they are: a factor would be rounded to their 16 bits."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

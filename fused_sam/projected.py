@@ -3,8 +3,7 @@ r"""Steps of the ascent after the first: projected gradient ascent (Foret et al.
     e <- P(e + rho_k T sign(x) (|x| / ||x||_q)^(q-1)),    x = T g,    g = grad L(w + e),    T as at w
 
 P brings e back into the ball ||e / (rho T)||_p <= 1: element by element for p = inf, else along the ray to 0, which for
-p = 2 leads to the nearest point. In plain torch and in fp64, for study: a step costs a gradient beside which this is
-little.
+p = 2 leads to the nearest point. On fp64 copies, for study: a step costs a gradient, beside which this is little.
 """
 
 from __future__ import annotations
@@ -44,21 +43,31 @@ def advance(
     ]
     groups = [group._replace(decay=0.0) for group in groups]
     kept = [b if m is None else m for b, m in zip(backups, masters)]
-    norm = ops.norm([w if k is None else k for w, k in zip(params, kept)], grads, groups, backend, p)
+    weights = [(p if k is None else k).double() for p, k in zip(params, kept)]
+    norm, ahead = _stepped(weights, grads, groups, backend, p)
     moved = [i for i, k in enumerate(kept) if k is not None]
-    es, sizes = [], []
-    for i in moved:
-        w = kept[i].double()
-        group = of_tensor[i].on(w.device, of_tensor[i].size)
-        t = w.abs() + group.eta if group.adaptive else torch.ones_like(w)
-        e = params[i].double() - w
-        if grads[i] is not None:
-            e = e + group.rho * t * _direction(t * grads[i].double(), norm, p, i)
-        es.append(e)
-        sizes.append(group.distance * t)
-    for i, e in zip(moved, _project(es, sizes, p)):
-        params[i].copy_(kept[i].double() + e)
+    es = [params[i].double() - weights[i] + (ahead[i] - weights[i]) for i in moved]
+    sizes = [_half_axes(weights[i], of_tensor[i]) for i in moved]
+    for i, e in zip(moved, project(es, sizes, p)):
+        params[i].copy_(weights[i] + e)
     return norm
+
+
+def _stepped(
+    weights: list[Tensor], grads: list[Any], groups: list[ops.AscentGroup], backend: str | None, p: float
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The norm of the gradients, and w + rho T sign(x) (|x| / ||x||_q)^(q-1), all in fp64: what SAM does from w."""
+    ahead = [w.clone() for w in weights]
+    ascent = ops.Ascent(ahead, [None if g is None else g.double() for g in grads], groups, backend, p)
+    norm = ascent.norm()
+    ascent.perturb(norm, [])
+    return norm, ahead
+
+
+def _half_axes(w: Tensor, group: ops.AscentGroup) -> Tensor:
+    """rho T of the ball that a group's displacement stays in."""
+    t = w.abs() + group.eta if group.adaptive else torch.ones_like(w)
+    return group.on(w.device, group.size).distance * t
 
 
 def _keep_newcomers(
@@ -78,31 +87,15 @@ def _keep_newcomers(
                 backups[i] = b
 
 
-def _direction(x: Tensor, norm: Tensor | None, p: float, index: int) -> Tensor:
-    """sign(x) (|x| / ||x||_q)^(q-1), 0 where the norm is zero or not finite."""
-    if norm is None:
-        return torch.nan_to_num(torch.sign(x), nan=0.0)
-    norm = norm.to(x.device)
-    value = norm[0] if p == 1 else norm
-    active = torch.isfinite(value) & (value > 0)
-    if p == 1:
-        if x.numel() == 0:
-            return x
-        # Where in the tensor is asked again: backends count its elements in the order of memory or of indices.
-        elements = torch.arange(x.numel(), device=x.device).view(x.shape)
-        here = active & (norm[1] == index) & (elements == x.abs().argmax())
-        return torch.where(here, torch.sign(x), 0.0)
-    power = ops.dual_exponent(p) - 1
-    return torch.where(active, torch.copysign((x.abs() / value) ** power, x), 0.0)
+def project(es: list[Tensor], sizes: list[Tensor], p: float) -> list[Tensor]:
+    """Each e in the ball ||e / size||_p <= 1 of all tensors together, ``sizes`` >= 0 of the shapes of ``es``.
 
-
-def _project(es: list[Tensor], sizes: list[Tensor], p: float) -> list[Tensor]:
-    """Each e in the ball whose half axes are ``sizes`` = rho T."""
+    The nearest point, in terms of e / size, for p = 2 and inf; else that on the ray to 0. 0 where the size is.
+    """
     if p == math.inf:
         return [torch.clamp(e, -size, size) for e, size in zip(es, sizes)]
-    ratios = [torch.where(size > 0, e / size, 0.0) for e, size in zip(es, sizes)]
-    lengths = [torch.linalg.vector_norm(ratio, ord=p) for ratio in ratios]
+    lengths = [torch.linalg.vector_norm(torch.where(size > 0, e / size, 0.0), ord=p) for e, size in zip(es, sizes)]
     if not lengths:
         return es
     length = torch.linalg.vector_norm(torch.stack([x.to(lengths[0].device) for x in lengths]), ord=p).clamp(min=1.0)
-    return [e / length.to(e.device) for e in es]
+    return [torch.where(size > 0, e / length.to(e.device), 0.0) for e, size in zip(es, sizes)]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fused_sam import ops, param_groups
+from fused_sam import ops, param_groups, projected
 from fused_sam.analysis.objective import flat, split
 
 
@@ -37,21 +35,7 @@ class Neighbourhood:
     def project(self, e: Tensor, scale: Tensor) -> Tensor:
         """e if it is in the neighbourhood, else a point of it: for p = 2 and inf the nearest, in terms of e / T; for
         any other p the one on the ray through e. Vectors of fp64; where T is 0, so is the result."""
-        x = torch.where(scale > 0, e / scale, 0.0)
-        if self.p == math.inf:
-            x = x.clamp(-self.rho, self.rho)
-        else:
-            length = _length(x, self.p)
-            x = x * torch.where(length > self.rho, self.rho / length, 1.0)
-        return scale * x
-
-
-def _length(x: Tensor, p: float) -> Tensor:
-    """||x||_p, without underflow of the powers."""
-    if x.numel() == 0:
-        return x.sum()
-    peak = x.abs().amax()
-    return torch.where(peak > 0, peak * torch.linalg.vector_norm(x / peak, ord=p), peak)
+        return projected.project([e], [self.rho * scale], self.p)[0]
 
 
 class Climb:

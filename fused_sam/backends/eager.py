@@ -130,8 +130,8 @@ class Batch:
 
     def _perturbed(self, i: int, group: AscentGroup, norm: Tensor | None, q: float) -> Tensor:
         """w + e of one tensor."""
-        w = _wide(self.weights[i])
-        g = _decayed(w, _wide(self.grads[i]), group)
+        w = wide(self.weights[i])
+        g = _decayed(w, wide(self.grads[i]), group)
         t = _neighbourhood(w, group) if group.adaptive else 1.0
         if norm is None:
             return w + t * (torch.nan_to_num(torch.sign(g), nan=0.0) * group.rho)
@@ -226,8 +226,8 @@ def _decayed(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
     return g if group.decay == 0 else g.add(w, alpha=group.decay)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """fp32 for 16-bit tensors, others as they are."""
+def wide(x: Tensor) -> Tensor:
+    """fp32 for 16-bit tensors, others as they are: a factor in a tensor would be rounded to their 16 bits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -252,11 +252,11 @@ def _sgd_tensor(
     found_inf: Tensor | None,
 ) -> None:
     """torch.optim.SGD's for-loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
-    w, d = _wide(param), _direction(grad, grad_scale, group.maximize)
+    w, d = wide(param), _direction(grad, grad_scale, group.maximize)
     if group.weight_decay != 0:
         d = d.add(w, alpha=group.weight_decay)
     if buffer is not None:
-        m = d if group.first else (_wide(buffer) * group.momentum).add(d, alpha=1 - group.dampening)
+        m = d if group.first else (wide(buffer) * group.momentum).add(d, alpha=1 - group.dampening)
         d = d.add(m, alpha=group.momentum) if group.nesterov else m
         _write(buffer, m, found_inf)
     if isinstance(group.lr, Tensor):
@@ -279,7 +279,7 @@ def _adam_tensor(
     found_inf: Tensor | None,
 ) -> None:
     """torch.optim.Adam's for-loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
-    w, d = _wide(param), _direction(grad, grad_scale, group.maximize)
+    w, d = wide(param), _direction(grad, grad_scale, group.maximize)
     correction1: Any = group.correction1
     correction2_root: Any = group.correction2_root
     if correction1 == 0.0 and step is not None:
@@ -292,12 +292,12 @@ def _adam_tensor(
     if group.weight_decay != 0 and group.decoupled:
         w = w * (1 - group.lr * group.weight_decay)
     zeros = torch.zeros_like(w) if group.first else None
-    m = (_wide(exp_avg) if zeros is None else zeros).lerp(d, 1 - group.beta1)
-    v = ((_wide(exp_avg_sq) if zeros is None else zeros) * group.beta2).addcmul(d, d, value=1 - group.beta2)
+    m = (wide(exp_avg) if zeros is None else zeros).lerp(d, 1 - group.beta1)
+    v = ((wide(exp_avg_sq) if zeros is None else zeros) * group.beta2).addcmul(d, d, value=1 - group.beta2)
     _write(exp_avg, m, found_inf)
     _write(exp_avg_sq, v, found_inf)
     if max_exp_avg_sq is not None:
-        v = torch.maximum(_wide(max_exp_avg_sq) if zeros is None else zeros, v)
+        v = torch.maximum(wide(max_exp_avg_sq) if zeros is None else zeros, v)
         _write(max_exp_avg_sq, v, found_inf)
     # A number is cut to the dtype of the tensor it meets; a tensor of no dimensions is not.
     if isinstance(correction2_root, Tensor):
@@ -311,7 +311,7 @@ def _adam_tensor(
 
 def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """The gradient as the base step takes it, after unscaling it in place."""
-    g = _wide(grad)
+    g = wide(grad)
     if grad_scale is not None:
         # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.
         g = g * grad_scale.double().reciprocal().float()
@@ -320,4 +320,4 @@ def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tenso
 
 
 def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
-    target.copy_(value if found_inf is None else torch.where(found_inf != 0, _wide(target), value))
+    target.copy_(value if found_inf is None else torch.where(found_inf != 0, wide(target), value))
