@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact
 from helpers import (
     ADAM_ULP,
     FLOAT64_RTOL,
@@ -18,11 +19,9 @@ from helpers import (
     ROOT_ULP,
     assert_as_torch,
     assert_same_bits,
-    assert_within_ulp,
     batches,
     bits,
     closure_for,
-    exact,
     gradient_stream,
     ids,
     leaves,

@@ -11,10 +11,10 @@ import torch
 from helpers import (
     DTYPES,
     FEW_SIZES,
-    FLOAT64_RTOL,
     HYPER,
     LARGE,
     RHO,
+    assert_all_close,
     assert_same_bits,
     batches,
     buffers,
@@ -41,11 +41,6 @@ NEIGHBOURHOODS: dict[str, dict[str, Any]] = {
 }
 
 
-def assert_close(actual: Any, expected: Any) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-
-
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("neighbourhood", NEIGHBOURHOODS)
 @pytest.mark.parametrize("steps", [2, 5])
@@ -62,9 +57,9 @@ def test_a_trajectory_matches_the_float64_reference(
         loss = opt.step(lambda batch=batch, calls=calls: calls.append(1) or closure_for(net, batch)())
         assert len(calls) == steps + 1
         expected = reference.step(zeroing(twin, closure_for(twin, batch)))
-        assert_close([loss.detach()], [expected.detach()])
-    assert_close(net.parameters(), twin.parameters())
-    assert_close(buffers(opt), buffers(reference))
+        assert_all_close([loss.detach()], [expected.detach()])
+    assert_all_close(net.parameters(), twin.parameters())
+    assert_all_close(buffers(opt), buffers(reference))
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -89,13 +84,13 @@ def test_groups_of_their_own_radius_and_one_that_stays(p: float, backend: str, d
             for optimizer, tensors in ((opt, params), (reference, twins)):
                 set_grads(tensors, g)
                 optimizer.first_step(zero_grad=True)
-            assert_close(params, twins)
+            assert_all_close(params, twins)
         g = [torch.randn(n, device=device, dtype=torch.float64) for n in FEW_SIZES]
         set_grads(params, g)
         set_grads(twins, g)
         opt.step()
         reference.second_step()
-        assert_close(params, twins)
+        assert_all_close(params, twins)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -151,7 +146,7 @@ def test_gradients_that_come_and_go_between_the_steps(backend: str, device: str)
         for optimizer, tensors in ((opt, params), (reference, twins)):
             set_grads(tensors, g)
             optimizer.first_step(zero_grad=True)
-        assert_close(params, twins)
+        assert_all_close(params, twins)
     opt.restore()
     assert_same_bits(params, start)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact
 from helpers import (
     CLIP_RTOL,
     DTYPES,
@@ -21,11 +22,9 @@ from helpers import (
     SIXTEEN_BIT,
     UPDATE_ULP,
     assert_same_bits,
-    assert_within_ulp,
     batches,
     buffers,
     closure_for,
-    exact,
     ids,
     leaves,
     quadratic,

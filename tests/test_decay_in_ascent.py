@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_forms import Array, assert_within_ulp, exact
 from helpers import (
     DTYPES,
     FEW_SIZES,
@@ -17,14 +18,11 @@ from helpers import (
     RHO,
     ROUNDED_ONCE_ULP,
     SIXTEEN_BIT,
-    Array,
     Lists,
     assert_same_bits,
-    assert_within_ulp,
     batches,
     buffers,
     closure_for,
-    exact,
     ids,
     leaves,
     quadratic,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact
 from helpers import (
     FEW_SIZES,
     HYPER,
@@ -21,11 +22,9 @@ from helpers import (
     UPDATE_ULP,
     assert_as_torch,
     assert_same_bits,
-    assert_within_ulp,
     batches,
     bits,
     buffers,
-    exact,
     gradient_stream,
     ids,
     leaves,

@@ -14,6 +14,7 @@ from helpers import (
     HYPER,
     LARGE,
     RHO,
+    assert_all_close,
     assert_same_bits,
     batches,
     buffers,
@@ -59,11 +60,6 @@ def one_by_one(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Ten
     return closure
 
 
-def assert_close(actual: Any, expected: Any) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-
-
 # Gradient accumulation
 
 
@@ -88,8 +84,8 @@ def test_several_backward_calls_in_each_pass_equal_one_big_batch(
             accumulate()
             opt.second_step()
         plain.step(closure_for(twin, batch))
-    assert_close(net.parameters(), twin.parameters())
-    assert_close(state_of(opt), state_of(plain))
+    assert_all_close(net.parameters(), twin.parameters())
+    assert_all_close(state_of(opt), state_of(plain))
 
 
 # m-sharpness
@@ -108,9 +104,9 @@ def test_a_list_of_closures_matches_the_reference(adaptive: bool, count: int, ba
         loss = optimizer.step([closure_for(net, batch) for batch in groups])
         expected = reference.step([zeroing(twin, closure_for(twin, batch)) for batch in groups])
         torch.testing.assert_close(loss, expected.detach(), rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-        assert_close((p.grad for p in net.parameters()), (p.grad for p in twin.parameters()))
-    assert_close(net.parameters(), twin.parameters())
-    assert_close(buffers(optimizer), buffers(reference))
+        assert_all_close((p.grad for p in net.parameters()), (p.grad for p in twin.parameters()))
+    assert_all_close(net.parameters(), twin.parameters())
+    assert_all_close(buffers(optimizer), buffers(reference))
 
 
 def test_every_closure_has_an_e_of_its_own(backend: str, device: str) -> None:
@@ -197,7 +193,7 @@ def test_rho_zero_is_sgd_with_the_mean_gradient(backend: str, device: str) -> No
         for batch in data[start : start + 3]:
             (nn.functional.cross_entropy(twin(batch[0]), batch[1]) / 3).backward()
         sgd.step()
-    assert_close(net.parameters(), twin.parameters())
+    assert_all_close(net.parameters(), twin.parameters())
 
 
 def test_a_gradient_that_is_none_in_some_groups_is_zero_there(backend: str, device: str) -> None:
@@ -299,7 +295,7 @@ def test_statistics_count_every_group_once(backend: str, device: str) -> None:
     for x in data:
         twin(x)
     assert int(net[1].num_batches_tracked) == 3
-    assert_close([net[1].running_mean, net[1].running_var], [twin[1].running_mean, twin[1].running_var])
+    assert_all_close([net[1].running_mean, net[1].running_var], [twin[1].running_mean, twin[1].running_var])
 
 
 def test_replayed_random_numbers_are_the_same_in_both_passes_and_differ_between_groups(

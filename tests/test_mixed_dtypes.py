@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact, exact_ascent, exact_norm, exact_sgd
 from helpers import (
     FEW_SIZES,
     HYPER,
@@ -16,11 +17,6 @@ from helpers import (
     Carved,
     ascent_groups,
     assert_same_bits,
-    assert_within_ulp,
-    exact,
-    exact_ascent,
-    exact_norm,
-    exact_sgd,
     ids,
     scalar,
     sgd_groups,

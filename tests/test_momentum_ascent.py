@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
-    FLOAT64_RTOL,
     HYPER,
     LARGE,
     LENGTH_RTOL,
     RHO,
+    assert_all_close,
     assert_same_bits,
     batches,
     closure_for,
@@ -43,11 +43,6 @@ every_base = pytest.mark.parametrize("base", BASES)
 def make(params: Any, base: str, backend: str, **options: Any) -> FusedSAM:
     base_class, _, base_options = BASES[base]
     return FusedSAM(params, base_class, direction="momentum", backend=backend, **base_options, **options)
-
-
-def assert_close(actual: Any, expected: Any) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
 
 
 @every_base
@@ -78,9 +73,9 @@ def test_a_trajectory_matches_the_float64_reference(
         assert len(calls) == 1
         reference.first_step_along_momentum()
         twin.zero_grad()
-        assert_close([loss.detach()], [closure_for(twin, batch)().detach()])  # the loss at w + e
+        assert_all_close([loss.detach()], [closure_for(twin, batch)().detach()])  # the loss at w + e
         reference.second_step()
-        assert_close(net.parameters(), twin.parameters())
+        assert_all_close(net.parameters(), twin.parameters())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact, exact_ascent, exact_norm
 from helpers import (
     BLOCK,
     DTYPES,
@@ -21,11 +22,7 @@ from helpers import (
     Lists,
     ascent_groups,
     assert_same_bits,
-    assert_within_ulp,
     bits,
-    exact,
-    exact_ascent,
-    exact_norm,
     ids,
     scalar,
     sgd_groups,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact, exact_adam
 from helpers import (
     ADAM_CONFIGS,
     ADAM_ULP,
@@ -19,10 +20,7 @@ from helpers import (
     AdamLists,
     adam_groups,
     assert_same_bits,
-    assert_within_ulp,
     bits,
-    exact,
-    exact_adam,
     ids,
     scalar,
     snapshot,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact, exact_sgd
 from helpers import (
     DTYPES,
     FEW_SIZES,
@@ -17,10 +18,7 @@ from helpers import (
     UPDATE_ULP,
     Lists,
     assert_same_bits,
-    assert_within_ulp,
     bits,
-    exact,
-    exact_sgd,
     ids,
     sgd_groups,
     snapshot,

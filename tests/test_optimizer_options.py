@@ -8,13 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    RHO,
-    assert_as_torch,
-    assert_same_bits,
-    leaves,
-    quadratic,
-)
+from helpers import RHO, assert_as_torch, assert_same_bits, leaves, quadratic
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fused_sam import FusedSAM

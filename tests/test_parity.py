@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact, ulp
 from helpers import (
     FEW_SIZES,
     FLOAT64_RTOL,
@@ -23,11 +24,9 @@ from helpers import (
     SIXTEEN_BIT,
     UPDATE_ULP,
     assert_same_bits,
-    assert_within_ulp,
     batches,
     buffers,
     closure_for,
-    exact,
     gradient_stream,
     ids,
     momentum_of,
@@ -35,7 +34,6 @@ from helpers import (
     small_net,
     snapshot,
     strided_pairs,
-    ulp,
     zeroing,
 )
 from torch import Tensor, nn

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    FLOAT64_RTOL,
     HYPER,
     LARGE,
+    assert_all_close,
     assert_same_bits,
     batches,
     buffers,
@@ -24,11 +24,6 @@ from helpers import (
 from torch import Tensor, nn
 
 from fused_sam import FusedSAM, ReferenceSAM
-
-
-def assert_close(actual: Any, expected: Any) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
 
 
 def part_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -49,9 +44,9 @@ def test_e_comes_from_the_part_and_the_update_from_all(steps: int, backend: str,
             zeroing(twin, closure_for(twin, part_of(batch)))()
         zeroing(twin, closure_for(twin, batch))()
         reference.second_step()
-        assert_close([loss.detach()], [expected.detach()])
-        assert_close(net.parameters(), twin.parameters())
-    assert_close(buffers(opt), buffers(reference))
+        assert_all_close([loss.detach()], [expected.detach()])
+        assert_all_close(net.parameters(), twin.parameters())
+    assert_all_close(buffers(opt), buffers(reference))
 
 
 def test_each_of_several_closures_has_an_ascent_of_its_own(backend: str, device: str) -> None:
@@ -67,7 +62,7 @@ def test_each_of_several_closures_has_an_ascent_of_its_own(backend: str, device:
         zeroing(twin, closure_for(twin, batch))()
         reference.restore()
         single.append([p.grad.clone() for p in twin.parameters()])
-    assert_close([p.grad for p in net.parameters()], [sum(gs) / 3 for gs in zip(*single)])
+    assert_all_close([p.grad for p in net.parameters()], [sum(gs) / 3 for gs in zip(*single)])
     assert not any(torch.equal(p, x) for p, x in zip(net.parameters(), w))
 
 

@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_forms import exact, exact_adam, exact_ascent, exact_norm, exact_sgd
 from helpers import (
     ADAM_CONFIGS,
     DTYPES,
     FLOAT64_RTOL,
     RHO,
     SGD_CONFIGS,
-    exact,
-    exact_adam,
-    exact_ascent,
-    exact_norm,
-    exact_sgd,
     gradient_stream,
     ids,
     quadratic,

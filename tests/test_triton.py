@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closed_forms import assert_within_ulp, exact
 from helpers import (
     ADAM_CONFIGS,
     BLOCK,
@@ -26,9 +27,7 @@ from helpers import (
     AdamLists,
     adam_groups,
     ascent_groups,
-    assert_within_ulp,
     bits,
-    exact,
     ids,
     set_grads,
     snapshot,
