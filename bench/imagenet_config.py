@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fused_sam
-from bench.imagenet_data import torchvision
+from bench import packages
 
 TWO_HEADED = ("googlenet", "inception_v3")  # in training they have a second loss
 DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +94,7 @@ def make_model(config: Config) -> nn.Module:
     Raises:
         ValueError: for a name that is not that of a classifier with one loss.
     """
-    models = torchvision().models
+    models = packages.torchvision("bench.imagenet").models
     if config.model not in models.list_models(module=models) or config.model in TWO_HEADED:
         raise ValueError(f"Invalid model={config.model!r}. Must be a classifier in torchvision.models, with one head.")
     size = {"image_size": config.image_size} if config.model.startswith("vit") else {}

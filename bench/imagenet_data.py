@@ -10,13 +10,13 @@ import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from bench import packages
 from bench.imagenet_ranks import Ranks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, scaled to [0, 1]
@@ -24,23 +24,6 @@ RESIZE = 256 / 224  # the shorter side before the central crop, of the crop's si
 CLASSES = 1000
 
 Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B] int64
-
-
-def torchvision() -> ModuleType:
-    """The package, imported where it is needed.
-
-    Raises:
-        RuntimeError: saying what to install.
-    """
-    try:
-        import torchvision
-        import torchvision.transforms
-    except (ImportError, RuntimeError) as error:  # the second one for a build that belongs to another torch
-        raise RuntimeError(
-            "bench.imagenet needs pillow and torchvision, in the version and the build (CPU, CUDA) that go with torch "
-            f"{torch.__version__}. Importing it says: {error}."
-        ) from error
-    return torchvision
 
 
 class Synthetic:
@@ -80,7 +63,7 @@ class Folders:
     def __init__(
         self, root: Path, image_size: int, batch_size: int, micro_batches: int, ranks: Ranks, seed: int, workers: int
     ) -> None:
-        vision = torchvision()
+        vision = packages.torchvision("bench.imagenet")
         training = vision.datasets.ImageFolder(root / "train", _augmentation(vision.transforms, image_size))
         validation = vision.datasets.ImageFolder(root / "val", _central_crop(vision.transforms, image_size))
         if training.classes != validation.classes:

@@ -1,4 +1,4 @@
-"""Wide pre-activation ResNets for 28x28 grey images (Zagoruyko and Komodakis, 2016)."""
+"""Wide pre-activation ResNets for small images (Zagoruyko and Komodakis, 2016)."""
 
 from __future__ import annotations
 
@@ -34,28 +34,30 @@ class WideResNet(nn.Module):
         blocks: blocks per stage; 4 with width 10 is the paper's WRN-28-10.
         width: multiplier of the channels.
         stem_stride: 2 halves the image at once, which makes a small net on a CPU four times as fast.
+        channels: of the images.
+        classes: of the last layer.
     """
 
-    def __init__(self, blocks: int, width: int, stem_stride: int = 1, classes: int = 10) -> None:
+    def __init__(self, blocks: int, width: int, stem_stride: int = 1, *, channels: int = 1, classes: int = 10) -> None:
         super().__init__()
         if blocks < 1 or width < 1:
             raise ValueError(f"Invalid {blocks=}, {width=}. Must be >= 1.")
-        channels = STAGE_CHANNELS[0]
-        self.stem = nn.Conv2d(1, channels, 3, stem_stride, padding=1, bias=False)
+        features = STAGE_CHANNELS[0]
+        self.stem = nn.Conv2d(channels, features, 3, stem_stride, padding=1, bias=False)
         stages: list[nn.Module] = []
         for stage, base in enumerate(STAGE_CHANNELS):
             for block in range(blocks):
-                stages.append(Block(channels, base * width, stride=2 if stage and not block else 1))
-                channels = base * width
+                stages.append(Block(features, base * width, stride=2 if stage and not block else 1))
+                features = base * width
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.BatchNorm2d(channels)
-        self.head = nn.Linear(channels, classes)
+        self.norm = nn.BatchNorm2d(features)
+        self.head = nn.Linear(features, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, 1, 28, 28] -> [B, classes]
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
         features = F.relu(self.norm(self.stages(self.stem(x))))
         return self.head(features.mean(dim=(2, 3)))
 

@@ -1,0 +1,101 @@
+"""The paper's networks, by name, for grey or coloured images.
+
+small                       WRN-10-1 that halves the image at once: the default, seconds an epoch on one core
+wrn-D-K                     wide ResNet: D layers, K times 16, 32 and 64 channels; wrn-28-10, wrn-40-10, ...
+resnet-D                    the CIFAR ResNets: resnet-20, resnet-32, ...
+pyramidnet-D-A              A channels wider over D layers; bottlenecks from 164 layers on, as published;
+                            pyramidnet-110-270, pyramidnet-272-200; with -shakedrop behind it, ShakeDrop
+shake-shake-26-2xWd         26 layers, two branches of W channels: 32, 64, 96, 112
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from bench.models import WideResNet
+from bench.paper.models.pyramidnet import PyramidNet
+from bench.paper.models.resnet import ResNet
+from bench.paper.models.shake_shake import ShakeShake
+
+NAMES = (
+    "small",
+    "wrn-16-8",
+    "wrn-28-2",
+    "wrn-28-10",
+    "wrn-40-2",
+    "wrn-40-10",
+    "resnet-20",
+    "resnet-32",
+    "pyramidnet-110-270",
+    "pyramidnet-110-270-shakedrop",
+    "pyramidnet-272-200",
+    "pyramidnet-272-200-shakedrop",
+    "shake-shake-26-2x32d",
+    "shake-shake-26-2x64d",
+    "shake-shake-26-2x96d",
+    "shake-shake-26-2x112d",
+)
+BOTTLENECK_FROM = 164  # layers of the shallowest PyramidNet that was published with bottlenecks
+
+
+def make(name: str, *, channels: int, classes: int, size: int) -> nn.Module:
+    """A network with random weights from the global generator.
+
+    Args:
+        name: one of the patterns above; `NAMES` are examples.
+        channels: of the images, 1 or 3.
+        classes: of the last layer.
+        size: height and width of the images, in pixels.
+
+    Raises:
+        ValueError: no such network, or it cannot halve images of this size twice.
+    """
+    if size < 8 or size % 4:
+        raise ValueError(f"Invalid {size=}. Must be a multiple of 4, at least 8.")
+    for pattern, family in FAMILIES.items():
+        found = re.fullmatch(pattern, name)
+        if found:
+            return family(*found.groups(), channels=channels, classes=classes)
+    raise ValueError(f"Invalid model={name!r}. Must be one of {', '.join(NAMES)}, or of other depth and width.")
+
+
+def _small(*, channels: int, classes: int) -> nn.Module:
+    return WideResNet(blocks=1, width=1, stem_stride=2, channels=channels, classes=classes)
+
+
+def _wide(depth: str, width: str, *, channels: int, classes: int) -> nn.Module:
+    blocks, rest = divmod(int(depth) - 4, 6)
+    if rest:
+        raise ValueError(f"Invalid model='wrn-{depth}-{width}'. Must have 6 n + 4 layers.")
+    return WideResNet(blocks, int(width), channels=channels, classes=classes)
+
+
+def _resnet(depth: str, *, channels: int, classes: int) -> nn.Module:
+    return ResNet(int(depth), channels=channels, classes=classes)
+
+
+def _pyramid(depth: str, widening: str, shakedrop: str | None, *, channels: int, classes: int) -> nn.Module:
+    return PyramidNet(
+        int(depth),
+        int(widening),
+        bottleneck=int(depth) >= BOTTLENECK_FROM,
+        shakedrop=shakedrop is not None,
+        channels=channels,
+        classes=classes,
+    )
+
+
+def _shake(width: str, *, channels: int, classes: int) -> nn.Module:
+    return ShakeShake(int(width), channels=channels, classes=classes)
+
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    r"small": _small,
+    r"wrn-(\d+)-(\d+)": _wide,
+    r"resnet-(\d+)": _resnet,
+    r"pyramidnet-(\d+)-(\d+)(-shakedrop)?": _pyramid,
+    r"shake-shake-26-2x(\d+)d": _shake,
+}

@@ -1,0 +1,130 @@
+"""bench.paper.models: published sizes, shapes, and the noise of Shake-Shake and ShakeDrop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.models import parameter_count
+from bench.paper import models
+from bench.paper.models.pyramidnet import PyramidNet
+from bench.paper.models.shake_shake import shake
+from bench.paper.models.shakedrop import ShakeDrop
+
+SMALL = [name for name in models.NAMES if name in ("small", "wrn-28-2", "resnet-20", "resnet-32")]
+SHAKEN = ["pyramidnet-20-12-shakedrop", "pyramidnet-164-3", "shake-shake-26-2x4d", "wrn-10-1"]
+
+
+# Millions, as printed in the papers of the nets; He et al. 2016, table 6; Zagoruyko and Komodakis 2016, table 5; Han et
+# al. 2017, table 4; Gastaldi 2017, table 1.
+@pytest.mark.parametrize(
+    ("name", "millions", "printed"),
+    [
+        ("resnet-20", 0.27, 0.005),
+        ("resnet-32", 0.46, 0.005),
+        ("wrn-40-2", 2.2, 0.05),
+        ("wrn-16-8", 11.0, 0.05),
+        ("wrn-28-10", 36.5, 0.05),
+        ("wrn-40-10", 55.8, 0.05),
+        ("pyramidnet-110-270", 28.3, 0.2),  # 28.3 in the paper, 28.5 from its equations
+        ("pyramidnet-272-200", 26.0, 0.05),
+        ("pyramidnet-272-200-shakedrop", 26.0, 0.05),
+        ("shake-shake-26-2x32d", 2.9, 0.05),
+        ("shake-shake-26-2x64d", 11.7, 0.05),
+        ("shake-shake-26-2x96d", 26.2, 0.05),
+    ],
+)
+def test_published_parameter_counts(name, millions, printed):
+    with torch.device("meta"):
+        model = models.make(name, channels=3, classes=10, size=32)
+    assert abs(parameter_count(model) / 1e6 - millions) <= printed
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
+@pytest.mark.parametrize("name", [*SMALL, *SHAKEN])
+def test_every_family_takes_grey_and_coloured_images(name, channels, size):
+    torch.manual_seed(1)
+    model = models.make(name, channels=channels, classes=7, size=size)
+    scores = model(torch.randn(3, channels, size, size))
+    assert scores.shape == (3, 7)
+    torch.nn.functional.cross_entropy(scores, torch.tensor([0, 3, 6])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+def test_names_can_be_made():
+    with torch.device("meta"):
+        for name in models.NAMES:
+            models.make(name, channels=1, classes=10, size=28)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("resnet-21", 32, "Invalid depth=21 of a ResNet. Must be 6 n + 2"),
+        ("wrn-27-10", 32, "Invalid model='wrn-27-10'. Must have 6 n"),
+        ("wrn-28-0", 32, "width=0. Must be >= 1"),
+        ("pyramidnet-111-270", 32, "Invalid depth=111 of a PyramidNet. Must be 6 n"),
+        ("pyramidnet-170-270", 32, "Invalid depth=170 of a PyramidNet. Must be 9 n"),
+        ("shake-shake-26-2x0d", 32, "Invalid width=0"),
+        ("vgg-16", 32, "Invalid model='vgg-16'. Must be one of small, "),
+        ("small", 30, "Invalid size=30. Must be a multiple of 4"),
+    ],
+)
+def test_refused(name, size, message):
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        models.make(name, channels=3, classes=10, size=size)
+
+
+def test_pyramidnet_widens_evenly():
+    blocks = PyramidNet(20, 13, bottleneck=False).blocks
+    assert [block.channels for block in blocks] == [17, 18, 20, 21, 23, 24, 26, 27, 29]
+    assert [block.stride for block in blocks] == [1, 1, 1, 2, 1, 1, 2, 1, 1]
+
+
+def test_shake_draws_a_share_for_each_image_and_another_for_the_gradient():
+    torch.manual_seed(3)
+    a, b = torch.ones(500, 2, 1, 3, requires_grad=True), torch.zeros(500, 2, 1, 3, requires_grad=True)
+    mixed = shake(a, b, training=True)
+    mixed.sum().backward()
+    forward, backward = mixed[:, 0, 0, 0].detach(), a.grad[:, 0, 0, 0]
+    torch.testing.assert_close(a.grad + b.grad, torch.ones_like(a))
+    for shares in (forward, backward):
+        assert shares.min() >= 0
+        assert shares.max() <= 1
+        assert len(shares.unique()) > 450
+        assert 0.45 < shares.mean() < 0.55
+    assert torch.equal(mixed, mixed[:, :1, :, :1].expand_as(mixed))
+    assert abs(torch.corrcoef(torch.stack([forward, backward]))[0, 1]) < 0.15
+    assert torch.equal(shake(a, b, training=False), torch.full_like(a, 0.5))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.7, 1.0])
+def test_shakedrop_scales_as_published(keep):
+    torch.manual_seed(5)
+    layer = ShakeDrop(keep)
+    forward, backward = [], []
+    for _ in range(300):
+        x = torch.ones(4, 2, 1, 1, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        forward.append(y[:, 0, 0, 0].detach())
+        backward.append(x.grad[:, 1, 0, 0])
+    forward, backward = torch.stack(forward), torch.stack(backward)
+    kept = (forward == 1).all(dim=1)
+    assert torch.equal(kept, (backward == 1).all(dim=1))
+    assert abs(kept.double().mean() - keep) < 0.1
+    assert forward.min() >= -1
+    assert backward.min() >= 0
+    if keep < 1:
+        assert abs(forward[~kept].mean()) < 0.15
+        assert 0.4 < backward[~kept].mean() < 0.6
+    layer.eval()
+    assert torch.equal(layer(torch.full((2, 1, 1, 1), 3.0)), torch.full((2, 1, 1, 1), keep * 3.0))
+
+
+def test_shakedrop_keeps_the_first_block_most_and_the_last_half_the_time():
+    model = PyramidNet(20, 12, bottleneck=False, shakedrop=True)
+    keeps = [module.keep for module in model.modules() if isinstance(module, ShakeDrop)]
+    assert keeps == pytest.approx([1 - 0.5 * k / 9 for k in range(1, 10)])
+    with pytest.raises(ValueError, match=r"Invalid keep=1\.5\. Must be in"):
+        ShakeDrop(1.5)
