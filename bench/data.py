@@ -1,4 +1,4 @@
-"""Fashion-MNIST from disk or from its home page, label noise, and batches with light augmentation."""
+"""Fashion-MNIST from disk or from its home page, label noise, and batches with augmentation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Opener = Callable[..., contextlib.AbstractContextManager[BinaryIO]]
 class Images(NamedTuple):
     """Images with their labels."""
 
-    images: Tensor  # [N, 28, 28] uint8
+    images: Tensor  # [N, H, W], of one channel, or [N, C, H, W]; uint8
     labels: Tensor  # [N] int64
 
 
@@ -49,6 +49,17 @@ class Dataset(NamedTuple):
     train: Images
     test: Images
     flip: bool
+    classes: int = CLASSES
+
+
+class Augmentation(NamedTuple):
+    """What is done to a batch besides shifts and flips: `before` them to uint8 pixels, and `after` normalising."""
+
+    before: Callable[[Tensor, torch.Generator], Tensor] | None = None  # [B, C, H, W] uint8
+    after: Callable[[Tensor, torch.Generator], Tensor] | None = None  # [B, C, H, W] float32
+
+
+NOTHING_ELSE = Augmentation()
 
 
 def read_idx(path: Path) -> Tensor:
@@ -167,21 +178,22 @@ def load(data_dir: Path | None = None, say: Callable[[str], None] = print) -> Da
     return load_folder(CACHE_DIR)
 
 
-def corrupt_labels(labels: Tensor, fraction: float, seed: int) -> Tensor:
+def corrupt_labels(labels: Tensor, fraction: float, seed: int, classes: int = CLASSES) -> Tensor:
     """Symmetric label noise: exactly round(fraction * N) labels get another class, each alike.
 
     Args:
         labels: [N] int64, left as it is.
         fraction: in [0, 1).
         seed: the same seed gives the same noise.
+        classes: labels are below it.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"Invalid {fraction=}. Must be in [0, 1).")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
-    shift = torch.randint(1, CLASSES, (len(chosen),), generator=generator)
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator)
     noisy = labels.clone()
-    noisy[chosen] = (noisy[chosen] + shift) % CLASSES
+    noisy[chosen] = (noisy[chosen] + shift) % classes
     return noisy
 
 
@@ -192,7 +204,7 @@ def subset(data: Images, size: int, seed: int) -> Images:
 
 
 class Batches:
-    """Normalised batches [B, 1, 28, 28] with random shifts and flips.
+    """Normalised batches [B, C, H, W] with random shifts and flips.
 
     Order and augmentation follow from (seed, epoch): a resumed run sees what an uninterrupted one sees, and
     both optimizers see the same epochs.
@@ -202,18 +214,27 @@ class Batches:
         batch_size: the last, incomplete batch is dropped.
         shift: shift by up to this many pixels in each direction; the border is black.
         flip: mirror every second image on average.
+        augmentation: what else is done.
     """
 
     def __init__(
-        self, data: Images, batch_size: int, *, shift: int, flip: bool, seed: int, device: torch.device
+        self,
+        data: Images,
+        batch_size: int,
+        *,
+        shift: int,
+        flip: bool,
+        seed: int,
+        device: torch.device,
+        augmentation: Augmentation = NOTHING_ELSE,
     ) -> None:
         if not 1 <= batch_size <= len(data.labels):
             raise ValueError(f"Invalid {batch_size=}. Must be in [1, {len(data.labels)}], the images.")
         self.mean, self.std = statistics(data.images)
         self.labels = data.labels.to(device)
-        self.padded = torch.nn.functional.pad(data.images, (shift,) * 4).to(device)
+        self.images = channelled(data.images).to(device)
         self.batch_size, self.shift, self.flip = batch_size, shift, flip
-        self.seed, self.device = seed, device
+        self.seed, self.device, self.augmentation = seed, device, augmentation
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
@@ -222,30 +243,41 @@ class Batches:
         """The batches of one epoch."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.labels), generator=generator)
+        before, after = self.augmentation
         for index in order.split(self.batch_size)[: len(self)]:
             rows, columns = self._windows(len(index), generator)
             at = index.to(self.device)
-            images = self.padded[at[:, None, None], rows[:, :, None], columns[:, None, :]]
-            yield normalise(images, self.mean, self.std), self.labels[at]
+            images = self.images[at] if before is None else before(self.images[at], generator)
+            padded = torch.nn.functional.pad(images, (self.shift,) * 4).movedim(1, -1)
+            image = torch.arange(len(index), device=self.device)
+            shifted = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+            normalised = normalise(shifted, self.mean, self.std)
+            yield normalised if after is None else after(normalised, generator), self.labels[at]
 
     def _windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Row and column numbers in the padded image, [count, 28] each."""
-        pixels = torch.arange(SIZE)
+        """Row and column numbers in the padded image, [count, H] and [count, W]."""
+        height, width = (torch.arange(size) for size in self.images.shape[-2:])
         top, left = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator)
-        columns = pixels.expand(count, SIZE)
+        columns = width.expand(count, len(width))
         if self.flip:
             mirrored = torch.randint(0, 2, (count, 1), generator=generator).bool()
             columns = torch.where(mirrored, columns.flip(1), columns)
-        return (top + pixels).to(self.device), (left + columns).to(self.device)
+        return (top + height).to(self.device), (left + columns).to(self.device)
 
 
-def statistics(images: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels, scaled to [0, 1]."""
-    scaled = images.double() / 255
-    return float(scaled.mean()), float(scaled.std())
+def channelled(images: Tensor) -> Tensor:
+    """[N, H, W] or [N, C, H, W] as [N, C, H, W]."""
+    return images.unsqueeze(1) if images.dim() == 3 else images
 
 
-def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """[B, 28, 28] uint8 to [B, 1, 28, 28] float32, channels last, zero mean and unit variance."""
-    scaled = (images.unsqueeze(1).float() / 255 - mean) / std
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels of each channel, scaled to [0, 1]; [C, 1, 1] float32."""
+    channels = [channel.double() / 255 for channel in channelled(images).unbind(dim=1)]
+    mean, std = (torch.stack([getattr(channel, name)() for channel in channels]) for name in ("mean", "std"))
+    return mean.float()[:, None, None], std.float()[:, None, None]
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """[B, H, W] or [B, C, H, W] uint8 to [B, C, H, W] float32, channels last, zero mean and unit variance."""
+    scaled = (channelled(images).float() / 255 - mean.to(images.device)) / std.to(images.device)
     return scaled.contiguous(memory_format=torch.channels_last)

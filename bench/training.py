@@ -71,6 +71,25 @@ def save_whole(state: Any, path: Path) -> None:
         raise
 
 
+def cosine(progress: float) -> float:
+    """The learning rate's factor after this part of a run, from 1 to 0: (1 + cos(pi * progress)) / 2."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def mean_of_finite(losses: list[float], where: str) -> float:
+    """The mean of the losses of the steps of `where`.
+
+    Raises:
+        FloatingPointError: one of them is not finite.
+    """
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"Training stopped: loss is {loss} in step {step} of {where}. Lower --lr or --rho."
+            )
+    return statistics.fmean(losses)
+
+
 class StepClock:
     """Milliseconds a training step spends in the model and in the optimizer; never waits for a GPU."""
 
@@ -156,20 +175,13 @@ class Run:
         for step, (images, labels) in enumerate(self.batches.epoch(self.epoch)):
             progress = (self.epoch + step / len(self.batches)) / self.epochs
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+                group["lr"] = self.config.lr * cosine(progress)
             losses.append(train_step(self.model, self.optimizer, images, labels, self.clock))
             on_step()
         for name, milliseconds in self.clock.read(len(losses)).items():
             self.times[name].append(statistics.median(milliseconds))
         self.epoch += 1
-        return self._mean_of_finite(torch.stack(losses).tolist())
-
-    def _mean_of_finite(self, losses: list[float]) -> float:
-        for step, loss in enumerate(losses, start=1):
-            if not math.isfinite(loss):
-                where = f"step {step} of epoch {self.epoch} of {self.label}, seed {self.seed}"
-                raise FloatingPointError(f"Training stopped: loss is {loss} in {where}. Lower --lr or --rho.")
-        return statistics.fmean(losses)
+        return mean_of_finite(torch.stack(losses).tolist(), f"epoch {self.epoch} of {self.label}, seed {self.seed}")
 
     def advance(self, test: data.Images, on_step: Callable[[], None]) -> None:
         """Train up to the next measuring point, which lies after as many passes for both runs."""
@@ -235,7 +247,7 @@ def train_step(
 
 
 @torch.inference_mode()
-def error_rate(model: nn.Module, test: data.Images, mean: float, std: float, batch_size: int = 500) -> float:
+def error_rate(model: nn.Module, test: data.Images, mean: Tensor, std: Tensor, batch_size: int = 500) -> float:
     """Percentage of the test images that are put into a wrong class."""
     model.eval()
     device = next(model.parameters()).device

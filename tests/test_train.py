@@ -227,7 +227,7 @@ def test_batches_shift_and_flip():
     variants = set()
     for images, labels in batches.epoch(0):
         for image, label in zip(images, labels):
-            pixels = ((image[0] * batches.std + batches.mean) * 255).round().to(torch.uint8)
+            pixels = ((image * batches.std + batches.mean)[0] * 255).round().to(torch.uint8)
             padded = torch.nn.functional.pad(train_set.images[label], (2,) * 4)
             windows = {
                 (top, left, mirrored): window.flip(1) if mirrored else window

@@ -1,0 +1,89 @@
+"""The command line that all experiments share, and the configuration that comes out of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import records
+from bench.paper import augment, defaults, models, tables
+from bench.paper.config import Config
+
+FLAGS = ("model", "augment", "shift", "train_size", "epochs", "batch_size", "lr", "momentum", "weight_decay")
+Adder = Callable[[argparse._ArgumentGroup], None]
+
+
+def parser(name: str, description: str, add_own: Adder | None) -> argparse.ArgumentParser:
+    """The flags of one experiment."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m bench.paper.{name}",
+        description=description,
+        epilog="A command that is given again runs only what is missing, and goes on with a run that was interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if add_own is not None:
+        add_own(made.add_argument_group("this experiment"))
+    _add_task(made.add_argument_group("data and model"))
+    _add_training(made.add_argument_group("training"))
+    _add_machine(made.add_argument_group("machine and files"))
+    return made
+
+
+def _add_task(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--dataset", choices=tuple(defaults.DATASETS), default=defaults.SMALL["dataset"], help="(default: %(default)s)")
+    add("--data-dir", type=Path, help="folder of its files: idx files, or what torchvision unpacks for CIFAR")
+    add("--train-size", type=int, metavar="N", help="training images, drawn by the seed")
+    add("--model", metavar="NAME", help=f"one of {', '.join(models.NAMES)}")
+    add("--augment", choices=augment.NAMES, help="what is done to the training images")
+    add("--shift", type=int, metavar="PIXELS", help="largest random shift")
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--paper", action="store_true", help="the paper's hyperparameters for this data set, model and length")
+    add("--epochs", type=int, metavar="N", help="the shortest runs' epochs")
+    add("--batch-size", type=int, metavar="N", help="images per step")
+    add("--lr", type=float, help="first learning rate of the cosine schedule")
+    add("--momentum", type=float, help="of SGD")
+    add("--weight-decay", type=float, help="on all parameters")
+    add("--rho", type=float, help="radius of the perturbation, where the experiment does not say itself")
+    add("--seeds", type=int, nargs="+", default=list(defaults.SEEDS), metavar="N", help="one set of runs for each")
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
+    add("--results", type=Path, default=records.ROOT / "runs" / "paper", metavar="FOLDER", help="of rows and picture")
+    add("--record", action="store_true", help="rows and picture go to bench/results, where the pages are made from")
+
+
+def base_config(args: argparse.Namespace, dataset: str, own: Mapping[str, Any]) -> Config:
+    """The configuration that an experiment's runs start from; also fills in `args.rho`.
+
+    Later ones win: the shared defaults, the experiment's, the data set's, the paper's with --paper, the flags.
+    """
+    values = defaults.SMALL | dict(own) | defaults.DATASETS[dataset]
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    if args.paper:
+        asked = values | given
+        values |= tables.hyperparameters(dataset, asked["model"], epochs=args.epochs, augment=asked["augment"])
+    rho = values.pop("rho", defaults.RHO)
+    args.rho = rho if args.rho is None else args.rho
+    return Config(**(values | given | {"dataset": dataset, "device": args.device}))
+
+
+def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed flags; sets the number of threads."""
+    args = made.parse_args(argv)
+    if args.threads < 1:
+        made.error(f"Invalid threads={args.threads}. Must be >= 1.")
+    if args.record:
+        args.results = records.RESULTS
+    torch.set_num_threads(args.threads)
+    return args

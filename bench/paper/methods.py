@@ -1,0 +1,124 @@
+"""How a method makes a step: its optimizer, and how many forward-backward passes over the batch it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bench.paper.config import Config
+from fused_sam import FusedSAM, batchnorm
+
+LossOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of images and targets, at the weights of the moment
+
+
+class Stepper(Protocol):
+    """One optimizer and its step."""
+
+    optimizer: Optimizer
+
+    def step(self, loss_of: LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """Train on a batch; the loss, 0-dim, and the passes over the batch that it took."""
+        ...
+
+
+Factory: TypeAlias = Callable[[nn.Module, Config], Stepper]
+STEPPERS: dict[str, Factory] = {}
+
+
+def stepper(name: str) -> Callable[[Factory], Factory]:
+    """Make a factory known as `Config.optimizer`."""
+
+    def known(factory: Factory) -> Factory:
+        STEPPERS[name] = factory
+        return factory
+
+    return known
+
+
+def make(model: nn.Module, config: Config) -> Stepper:
+    """The stepper of a run."""
+    if config.optimizer not in STEPPERS:
+        raise ValueError(f"Invalid optimizer={config.optimizer!r}. Must be one of {', '.join(sorted(STEPPERS))}.")
+    return STEPPERS[config.optimizer](model, config)
+
+
+def base_options(config: Config, base: type[Optimizer]) -> dict[str, Any]:
+    """Arguments of the base optimizer."""
+    shared = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if issubclass(base, torch.optim.SGD):
+        return shared | {"momentum": config.momentum, "nesterov": config.nesterov}
+    return shared
+
+
+class Plain:
+    """One gradient, one step."""
+
+    def __init__(self, model: nn.Module, config: Config, base: type[Optimizer]) -> None:
+        self.optimizer = base(model.parameters(), **base_options(config, base), **config.options)
+
+    def step(self, loss_of: LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        self.optimizer.zero_grad()
+        loss = loss_of(images, targets)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), 1.0
+
+
+class Sharp:
+    """FusedSAM in the closure form, with all of its options; BatchNorm statistics from the first pass only."""
+
+    def __init__(self, model: nn.Module, config: Config, base: type[Optimizer]) -> None:
+        self.optimizer = FusedSAM(model.parameters(), base, **base_options(config, base), **config.options)
+        self._part, self._micro = config.ascent, config.micro_batch
+        self._ascent_steps = config.options.get("ascent_steps", 1)
+        batchnorm.first_pass_only(model, self.optimizer)
+
+    def step(self, loss_of: LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        passes = self._passes()
+
+        def closure(images: Tensor = images, targets: Tensor = targets) -> Tensor:
+            loss = loss_of(images, targets)
+            loss.backward(create_graph=self.optimizer.second_order)
+            return loss.detach()
+
+        if self._micro is not None:
+            groups = zip(images.split(self._micro), targets.split(self._micro))
+            loss = self.optimizer.step([lambda group=group: closure(*group) for group in groups])
+        elif self._part is not None:
+            seen = max(1, round(self._part * len(images)))
+            loss = self.optimizer.step(closure, ascent=lambda: closure(images[:seen], targets[:seen]))
+        else:
+            loss = self.optimizer.step(closure)
+        return loss, passes
+
+    def _passes(self) -> float:
+        """Of the next step. The product with the Hessian in the second-order term counts as a pass."""
+        sam = self.optimizer
+        if sam.direction == "momentum" or not sam.perturb_next:
+            return 1.0
+        part = 1.0 if self._part is None else self._part
+        return 1.0 + part * self._ascent_steps + float(sam.second_order)
+
+
+@stepper("sgd")
+def _sgd(model: nn.Module, config: Config) -> Stepper:
+    return Plain(model, config, torch.optim.SGD)
+
+
+@stepper("adam")
+def _adam(model: nn.Module, config: Config) -> Stepper:
+    return Plain(model, config, torch.optim.Adam)
+
+
+@stepper("sam")
+def _sam(model: nn.Module, config: Config) -> Stepper:
+    return Sharp(model, config, torch.optim.SGD)
+
+
+@stepper("sam-adam")
+def _sam_adam(model: nn.Module, config: Config) -> Stepper:
+    return Sharp(model, config, torch.optim.Adam)

@@ -1,0 +1,144 @@
+"""An experiment: a grid of runs, each a row, and the picture and the table that are made of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import fused_sam
+from bench import records
+from bench.paper import data, flags, summary, training
+from bench.paper.config import Config
+from bench.records import Row
+from bench.training import chosen_backend
+
+Named: TypeAlias = tuple[str, Config]  # the method as tables name it, and its run
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment module declares."""
+
+    name: str
+    description: str
+    grid: Callable[[argparse.Namespace, Config], list[Named]]  # of one seed; the flags with its own among them
+    figure: Callable[[Sequence[Row], Path], None]
+    section: Callable[[Sequence[Row]], str]  # Markdown of its block in docs/paper.md
+    add_arguments: flags.Adder | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what it changes in the shared ones; "rho" too
+    execute: Callable[[Config, training.Context], Row] = training.execute
+    observe: training.Observer | None = None
+    observe_during: training.Observer | None = None
+
+    def file(self, folder: Path, suffix: str) -> Path:
+        """Of rows or of the picture."""
+        return folder / f"paper_{self.name}.{suffix}"
+
+
+def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, then draw and print; 0 when every run finished."""
+    made = flags.parser(experiment.name, experiment.description, experiment.add_arguments)
+    args = flags.parse(made, argv)
+    console = Console(highlight=False, markup=False)
+    try:
+        dataset = data.load(args.dataset, args.data_dir, say=console.print)
+        grid = experiment.grid(args, flags.base_config(args, dataset.name, experiment.defaults))
+        runs = [(label, replace(config, seed=seed)) for seed in args.seeds for label, config in grid]
+        context = training.Context(dataset, args.results / "checkpoints" / experiment.name)
+        context.observe, context.observe_during = experiment.observe, experiment.observe_during
+        failed = _run_missing(experiment, runs, context, args, console)
+    except (ValueError, RuntimeError, OSError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on.")
+        return 130
+    rows = [row for _, row in sorted(_known(experiment, args.results, runs).items())]
+    if rows:
+        console.print(_table(experiment.name, rows))
+        experiment.figure(rows, experiment.file(args.results, "png"))
+        console.print(f"{args.results}: paper_{experiment.name}.jsonl and .png", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _known(experiment: Experiment, folder: Path, runs: Sequence[Named]) -> dict[int, Row]:
+    """Rows of these runs that are in the file, by the place of their run."""
+    path = experiment.file(folder, "jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = {row["key"]: row for row in map(json.loads, lines)}
+    found = {place: rows[config.key] for place, (_, config) in enumerate(runs) if config.key in rows}
+    return {place: row | {"method": runs[place][0]} for place, row in found.items()}
+
+
+def _run_missing(
+    experiment: Experiment,
+    runs: Sequence[Named],
+    context: training.Context,
+    args: argparse.Namespace,
+    console: Console,
+) -> int:
+    """Run, and append a row for each; the number of runs whose loss was not finite."""
+    known = _known(experiment, args.results, runs)
+    missing = [named for place, named in enumerate(runs) if place not in known]
+    console.print(f"{experiment.name}: {len(runs)} runs, {len(known)} of them already in {args.results}")
+    shared = records.header("paper") | {
+        "fused_sam": fused_sam.__version__,
+        "backend": chosen_backend(None, args.device),
+        "threads": args.threads,
+        "experiment": experiment.name,
+    }
+    failed = 0
+    with _progress(context, console, len(missing)) as announce:
+        for label, config in missing:
+            announce(label, config)
+            try:
+                result = experiment.execute(config, context)
+            except FloatingPointError as error:
+                console.print(f"{label}, seed {config.seed}: {error}", style="red", soft_wrap=True)
+                failed += 1
+                continue
+            named = {"date": records.today(), "method": label, "seed": config.seed, "key": config.key}
+            row = shared | named | {"config": asdict(config)} | result
+            records.write_rows([row], experiment.file(args.results, "jsonl"))
+    return failed
+
+
+@contextmanager
+def _progress(context: training.Context, console: Console, runs: int) -> Iterator[Callable[[str, Config], None]]:
+    """Bars of runs and of epochs; yields what is called before each run."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        whole, current = progress.add_task("runs", total=runs), progress.add_task("epochs", total=1)
+        started = False
+
+        def announce(label: str, config: Config) -> None:
+            nonlocal started
+            progress.advance(whole, int(started))
+            progress.reset(current, total=config.epochs, description=f"{label}, seed {config.seed}")
+            started = True
+
+        context.on_epoch = lambda config, epoch: progress.update(current, completed=epoch, total=config.epochs)
+        yield announce
+        progress.advance(whole, int(started))
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """A line per method, for the terminal."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("method")
+    for heading in ("seeds", "test error %", "training error %", "passes", "seconds"):
+        out.add_column(heading, justify="right")
+    for (label,), same in summary.by(rows, "method").items():
+        spreads = [str(summary.of(same, name)) for name in ("test_error", "train_error")]
+        means = [f"{summary.of(same, name).mean:.1f}" for name in ("passes", "seconds")]
+        out.add_row(label, str(len(same)), *spreads, *means)
+    return out

@@ -1,0 +1,198 @@
+"""One run of the study: from a configuration to what its row says, with a checkpoint on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import data
+from bench.paper import augment, methods, mixup, models
+from bench.paper.config import Config
+from bench.paper.data import Split, split
+from bench.records import Row
+from bench.training import cosine, mean_of_finite, save_whole
+
+CHECKPOINT_SECONDS = 60.0
+Observer = Callable[["Training"], Row]
+
+
+class Training:
+    """One model, its optimizer and what was measured so far.
+
+    Args:
+        config: of the run.
+        images: what it is trained and tested on.
+        weights: of the model at first; None for random ones.
+    """
+
+    def __init__(self, config: Config, images: Split, weights: dict[str, Tensor] | None = None) -> None:
+        self.config, self.images, self.device = config, images, torch.device(config.device)
+        self.batches = data.Batches(
+            images.train,
+            config.batch_size,
+            shift=config.shift if config.augment != "none" else 0,
+            flip=images.flip,
+            seed=config.seed,
+            device=self.device,
+            augmentation=augment.make(config.augment, images.train.images.shape[-1]),
+        )
+        torch.manual_seed(config.seed)
+        channels, size = data.channelled(images.train.images[:1]).shape[1:3]
+        model = models.make(config.model, channels=channels, classes=images.classes, size=size)
+        if weights is not None:
+            model.load_state_dict(weights)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.stepper = methods.make(self.model, config)
+        self.epoch, self.seconds, self.passes = 0, 0.0, 0.0
+        self.history: list[Row] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch == self.config.epochs
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.stepper.optimizer
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """[B, H, W] or [B, C, H, W] uint8 as the model sees them when it is tested."""
+        return data.normalise(images.to(self.device), self.batches.mean, self.batches.std)
+
+    def loss_of(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy; targets are classes, or their probabilities."""
+        return F.cross_entropy(self.model(images), targets, label_smoothing=self.config.label_smoothing)
+
+    def train_epoch(self) -> float:
+        """One epoch; the mean training loss, and the state of the clock and of the count of passes, go on."""
+        self.model.train(not self.config.freeze_batchnorm)
+        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
+        start, losses = self._clock(), []
+        for step, (images, targets) in enumerate(self.batches.epoch(self.epoch)):
+            progress = (self.epoch + step / len(self.batches)) / self.config.epochs
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * cosine(progress)
+            if self.config.mixup:
+                images, targets = mixup.mix(images, targets, self.config.mixup, self.images.classes, generator)
+            loss, passes = self.stepper.step(self.loss_of, images, targets)
+            self.passes += passes / len(self.batches)
+            losses.append(loss)
+        values = torch.stack(losses).tolist()
+        self.optimizer.zero_grad()
+        self.seconds += self._clock() - start
+        self.epoch += 1
+        return mean_of_finite(values, f"epoch {self.epoch} of {self.config}")
+
+    def _clock(self) -> float:
+        """Seconds: of the processor on a CPU, where other jobs do not count; of the wall on a device."""
+        return time.process_time() if self.device.type == "cpu" else time.perf_counter()
+
+    def advance(self, observe: Observer | None = None) -> None:
+        """One epoch, and a point of the history where one is due."""
+        loss = self.train_epoch()
+        points, epochs = min(self.config.measurements, self.config.epochs), self.config.epochs
+        if self.epoch * points // epochs > (self.epoch - 1) * points // epochs:
+            point = {"epoch": self.epoch, "passes": round(self.passes, 3), "seconds": round(self.seconds, 3)}
+            point |= {"train_loss": loss, "test_error": self.evaluate(self.images.test)[0]}
+            self.history.append(point | (observe(self) if observe else {}))
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, batch_size: int = 500) -> Tensor:
+        """Of the model in evaluation mode, [N, classes]."""
+        self.model.eval()
+        return torch.cat([self.model(self.inputs(part)) for part in images.split(batch_size)])
+
+    def evaluate(self, images: data.Images) -> tuple[float, float]:
+        """Percentage of images that are put into a wrong class, and their mean loss; without augmentation."""
+        logits, labels = self.logits(images.images), images.labels.to(self.device)
+        wrong = int((logits.argmax(dim=1) != labels).sum())
+        return 100 * wrong / len(labels), float(F.cross_entropy(logits, labels))
+
+    def examples(self, count: int, part: str = "train") -> tuple[Tensor, Tensor]:
+        """The first images of "train", "test" or "unseen" as the model sees them, and their labels as given."""
+        images, labels = getattr(self.images, part)
+        return self.inputs(images[:count]), labels[:count].to(self.device)
+
+    def result(self) -> Row:
+        """What every row says of a finished run; training figures are of the labels as given, without augmentation."""
+        error, loss = self.evaluate(self.images.train)
+        return {
+            "test_error": self.history[-1]["test_error"],
+            "train_error": error,
+            "train_loss": loss,
+            "seconds": round(self.seconds, 3),
+            "passes": round(self.passes, 3),
+            "history": self.history,
+        }
+
+    def state_dict(self) -> Row:
+        """Everything a continued run needs; batches follow from the seed and the epoch."""
+        kept = {name: getattr(self, name) for name in ("epoch", "seconds", "passes", "history")}
+        return kept | {
+            "config": asdict(self.config),
+            "random": [torch.get_rng_state(), *self._device_random()],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def _device_random(self) -> list[Tensor]:
+        return [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+
+    def load_state_dict(self, state: Row) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"][0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"][1], self.device)
+        for name in ("epoch", "seconds", "passes", "history"):
+            setattr(self, name, state[name])
+
+
+@dataclass
+class Context:
+    """What runs of one command share."""
+
+    dataset: data.Dataset
+    folder: Path  # of checkpoints
+    on_epoch: Callable[[Config, int], None] = lambda config, epoch: None
+    observe: Observer | None = None  # at the end of a run; its values enter the row
+    observe_during: Observer | None = None  # at each point of the history, which they enter
+
+    def split(self, config: Config) -> Split:
+        """The images of a run."""
+        return split(self.dataset, config)
+
+
+def train(
+    config: Config, context: Context, *, images: Split | None = None, weights: dict[str, Tensor] | None = None
+) -> Training:
+    """A finished run; one that was interrupted goes on from its checkpoint, to the same bits.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    training = Training(config, images or context.split(config), weights)
+    path = context.folder / f"{config.key}.pt"
+    if path.is_file():
+        training.load_state_dict(torch.load(path, weights_only=True))
+    saved = time.monotonic()
+    while not training.finished:
+        training.advance(context.observe_during)
+        context.on_epoch(config, training.epoch)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_whole(training.state_dict(), path)
+            saved = time.monotonic()
+    path.unlink(missing_ok=True)
+    return training
+
+
+def execute(config: Config, context: Context) -> Row:
+    """Train, and say what came out."""
+    training = train(config, context)
+    return training.result() | (context.observe(training) if context.observe else {})
