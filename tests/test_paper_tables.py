@@ -1,0 +1,121 @@
+"""bench.paper.tables: every file is valid, says what the paper says, and damage is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench.paper import models, tables
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with one table in place of the real ones."""
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", ("made",))
+
+    def write(**changes):
+        table = {"source": "here", "metric": "test error", "unit": "%", "columns": ["method", "mean"]}
+        table |= {"rows": [["SGD", 3.5], ["SAM", 2.7]]} | changes
+        (tmp_path / "made.json").write_text(json.dumps(table), encoding="utf-8")
+        tables._read.cache_clear()
+
+    yield write
+    tables._read.cache_clear()
+
+
+def mean(name, **wanted):
+    found = [row["mean"] for row in tables.published(name) if wanted.items() <= row.items()]
+    assert len(found) == 1, (name, wanted)
+    return found[0]
+
+
+@pytest.mark.parametrize("name", tables.RESULTS)
+def test_every_table_is_valid_and_says_where_it_is_from(name):
+    rows = tables.published(name)
+    assert rows
+    for row in rows:
+        assert row["source"].startswith("Foret et al. 2021, ")
+        assert row["unit"] == "1" or row["mean"] <= 100
+        assert row.get("half") is None or "spread" in row
+    labels = [tuple(v for k, v in row.items() if k not in ("mean", "half")) for row in rows]
+    assert len(set(labels)) == len(labels)
+
+
+def test_tables_hold_the_published_values():
+    wrn = {"model": "wrn-28-10", "epochs": 1800, "augment": "autoaugment"}
+    assert mean("classification", dataset="cifar10", method="SAM", **wrn) == 1.6
+    assert mean("classification", dataset="cifar100", method="SGD", **wrn) == 16.1
+    assert mean("label_noise", noise_rate=0.4, method="SGD") == 68.8
+    assert mean("label_noise", noise_rate=0.4, method="SAM") == 93.4
+    assert mean("imagenet", model="resnet-101", epochs=400, method="SGD", metric="test error") == 22.3
+    assert mean("finetune", dataset="cifar100", model="efficientnet-l2", method="SAM") == 3.92
+    assert mean("svhn_fashion_mnist", dataset="fashion-mnist", model="wrn-28-10", augment="basic", method="SGD") == 4.57
+    assert mean("rho_grid", noise_rate=0.8, rho=0.05) == 21.0
+    assert mean("inner_steps", dataset="cifar100", ascent_steps=5, metric="estimated sharpness") == 2.82
+    assert mean("spectra", epoch=300, method="SGD", metric="lambda_max / lambda_5") == 11.4
+    assert mean("default_rho", dataset="cifar100", model="pyramidnet-272-200", augment="basic") == 15.4
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "options", "expected"),
+    [
+        ("cifar10", "wrn-28-10", {}, {"epochs": 200, "lr": 0.1, "weight_decay": 5e-4, "rho": 0.05, "batch_size": 256}),
+        ("cifar100", "wrn-28-10", {"epochs": 1500}, {"epochs": 1800, "lr": 0.05, "weight_decay": 1e-3, "rho": 0.1}),
+        ("cifar100", "wrn-28-10", {"epochs": 3}, {"epochs": 200, "lr": 0.1}),
+        ("cifar100", "pyramidnet-272-200", {}, {"lr": 0.05, "rho": 0.2, "nesterov": True, "shift": 4}),
+        ("cifar10", "pyramidnet-272-200-shakedrop", {}, {"lr": 0.02, "rho": 0.05, "train_size": 50_000}),
+        ("fashion-mnist", "shake-shake-26-2x96d", {}, {"rho": 0.02, "train_size": 60_000}),
+        ("cifar10", "resnet-32", {"noise_rate": 0.5}, {"epochs": 200, "rho": 0.1}),
+        ("cifar10", "resnet-32", {"noise_rate": 0.75}, {"rho": 0.05}),
+    ],
+)
+def test_hyperparameters(dataset, model, options, expected):
+    assert expected.items() <= tables.hyperparameters(dataset, model, **options).items()
+
+
+def test_every_model_with_hyperparameters_can_be_made():
+    _, rows = tables._read(tables.FOLDER / "hyperparameters.json")
+    with torch.device("meta"):
+        for name in {row["model"] for row in rows}:
+            models.make(name, channels=3, classes=10, size=32)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "noise_rate", "message"),
+    [
+        ("cifar10", "small", 0.0, "Invalid model='small' .* on cifar10. Must be one of pyramidnet-110-270"),
+        ("cifar10", "wrn-28-10", 0.4, "on cifar10 with noise_rate=0.4"),
+        ("digits", "small", 0.0, "on digits. Must be one of none"),
+    ],
+)
+def test_hyperparameters_that_the_paper_does_not_have(dataset, model, noise_rate, message):
+    with pytest.raises(ValueError, match=message):
+        tables.hyperparameters(dataset, model, noise_rate=noise_rate)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": ["method", "error"]}, r"Invalid columns \['error'\] in made.json. Must be among source"),
+        ({"source": None}, "Invalid source=None in made.json. Must say where"),
+        ({"rows": [["SGD", 3.5], ["SAM"]]}, "Invalid row 2 of made.json: 1 values. Must be 2"),
+        ({"rows": [["SAM", -2.7]]}, "Invalid mean=-2.7 in row 1 of made.json"),
+        ({"rows": [["Sam", 2.7]]}, "Invalid method='Sam' in row 1 of made.json"),
+        ({"rows": [["SAM", "2.7"]]}, "Invalid mean='2.7' in row 1"),
+        ({"unit": "percent"}, "and a unit of %, 1"),
+    ],
+)
+def test_damage_is_named(folder, changes, message):
+    folder()
+    assert [row["mean"] for row in tables.published("made")] == [3.5, 2.7]
+    folder(**changes)
+    with pytest.raises(ValueError, match=message):
+        tables.published("made")
+
+
+def test_unknown_table():
+    with pytest.raises(ValueError, match=r"Invalid name='table 1'\. Must be one of classification, "):
+        tables.published("table 1")
