@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.curves import GRID, INK
+from bench.paper.summary import Interval
 
 SAM, SGD = "#1f5fa8", "#b5541c"
 # Methods that are compared with them: apart in hue and in lightness.
@@ -20,6 +22,15 @@ def colours(labels: list[str]) -> dict[str, str]:
     fixed = {"SGD": SGD, "SAM": SAM}
     others = [label for label in labels if label not in fixed]
     return fixed | {label: OTHERS[place % len(OTHERS)] for place, label in enumerate(others)}
+
+
+def line(axes: Any, points: Sequence[tuple[float, Interval]], label: str, colour: str) -> None:
+    """Means over x, with their intervals as whiskers."""
+    points = sorted(points)
+    x, spreads = [x for x, _ in points], [spread for _, spread in points]
+    whiskers = [0.0 if math.isnan(spread.half) else spread.half for spread in spreads]
+    look = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 4, "capsize": 3, "elinewidth": 1.0}
+    axes.errorbar(x, [spread.mean for spread in spreads], yerr=whiskers, label=label, **look)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,8 @@ def base_config(args: argparse.Namespace, dataset: str, own: Mapping[str, Any]) 
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.paper:
         asked = values | given
-        values |= tables.hyperparameters(dataset, asked["model"], epochs=args.epochs, augment=asked["augment"])
+        noise_rate = asked.get("noise_rate", 0.0)
+        values |= tables.hyperparameters(dataset, asked["model"], epochs=args.epochs, noise_rate=noise_rate)
     rho = values.pop("rho", defaults.RHO)
     args.rho = rho if args.rho is None else args.rho
     return Config(**(values | given | {"dataset": dataset, "device": args.device}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -82,7 +83,10 @@ class Sharp:
 
         def closure(images: Tensor = images, targets: Tensor = targets) -> Tensor:
             loss = loss_of(images, targets)
-            loss.backward(create_graph=self.optimizer.second_order)
+            if self.optimizer.second_order:
+                _backward_with_graph(loss)
+            else:
+                loss.backward()
             return loss.detach()
 
         if self._micro is not None:
@@ -102,6 +106,13 @@ class Sharp:
             return 1.0
         part = 1.0 if self._part is None else self._part
         return 1.0 + part * self._ascent_steps + float(sam.second_order)
+
+
+def _backward_with_graph(loss: Tensor) -> None:
+    """For the second-order term; FusedSAM breaks the cycle that torch warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
+        loss.backward(create_graph=True)
 
 
 @stepper("sgd")

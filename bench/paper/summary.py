@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bench.records import Row
+from bench.tables import caption as _machine
 from bench.tables import table
 
-__all__ = ["Interval", "by", "interval", "of", "table"]
+__all__ = ["Interval", "by", "caption", "interval", "of", "table", "task"]
 
 
 class Interval(NamedTuple):
@@ -48,3 +49,17 @@ def by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
 def of(rows: Iterable[Row], name: str = "test_error") -> Interval:
     """The interval of one figure."""
     return interval([row[name] for row in rows])
+
+
+def task(row: Row) -> str:
+    """Data, network and length of a run, in words."""
+    config = row["config"]
+    batch = f"batches of {config['batch_size']}"
+    return f"{config['dataset']}, {config['train_size']:,} images, {config['model']}, {batch}"
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What stands under a table: the data and network of all rows, and the machine."""
+    tasks = "; ".join(dict.fromkeys(task(row) for row in rows))
+    seeds = len(by(rows, "seed"))
+    return f"{tasks}. Mean and 95 % interval over {seeds} seed{'s' if seeds > 1 else ''}.\n\n{_machine(rows)}"

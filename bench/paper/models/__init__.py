@@ -1,11 +1,12 @@
 """The paper's networks, by name, for grey or coloured images.
 
-small                       WRN-10-1 that halves the image at once: the default, seconds an epoch on one core
+small                       WRN-10-2 whose first convolution has stride 4: the default, seconds a run on one core
 wrn-D-K                     wide ResNet: D layers, K times 16, 32 and 64 channels; wrn-28-10, wrn-40-10, ...
 resnet-D                    the CIFAR ResNets: resnet-20, resnet-32, ...
 pyramidnet-D-A              A channels wider over D layers; bottlenecks from 164 layers on, as published;
                             pyramidnet-110-270, pyramidnet-272-200; with -shakedrop behind it, ShakeDrop
 shake-shake-26-2xWd         26 layers, two branches of W channels: 32, 64, 96, 112
+any of them -groupnorm      GroupNorm in the place of BatchNorm
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from torch import nn
 
 from bench.models import WideResNet
+from bench.paper.models.groupnorm import without_batchnorm
 from bench.paper.models.pyramidnet import PyramidNet
 from bench.paper.models.resnet import ResNet
 from bench.paper.models.shake_shake import ShakeShake
@@ -38,6 +40,7 @@ NAMES = (
     "shake-shake-26-2x96d",
     "shake-shake-26-2x112d",
 )
+GROUPNORM = "-groupnorm"
 BOTTLENECK_FROM = 164  # layers of the shallowest PyramidNet that was published with bottlenecks
 
 
@@ -55,15 +58,17 @@ def make(name: str, *, channels: int, classes: int, size: int) -> nn.Module:
     """
     if size < 8 or size % 4:
         raise ValueError(f"Invalid {size=}. Must be a multiple of 4, at least 8.")
+    plain = name.removesuffix(GROUPNORM)
     for pattern, family in FAMILIES.items():
-        found = re.fullmatch(pattern, name)
+        found = re.fullmatch(pattern, plain)
         if found:
-            return family(*found.groups(), channels=channels, classes=classes)
+            model = family(*found.groups(), channels=channels, classes=classes)
+            return model if plain == name else without_batchnorm(model)
     raise ValueError(f"Invalid model={name!r}. Must be one of {', '.join(NAMES)}, or of other depth and width.")
 
 
 def _small(*, channels: int, classes: int) -> nn.Module:
-    return WideResNet(blocks=1, width=1, stem_stride=2, channels=channels, classes=classes)
+    return WideResNet(blocks=1, width=2, stem_stride=4, channels=channels, classes=classes)
 
 
 def _wide(depth: str, width: str, *, channels: int, classes: int) -> nn.Module:

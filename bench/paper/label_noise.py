@@ -1,0 +1,152 @@
+"""Wrong training labels: SGD, Mixup and SAM, and each again on labels that its own first model gives (table 4).
+
+A part of the training labels is wrong, the test labels are right. Symmetric noise puts any other class, asymmetric
+noise one that is easily taken for it. SGD and Mixup train two times as long as SAM, which is as many forward-backward
+passes. With bootstrapping a first model is trained on the labels as given, and a second one from new weights on what
+the first one says of the training images; its passes count both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.paper import figures, runner, summary, tables, training
+from bench.paper.config import NOISES, Config
+from bench.paper.runner import Experiment, Named
+from bench.records import Row
+from bench.training import save_whole
+
+METHODS = ("SGD", "Mixup", "Bootstrap + Mixup", "SAM", "Bootstrap + SAM")
+LARGE_NOISE = 0.8  # from here on the paper takes half of its rho
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--rates", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8], metavar="P", help="of symmetric noise")
+    add("--asymmetric", type=float, nargs="*", default=[0.4], metavar="P", help="rates of asymmetric noise")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which of them")
+    add("--alpha", type=float, default=1.0, help="of Mixup's Beta(alpha, alpha) (default: %(default)s)")
+
+
+def grid(args: argparse.Namespace, base: Config) -> list[Named]:
+    runs = []
+    for noise, rates in zip(NOISES, (args.rates, args.asymmetric), strict=True):
+        for rate in rates:
+            named = _methods(replace(base, noise=noise, noise_rate=rate), args.rho, args.alpha)
+            runs += [(label, named[label]) for label in args.methods]
+    return runs
+
+
+def _methods(base: Config, rho: float, alpha: float) -> dict[str, Config]:
+    """By name. Bootstrapped ones are after those that they take their labels from."""
+    rho = rho / 2 if base.noise_rate >= LARGE_NOISE else rho
+    mixed = replace(base, epochs=2 * base.epochs, mixup=alpha)
+    sam = replace(base, optimizer="sam", options={"rho": rho})
+    runs = (replace(mixed, mixup=0.0), mixed, replace(mixed, bootstrap=True), sam, replace(sam, bootstrap=True))
+    return dict(zip(METHODS, runs, strict=True))
+
+
+def execute(config: Config, context: training.Context) -> Row:
+    """A run, with what its model thinks of its training labels kept for the bootstrapped one."""
+    if not config.bootstrap:
+        model = _first(config, context)
+        return model["result"] | {"right_labels": model["right"]}
+    images = context.split(config)
+    first = _first(replace(config, bootstrap=False), context)
+    relabelled = images._replace(train=images.train._replace(labels=first["labels"]))
+    second = training.train(config, context, images=relabelled).result()
+    spent = {name: first["result"][name] + second[name] for name in ("seconds", "passes")}
+    # Of the labels as given, like in the other rows, the second model has seen none.
+    return second | spent | {"right_labels": first["right"]}
+
+
+def _first(config: Config, context: training.Context) -> Row:
+    """A finished run and the labels its model gives to the training images; from the file, if there is one."""
+    path = context.folder / f"{config.key}.labels.pt"
+    if path.is_file():
+        return torch.load(path, weights_only=True)
+    trained = training.train(config, context)
+    labels = trained.logits(trained.images.train.images).argmax(dim=1).cpu()
+    known = {"result": trained.result(), "labels": labels, "right": _agreement(labels, trained.images.true_labels)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_whole(known, path)
+    return known
+
+
+def _agreement(labels: Tensor, others: Tensor) -> float:
+    """Percentage of equal labels."""
+    return 100 * float((labels == others).double().mean())
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Test error over the rate, a panel for each kind of noise."""
+    kinds = {noise: same for (noise,), same in summary.by(rows, "noise").items()}
+    labels = list(summary.by(rows, "method"))
+    colours = figures.colours([label for (label,) in labels])
+    seeds = len(summary.by(rows, "seed"))
+    subtitle = f"{summary.task(rows[0])}; mean and 95 % interval of {seeds} seeds"
+    with figures.canvas("Wrong training labels", subtitle, path, panels=len(kinds)) as panels:
+        for axes, (noise, same) in zip(panels, kinds.items(), strict=True):
+            for (label,), runs in summary.by(same, "method").items():
+                points = [(100 * rate, summary.of(group)) for (rate,), group in summary.by(runs, "noise_rate").items()]
+                figures.line(axes, points, label, colours[label])
+            axes.set_title(f"{noise.capitalize()} noise", loc="left", fontsize=11)
+            axes.set_xlabel("Wrong training labels (%)")
+            axes.set_ylabel("Test error (%)")
+            axes.set_ylim(bottom=0)
+        panels[0].legend()
+
+
+def section(rows: Sequence[Row]) -> str:
+    """A table for each kind of noise; beside symmetric noise the paper's figures."""
+    published = {(row["method"], row["noise_rate"]): row["mean"] for row in tables.published("label_noise")}
+    parts = [
+        _accuracies(f"{noise} noise", same, published if noise == "symmetric" else {})
+        for (noise,), same in summary.by(rows, "noise").items()
+    ]
+    return "\n\n".join([*parts, summary.caption(rows)])
+
+
+def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, float], float]) -> str:
+    """A line per method, a column per rate."""
+    rates = sorted(rate for (rate,) in summary.by(rows, "noise_rate"))
+    cells = summary.by(rows, "method", "noise_rate")
+    heads = [f"{title}: test accuracy, %"]
+    for rate in rates:
+        heads += [f"{rate:.0%}"] + ["paper"] * bool(published)
+    lines = []
+    for (label,) in summary.by(rows, "method"):
+        line = [label]
+        for rate in rates:
+            errors = [row["test_error"] for row in cells.get((label, rate), [])]
+            line.append(str(summary.interval([100 - error for error in errors])) if errors else "")
+            line += [str(published.get((label, rate), ""))] * bool(published)
+        lines.append(line)
+    return summary.table(heads, lines)
+
+
+EXPERIMENT = Experiment(
+    "label_noise",
+    __doc__,
+    grid,
+    figure,
+    section,
+    add_arguments=add_arguments,
+    defaults={"rho": 0.1, "noise_rate": 0.4},
+    execute=execute,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment."""
+    return runner.main(EXPERIMENT, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
