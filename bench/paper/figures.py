@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.curves import GRID, INK
-from bench.paper.summary import Interval
+from bench.paper.summary import Interval, interval
 
 SAM, SGD = "#1f5fa8", "#b5541c"
 # Methods that are compared with them: apart in hue and in lightness.
@@ -31,6 +31,20 @@ def line(axes: Any, points: Sequence[tuple[float, Interval]], label: str, colour
     whiskers = [0.0 if math.isnan(spread.half) else spread.half for spread in spreads]
     look = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 4, "capsize": 3, "elinewidth": 1.0}
     axes.errorbar(x, [spread.mean for spread in spreads], yerr=whiskers, label=label, **look)
+
+
+def dots(axes: Any, values: Mapping[str, Sequence[float]]) -> None:
+    """A line per method, from the top: each run as a dot, the mean with its interval under them."""
+    known = colours(list(values))
+    for place, (label, runs) in enumerate(values.items()):
+        spread = interval(runs)
+        whisker = 0.0 if math.isnan(spread.half) else spread.half
+        axes.plot(runs, [place - 0.15] * len(runs), "o", color=known[label], markersize=5, alpha=0.5)
+        axes.errorbar(spread.mean, place + 0.15, xerr=whisker, color=known[label], fmt="D", markersize=6, capsize=4)
+        text = {"textcoords": "offset points", "ha": "center", "va": "top", "fontweight": "bold"}
+        axes.annotate(f"{spread.mean:.2f}", (spread.mean, place + 0.15), (0, -6), color=known[label], **text)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.4, -0.6)
 
 
 @contextlib.contextmanager

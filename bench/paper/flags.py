@@ -84,6 +84,7 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
     args = made.parse_args(argv)
     if args.threads < 1:
         made.error(f"Invalid threads={args.threads}. Must be >= 1.")
+    args.checkpoints = args.results / "checkpoints"
     if args.record:
         args.results = records.RESULTS
     torch.set_num_threads(args.threads)

@@ -53,7 +53,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         dataset = data.load(args.dataset, args.data_dir, say=console.print)
         grid = experiment.grid(args, flags.base_config(args, dataset.name, experiment.defaults))
         runs = [(label, replace(config, seed=seed)) for seed in args.seeds for label, config in grid]
-        context = training.Context(dataset, args.results / "checkpoints" / experiment.name)
+        context = training.Context(dataset, args.checkpoints / experiment.name)
         context.observe, context.observe_during = experiment.observe, experiment.observe_during
         failed = _run_missing(experiment, runs, context, args, console)
     except (ValueError, RuntimeError, OSError) as error:

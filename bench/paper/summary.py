@@ -22,7 +22,11 @@ class Interval(NamedTuple):
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" if self.count < 2 else f"{self.mean:.2f} ± {self.half:.2f}"
+        return self.text(2)
+
+    def text(self, digits: int) -> str:
+        """The mean, and the interval if there is one, with so many digits behind the point."""
+        return f"{self.mean:.{digits}f}" + ("" if self.count < 2 else f" ± {self.half:.{digits}f}")
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench import data
 from bench.paper import augment, methods, mixup, models
@@ -70,7 +71,7 @@ class Training:
 
     def train_epoch(self) -> float:
         """One epoch; the mean training loss, and the state of the clock and of the count of passes, go on."""
-        self.model.train(not self.config.freeze_batchnorm)
+        self._training_mode()
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
         start, losses = self._clock(), []
         for step, (images, targets) in enumerate(self.batches.epoch(self.epoch)):
@@ -87,6 +88,12 @@ class Training:
         self.seconds += self._clock() - start
         self.epoch += 1
         return mean_of_finite(values, f"epoch {self.epoch} of {self.config}")
+
+    def _training_mode(self) -> None:
+        self.model.train()
+        for module in self.model.modules() if self.config.freeze_batchnorm else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
     def _clock(self) -> float:
         """Seconds: of the processor on a CPU, where other jobs do not count; of the wall on a device."""

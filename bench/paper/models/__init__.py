@@ -2,7 +2,7 @@
 
 small                       WRN-10-2 whose first convolution has stride 4: the default, seconds a run on one core
 wrn-D-K                     wide ResNet: D layers, K times 16, 32 and 64 channels; wrn-28-10, wrn-40-10, ...
-resnet-D                    the CIFAR ResNets: resnet-20, resnet-32, ...
+resnet-D                    the CIFAR ResNets: resnet-20, resnet-32, ...; resnet-D-stride2 halves the image at once
 pyramidnet-D-A              A channels wider over D layers; bottlenecks from 164 layers on, as published;
                             pyramidnet-110-270, pyramidnet-272-200; with -shakedrop behind it, ShakeDrop
 shake-shake-26-2xWd         26 layers, two branches of W channels: 32, 64, 96, 112
@@ -78,8 +78,8 @@ def _wide(depth: str, width: str, *, channels: int, classes: int) -> nn.Module:
     return WideResNet(blocks, int(width), channels=channels, classes=classes)
 
 
-def _resnet(depth: str, *, channels: int, classes: int) -> nn.Module:
-    return ResNet(int(depth), channels=channels, classes=classes)
+def _resnet(depth: str, stride: str | None, *, channels: int, classes: int) -> nn.Module:
+    return ResNet(int(depth), int(stride or 1), channels=channels, classes=classes)
 
 
 def _pyramid(depth: str, widening: str, shakedrop: str | None, *, channels: int, classes: int) -> nn.Module:
@@ -100,7 +100,7 @@ def _shake(width: str, *, channels: int, classes: int) -> nn.Module:
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     r"small": _small,
     r"wrn-(\d+)-(\d+)": _wide,
-    r"resnet-(\d+)": _resnet,
+    r"resnet-(\d+)(?:-stride([12]))?": _resnet,
     r"pyramidnet-(\d+)-(\d+)(-shakedrop)?": _pyramid,
     r"shake-shake-26-2x(\d+)d": _shake,
 }

@@ -30,17 +30,23 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet-(6 n + 2): three stages of n blocks with 16, 32 and 64 channels.
 
+    Args:
+        depth: 6 n + 2.
+        stem_stride: 2 halves the image at once, for a CPU.
+        channels: of the images.
+        classes: of the last layer.
+
     Raises:
         ValueError: another depth.
     """
 
-    def __init__(self, depth: int, *, channels: int = 3, classes: int = 10) -> None:
+    def __init__(self, depth: int, stem_stride: int = 1, *, channels: int = 3, classes: int = 10) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"Invalid {depth=} of a ResNet. Must be 6 n + 2.")
         width = STAGE_CHANNELS[0]
-        self.stem = conv(channels, width, 3)
+        self.stem = conv(channels, width, 3, stem_stride)
         self.norm = nn.BatchNorm2d(width)
         stages: list[nn.Module] = []
         for stage, channels_out in enumerate(STAGE_CHANNELS):

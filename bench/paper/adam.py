@@ -1,0 +1,89 @@
+"""SAM against Adam on ResNet-20: loss and accuracy while they train.
+
+Adam of one and of two times the epochs, SAM with Adam as its base, and SAM with SGD as its base. The curves are over
+forward-backward passes, of which SAM takes two in a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bench.paper import figures, runner, summary
+from bench.paper.config import Config
+from bench.paper.runner import Experiment, Named
+from bench.records import Row
+
+# Key in the history, name, and whether 100 - value is drawn.
+CURVES = (("train_loss", "Training loss", False), ("test_error", "Test accuracy (%)", True))
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--adam-lr", type=float, default=1e-3, help="first learning rate of Adam (default: %(default)s)")
+
+
+def grid(args: argparse.Namespace, base: Config) -> list[Named]:
+    adam = replace(base, optimizer="adam", lr=args.adam_lr)
+    sam = {"rho": args.rho}
+    return [
+        ("Adam", adam),
+        ("Adam, 2x epochs", replace(adam, epochs=2 * base.epochs)),
+        ("SAM with Adam", replace(adam, optimizer="sam-adam", options=sam)),
+        ("SAM", replace(base, optimizer="sam", options=sam)),
+    ]
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """The means over the seeds of both curves."""
+    methods = summary.by(rows, "method")
+    colours = figures.colours([label for (label,) in methods])
+    seeds = len(summary.by(rows, "seed"))
+    subtitle = (
+        f"{summary.task(rows[0])}; mean and 95 % interval of {seeds} seeds; training loss at w, with augmentation"
+    )
+    with figures.canvas("SAM against Adam", subtitle, path, panels=2) as panels:
+        for axes, (key, name, upside_down) in zip(panels, CURVES, strict=True):
+            for (label,), same in methods.items():
+                histories = zip(*(row["history"] for row in same), strict=True)
+                points = [(points[0]["passes"], _spread(points, key, upside_down)) for points in histories]
+                figures.line(axes, points, label, colours[label])
+            axes.set_title(name, loc="left", fontsize=11)
+            axes.set_xlabel("Forward-backward passes over the training set")
+        panels[0].legend()
+
+
+def _spread(points: Sequence[Row], key: str, upside_down: bool) -> summary.Interval:
+    return summary.interval([100 - point[key] if upside_down else point[key] for point in points])
+
+
+def section(rows: Sequence[Row]) -> str:
+    """Loss and accuracy at the end."""
+    lines = []
+    for (label,), same in summary.by(rows, "method").items():
+        accuracy = summary.interval([100 - row["test_error"] for row in same])
+        passes = f"{summary.of(same, 'passes').mean:.0f}"
+        lines.append([label, passes, summary.of(same, "train_loss").text(3), str(accuracy)])
+    heads = ["method", "passes", "training loss at the end", "test accuracy, %"]
+    return f"{summary.table(heads, lines)}\n\n{summary.caption(rows)}"
+
+
+EXPERIMENT = Experiment(
+    "adam",
+    __doc__,
+    grid,
+    figure,
+    section,
+    add_arguments=add_arguments,
+    defaults={"model": "resnet-20-stride2", "epochs": 20, "measurements": 5},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment."""
+    return runner.main(EXPERIMENT, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""Fine-tuning from a checkpoint, with the statistics of BatchNorm frozen (section 3.2, table 3).
+
+Without --checkpoint a first model is trained with SGD on the lower half of the classes, for each seed, and then
+fine-tuned on few images of the upper half, with a new last layer. SGD trains for one and for two times the epochs of
+SAM. A net with random weights that trains as long as SAM says what the checkpoint is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import data
+from bench.paper import defaults, figures, models, runner, summary, tables, training
+from bench.paper.config import Config
+from bench.paper.data import Split, split
+from bench.paper.runner import Experiment, Named
+from bench.records import Row
+from bench.training import save_whole
+
+SCRATCH = "SGD, 2x epochs, random weights"
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--checkpoint", type=Path, help="state_dict of the --model, to be fine-tuned on all classes of the --dataset")
+    add(
+        "--pretrain-size", type=int, default=1_000, metavar="N", help="images of the first model (default: %(default)s)"
+    )
+    epochs = "epochs of the first model (default: %(default)s)"
+    add("--pretrain-epochs", type=int, default=defaults.SMALL["epochs"], metavar="N", help=epochs)
+    add("--pretrain-lr", type=float, default=defaults.SMALL["lr"], help="its learning rate (default: %(default)s)")
+
+
+def grid(args: argparse.Namespace, base: Config) -> list[Named]:
+    if args.paper:
+        raise ValueError("Invalid --paper. The paper fine-tunes EfficientNets, which bench.paper does not have.")
+    pretraining = {"train_size": args.pretrain_size, "epochs": args.pretrain_epochs, "lr": args.pretrain_lr}
+    source = {"checkpoint": str(args.checkpoint)} if args.checkpoint else {"pretraining": pretraining}
+    frozen = replace(base, freeze_batchnorm=True, extra=source)
+    target = {} if args.checkpoint else {"classes": "upper"}
+    longer = {"epochs": 2 * base.epochs}
+    return [
+        ("SGD", frozen),
+        ("SGD, 2x epochs", replace(frozen, **longer)),
+        ("SAM", replace(frozen, optimizer="sam", options={"rho": args.rho})),
+        (SCRATCH, replace(base, **longer, lr=args.pretrain_lr, extra=target)),
+    ]
+
+
+def half(dataset: data.Dataset, *, upper: bool) -> data.Dataset:
+    """The images of the lower or of the upper half of the classes, which are numbered from 0."""
+    middle = dataset.classes // 2
+
+    def chosen(images: data.Images) -> data.Images:
+        kept = (images.labels >= middle) == upper
+        return data.Images(images.images[kept], images.labels[kept] - middle * upper)
+
+    classes = dataset.classes - middle if upper else middle
+    return dataset._replace(train=chosen(dataset.train), test=chosen(dataset.test), classes=classes)
+
+
+def execute(config: Config, context: training.Context) -> Row:
+    """Fine-tune, from the checkpoint or from a first model; or train from random weights."""
+    if "checkpoint" in config.extra:
+        images = context.split(config)
+        weights = torch.load(config.extra["checkpoint"], map_location="cpu", weights_only=True)
+    else:
+        images = split(half(context.dataset, upper=True), config)
+        weights = _pretrained(config, context) if "pretraining" in config.extra else {}
+    start = with_new_head(config, images, weights) if weights else None
+    return training.train(config, context, images=images, weights=start).result()
+
+
+def _pretrained(config: Config, context: training.Context) -> dict[str, Tensor]:
+    """Weights of the seed's first model; from the file, if there is one."""
+    first = replace(
+        config,
+        **config.extra["pretraining"],
+        weight_decay=defaults.SMALL["weight_decay"],
+        optimizer="sgd",
+        options={},
+        freeze_batchnorm=False,
+        extra={"classes": "lower"},
+    )
+    path = context.folder / f"{first.key}.weights.pt"
+    if not path.is_file():
+        trained = training.train(first, context, images=split(half(context.dataset, upper=False), first))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(trained.model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+
+def with_new_head(config: Config, images: Split, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, with those of the last layer random where it has another number of classes.
+
+    Raises:
+        ValueError: they are not of this network.
+    """
+    torch.manual_seed(config.seed)
+    channels, size = data.channelled(images.train.images[:1]).shape[1:3]
+    fresh = models.make(config.model, channels=channels, classes=images.classes, size=size).state_dict()
+    head = list(fresh)[-1].rpartition(".")[0]
+    wrong = [n for n in fresh.keys() | weights.keys() if n not in fresh or n not in weights]
+    wrong += [n for n in fresh if n in weights and fresh[n].shape != weights[n].shape and not n.startswith(f"{head}.")]
+    if wrong:
+        raise ValueError(f"Invalid checkpoint for model={config.model!r}: {sorted(wrong)[0]} differs.")
+    return {n: weights[n] if weights[n].shape == value.shape else value for n, value in fresh.items()}
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Test error of each run, and the intervals."""
+    subtitle = f"{summary.task(rows[0])}; {len(summary.by(rows, 'seed'))} seeds, mean and 95 % interval"
+    errors = {label: [row["test_error"] for row in same] for (label,), same in summary.by(rows, "method").items()}
+    with figures.canvas("Fine-tuning with frozen statistics", subtitle, path, height=3.6) as (axes,):
+        figures.dots(axes, errors)
+        axes.set_xlabel("Test error (%)")
+
+
+def section(rows: Sequence[Row]) -> str:
+    """Ours, and the paper's."""
+    lines = []
+    for (label,), same in summary.by(rows, "method").items():
+        shown = [summary.of(same, name) for name in ("test_error", "train_error")]
+        lines.append([label, f"{summary.of(same, 'passes').mean:.0f}", *map(str, shown)])
+    ours = summary.table(["method", "passes", "test error, %", "training error, %"], lines)
+    return f"{ours}\n\n{summary.caption(rows)}\n\n{_published()}"
+
+
+def _published() -> str:
+    cells = {(row["dataset"], row["model"], row["method"]): row for row in tables.published("finetune")}
+    kinds = [(model, method) for model in ("efficientnet-b7", "efficientnet-l2") for method in ("SGD", "SAM")]
+    lines = []
+    for name in dict.fromkeys(dataset for dataset, _, _ in cells):
+        found = [cells[name, *kind] for kind in kinds]
+        lines.append([name, *(f"{r['mean']}" if r["half"] is None else f"{r['mean']} ± {r['half']}" for r in found)])
+    return summary.table(["paper: test error, %", *(f"{model}, {method}" for model, method in kinds)], lines)
+
+
+EXPERIMENT = Experiment(
+    "finetune",
+    __doc__,
+    grid,
+    figure,
+    section,
+    add_arguments=add_arguments,
+    defaults={"train_size": 200, "epochs": 40, "batch_size": 50, "lr": 0.01, "weight_decay": 1e-5},
+    execute=execute,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment."""
+    return runner.main(EXPERIMENT, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
