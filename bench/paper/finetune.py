@@ -137,7 +137,7 @@ def _published() -> str:
     kinds = [(model, method) for model in ("efficientnet-b7", "efficientnet-l2") for method in ("SGD", "SAM")]
     lines = []
     for name in dict.fromkeys(dataset for dataset, _, _ in cells):
-        found = [cells[name, *kind] for kind in kinds]
+        found = [cells[(name, *kind)] for kind in kinds]
         lines.append([name, *(f"{r['mean']}" if r["half"] is None else f"{r['mean']} ± {r['half']}" for r in found)])
     return summary.table(["paper: test error, %", *(f"{model}, {method}" for model, method in kinds)], lines)
 
