@@ -19,7 +19,6 @@ from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.paper.savings import METHODS
 from bench.records import Row
-from bench.tables import caption
 
 NOISE_RATES = (0.0, 0.4)
 LENGTHS = (0.25, 0.5, 1.0)
@@ -75,6 +74,8 @@ def figure(rows: Sequence[Row], path: Path) -> None:
 
 def _panel(axes: Any, found: Sequence[pareto.Point], price: str) -> None:
     """One line for each method over its lengths, and the front."""
+    from matplotlib import ticker
+
     best = pareto.front(found, price)
     axes.plot(
         [getattr(point, price).mean for point in best],
@@ -97,6 +98,9 @@ def _panel(axes: Any, found: Sequence[pareto.Point], price: str) -> None:
             label=name,
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
     axes.set_xlabel(PRICES[price])
     axes.set_ylabel("test error, %")
 
@@ -114,7 +118,7 @@ def section(rows: Sequence[Row]) -> str:
         lines = [_line(name, [point for point in found if point.method == name], lengths, best) for name in names]
         blocks.append(summary.table(heads, lines))
     note = "In bold: on the Pareto front of seconds and error."
-    return "\n\n".join([*blocks, f"{note}\n{caption(rows)}"])
+    return "\n\n".join([*blocks, f"{note} {summary.caption(rows)}"])
 
 
 def _line(name: str, own: Sequence[pareto.Point], lengths: Sequence[int], best: Sequence[pareto.Point]) -> list[str]:
@@ -127,7 +131,7 @@ def _line(name: str, own: Sequence[pareto.Point], lengths: Sequence[int], best: 
 EXPERIMENT = Experiment(
     name="cost",
     description=__doc__,
-    defaults={"epochs": 28},
+    defaults={"epochs": 20},
     grid=grid,
     figure=figure,
     section=section,

@@ -21,7 +21,6 @@ from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.paper.training import Training
 from bench.records import Row
-from bench.tables import caption
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NOISE_RATES = (0.0, 0.4)
@@ -139,7 +138,7 @@ def section(rows: Sequence[Row]) -> str:
     if others:
         heads = ["method", "task", "radii tried", "rho chosen", "held out, %", "test set, %"]
         blocks.append(summary.table(heads, _choices(others)))
-    return "\n\n".join([*blocks, caption(rows)])
+    return "\n\n".join([*blocks, summary.caption(rows)])
 
 
 def _all_radii(rows: Sequence[Row]) -> str:
@@ -179,7 +178,7 @@ def _cell(spread: summary.Interval, bold: bool) -> str:
 EXPERIMENT = Experiment(
     name="rho_grid",
     description=__doc__,
-    defaults={"train_size": 2_000, "epochs": 20},
+    defaults={"train_size": 2_000},
     grid=grid,
     figure=figure,
     section=section,
