@@ -1,7 +1,7 @@
-"""Write measured rows into README.md and docs/benchmarks.md as tables, and draw them: python -m bench.report
+"""Write measured rows into README.md and the pages of docs/ as tables, and draw them: python -m bench.report
 
 A block stands between <!-- NAME:start --> and <!-- NAME:end -->; bench/tables.py and bench/gpu_tables.py list the
-names. Only the newest row of each measured thing counts. Absent files and blocks, and blocks without text, are left as
+names, and each experiment of bench/paper has the block "paper:" and its name. Only the newest row of each measured thing counts. Absent files and blocks, and blocks without text, are left as
 they are.
 """
 
@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import gpu_plot, gpu_tables, records, step_plot, tables
+from bench.paper import report as paper_report
 from bench.tables import latest
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md")
-BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS
+PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md", "docs/paper.md")
+BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS | paper_report.blocks()
 PLOTS = {
     "docs/step_cpu.png": step_plot.draw,
     f"docs/{gpu_tables.STEP_PICTURE}": gpu_plot.draw_steps,

@@ -19,6 +19,7 @@ Key = tuple[object, ...]
 STEP_KEY = ("set", "dtype", "threads", "variant")
 KEYS = {
     "distributed": ("variant",),
+    "paper": ("experiment", "key"),
     "train": ("job", "optimizer", "seed"),
     "gpu_step": ("set", "dtype", "mode", "variant"),
     "gpu_iteration": ("model", "batch", "variant"),

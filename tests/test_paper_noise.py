@@ -75,14 +75,14 @@ def test_shares_of_mixup_are_beta():
     images, labels = torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])
     generator, alpha = torch.Generator().manual_seed(3), 0.7
     shares = []
-    while len(shares) < 2_000:
+    while len(shares) < 800:
         _, targets = mixup.mix(images, labels, alpha, 2, generator)
         if 0 < targets[0, 0] < 1 and targets[0, 1] > 0:  # the permutation was the exchange
             shares.append(targets[0, 0])
     values = torch.stack(shares).double()
     spread = 1 / (4 * (2 * alpha + 1))  # of Beta(alpha, alpha)
     assert abs(float(values.mean()) - 0.5) < 4 * (spread / len(values)) ** 0.5
-    assert abs(float(values.var()) / spread - 1) < 0.15
+    assert abs(float(values.var()) / spread - 1) < 0.2
 
 
 def test_mixup_refuses_alpha_of_zero():
