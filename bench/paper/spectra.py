@@ -1,0 +1,206 @@
+"""The spectrum of the Hessian while SGD and SAM train (section 4.2, figure 3, left).
+
+At several epochs: the five largest eigenvalues of the Hessian of the training loss, by eigsh, their ratio lambda_1 /
+lambda_5, and the density of all, by stochastic Lanczos quadrature. It is that of some training images without
+augmentation; at the end, of as many images that were not trained on too. Networks have GroupNorm in the place of
+BatchNorm, which the paper leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bench.paper import figures, runner, summary, tables
+from bench.paper.config import Config
+from bench.paper.runner import Experiment, Named
+from bench.paper.training import Training
+from bench.records import Row
+from fused_sam import analysis
+
+LARGEST = 5
+POINTS = 400  # of a density in the picture
+WIDTH = 0.02  # of its Gaussians, of the whole span
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--measurements", type=int, default=3, metavar="N", help="at as many epochs, the last one at the end (3)")
+    add("--examples", type=int, default=256, metavar="N", help="images that the Hessian is of (256)")
+    add("--probes", type=int, default=1, metavar="N", help="of the density (1)")
+    add("--lanczos-steps", type=int, default=20, metavar="N", help="for each of them (20)")
+    add("--batchnorm", action="store_true", help="leave BatchNorm in the network")
+
+
+def grid(args: argparse.Namespace, base: Config) -> list[Named]:
+    """SGD and SAM of as many epochs."""
+    sizes = {"examples": args.examples, "probes": args.probes, "lanczos_steps": args.lanczos_steps}
+    model = base.model if args.batchnorm else f"{base.model}-groupnorm"
+    base = replace(base, model=model, measurements=args.measurements, extra=sizes)
+    return [("SGD", base), ("SAM", replace(base, optimizer="sam", options={"rho": args.rho}))]
+
+
+def observe_during(training: Training) -> Row:
+    """Eigenvalues and density on training images."""
+    sizes = training.config.extra
+    x, y = training.examples(sizes["examples"])
+    hessian = analysis.Hessian(training.model.eval(), F.cross_entropy, (x, y))
+    density = analysis.density(hessian, sizes["probes"], steps=sizes["lanczos_steps"])
+    with torch.no_grad():
+        loss = float(F.cross_entropy(training.model(x), y))
+    return {
+        "loss": loss,
+        "eigenvalues": _eigenvalues(hessian),
+        "nodes": [float(f"{node:.5g}") for node in density.nodes.tolist()],
+        "weights": [float(f"{weight:.5g}") for weight in density.weights.tolist()],
+    }
+
+
+def observe(training: Training) -> Row:
+    """Eigenvalues on images that were not trained on."""
+    batch = training.examples(training.config.extra["examples"], "unseen")
+    hessian = analysis.Hessian(training.model.eval(), F.cross_entropy, batch)
+    return {"unseen_loss": training.evaluate(training.images.unseen)[1], "unseen_eigenvalues": _eigenvalues(hessian)}
+
+
+def _eigenvalues(hessian: analysis.Hessian) -> list[float]:
+    """The largest, those first."""
+    return analysis.eigenvalues(hessian, LARGEST, tol=1e-3).values.tolist()
+
+
+def _points(rows: Sequence[Row], label: str) -> dict[int, list[Row]]:
+    """The points of the histories of one method, by epoch."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["method"] == label:
+            for point in row["history"]:
+                found.setdefault(point["epoch"], []).append(point)
+    return found
+
+
+def _figures_of(points: Sequence[Row]) -> tuple[summary.Interval, ...]:
+    """Training loss, lambda_1 and lambda_1 / lambda_5."""
+    values = [point["eigenvalues"] for point in points]
+    return (
+        summary.of(points, "loss"),
+        summary.interval([found[0] for found in values]),
+        summary.interval([found[0] / found[-1] for found in values]),
+    )
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Loss, lambda_1 and its ratio over the epochs; below, the densities at the first, a middle and the last."""
+    config = rows[0]["config"]
+    labels = [label for (label,) in summary.by(rows, "method")]
+    about = f"{summary.task(rows[0])}; Hessian of {config['extra']['examples']} training images"
+    subtitle = f"{about}; mean and 95 % interval of {len(summary.by(rows, 'seed'))} seeds"
+    points = {label: _points(rows, label) for label in labels}
+    colours = figures.colours(labels)
+    with figures.canvas("Hessian spectra during training", subtitle, path, panels=6, rows=2, height=7.4) as panels:
+        names = ("Training loss on the measured images", "$\\lambda_1$", "$\\lambda_1 / \\lambda_5$")
+        for axes, name, place in zip(panels, names, range(3)):
+            for label in labels:
+                line = [(epoch, _figures_of(same)[place]) for epoch, same in points[label].items()]
+                figures.line(axes, line, label, colours[label])
+            axes.set_ylim(bottom=0)
+            axes.set_title(name, loc="left", fontsize=11)
+            axes.set_xlabel("Epoch")
+        panels[0].legend()
+        epochs = sorted(points[labels[0]])
+        for axes, epoch in zip(panels[3:], _spaced(epochs)):
+            _densities(axes, {label: points[label].get(epoch, []) for label in labels}, colours)
+            axes.set_title(f"Epoch {epoch}: density of eigenvalues", loc="left", fontsize=11)
+
+
+def _spaced(epochs: Sequence[int]) -> list[int]:
+    """The first, a middle and the last, without repetition."""
+    return sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})
+
+
+def _densities(axes: Any, points: dict[str, list[Row]], colours: dict[str, str]) -> None:
+    """Gaussians around the nodes of all seeds, on a logarithmic scale; lambda_1 of each seed as a mark below."""
+    nodes = {label: torch.tensor([x for point in same for x in point["nodes"]]) for label, same in points.items()}
+    low = min(float(found.min()) for found in nodes.values() if len(found))
+    high = max(point["eigenvalues"][0] for same in points.values() for point in same)
+    width = WIDTH * (high - low)
+    grid = torch.linspace(low - 4 * width, high + 4 * width, POINTS)
+    for label, same in points.items():
+        if not same:
+            continue
+        weights = torch.tensor([x for point in same for x in point["weights"]]) / len(same)
+        density = torch.exp(-(((grid[:, None] - nodes[label]) / width) ** 2) / 2) @ weights
+        axes.plot(grid, density / (width * math.sqrt(2 * math.pi)), color=colours[label], linewidth=1.6)
+        largest = [point["eigenvalues"][0] for point in same]
+        axes.plot(largest, [0.03] * len(same), "|", color=colours[label], markersize=10, transform=_across(axes))
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-6)
+    axes.set_xlabel("$\\lambda$; marks below: $\\lambda_1$ of each seed")
+
+
+def _across(axes: Any) -> Any:
+    """x in data, y in parts of the height."""
+    return axes.get_xaxis_transform()
+
+
+def section(rows: Sequence[Row]) -> str:
+    """A line per epoch, and one for images that were not trained on; then the paper's."""
+    labels = [label for (label,) in summary.by(rows, "method")]
+    points = {label: _points(rows, label) for label in labels}
+    lines = []
+    for epoch in sorted(points[labels[0]]):
+        cells = [[str(one) for one in _figures_of(points[label].get(epoch, []))] for label in labels]
+        lines.append([f"epoch {epoch}", *(cell for group in cells for cell in group)])
+    lines.append(["at the end, on unseen images", *(cell for label in labels for cell in _unseen(rows, label))])
+    columns = ("loss", "λ₁", "λ₁ / λ₅")
+    ours = summary.table(["ours", *(f"{label}: {name}" for label in labels for name in columns)], lines)
+    return "\n\n".join([ours, _paper(), summary.caption(rows)])
+
+
+def _unseen(rows: Sequence[Row], label: str) -> list[str]:
+    """Loss of all, eigenvalues of some."""
+    own = [row for row in rows if row["method"] == label]
+    values = [row["unseen_eigenvalues"] for row in own]
+    largest = summary.interval([found[0] for found in values])
+    ratio = summary.interval([found[0] / found[-1] for found in values])
+    return [str(summary.of(own, "unseen_loss")), str(largest), str(ratio)]
+
+
+def _paper() -> str:
+    cells = {(row["epoch"], row["method"], row["metric"]): row["mean"] for row in tables.published("spectra")}
+    metrics = {"λ₁": "lambda_max", "λ₁ / λ₅": "lambda_max / lambda_5"}
+    heads = ["paper: CIFAR-10, WRN-40-10 without BatchNorm"]
+    heads += [f"{method}: {name}" for method in ("SGD", "SAM") for name in metrics]
+    lines = []
+    for epoch in dict.fromkeys(epoch for epoch, _, _ in cells):
+        found = [str(cells[epoch, method, metric]) for method in ("SGD", "SAM") for metric in metrics.values()]
+        lines.append([f"epoch {epoch}", *found])
+    return summary.table(heads, lines)
+
+
+EXPERIMENT = Experiment(
+    "spectra",
+    __doc__,
+    grid,
+    figure,
+    section,
+    add_arguments=add_arguments,
+    defaults={"rho": 0.1, "epochs": 24},
+    observe=observe,
+    observe_during=observe_during,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment."""
+    return runner.main(EXPERIMENT, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
