@@ -29,7 +29,8 @@ PRICES = {"seconds": "CPU seconds, one thread", "passes": "forward-backward pass
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="(default: all)")
+    names = f"some of: {'; '.join(METHODS)} (default: all)"
+    add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), metavar="NAME", help=names)
     lengths = "of the runs, in units of --epochs (default: %(default)s)"
     add("--lengths", type=float, nargs="+", default=list(LENGTHS), metavar="X", help=lengths)
     rates = (

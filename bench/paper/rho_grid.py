@@ -30,7 +30,8 @@ PAPER_VALIDATION, VALIDATION = 0.1, 0.5
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     kinds = [name for name in savings.METHODS if name != "SGD"]
-    add("--method", choices=kinds, default="SAM", help="whose radius is chosen (default: %(default)s)")
+    whose = f"whose radius is chosen: {'; '.join(kinds)} (default: %(default)s)"
+    add("--method", choices=kinds, default="SAM", metavar="NAME", help=whose)
     add("--rhos", type=float, nargs="+", default=list(RHOS), metavar="RHO", help="radii to try (default: the paper's)")
     rates = "of symmetric label noise, one grid for each; labels that are held out are clean (default: none, and 40 %%)"
     add("--noise-rates", type=float, nargs="+", default=list(NOISE_RATES), metavar="P", help=rates)
