@@ -29,17 +29,18 @@ def rows_of(path):
 
 
 def test_halves_share_no_class(digits):
-    lower, upper = (finetune.half(digits, upper=upper) for upper in (False, True))
-    assert len(lower.train.labels) + len(upper.train.labels) == len(digits.train.labels)
-    for part, first in ((lower, 0), (upper, 5)):
+    even, odd = (finetune.half(digits, parity) for parity in (finetune.EVEN, finetune.ODD))
+    assert len(even.train.labels) + len(odd.train.labels) == len(digits.train.labels)
+    for part, first in ((even, 0), (odd, 1)):
         assert part.classes == 5
         assert part.test.labels.unique().tolist() == [0, 1, 2, 3, 4]
-        assert torch.equal(part.test.images, digits.test.images[(digits.test.labels // 5) == first // 5])
+        assert torch.equal(part.test.images[part.test.labels == 2], digits.test.images[digits.test.labels == 4 + first])
+    assert finetune.half(digits._replace(classes=7), finetune.EVEN).classes == 4
 
 
 def test_statistics_stay_while_the_weights_go(digits, tmp_path):
     context = training.Context(digits, tmp_path)
-    images = paper_data.split(finetune.half(digits, upper=True), CONFIG)
+    images = paper_data.split(finetune.half(digits, finetune.EVEN), CONFIG)
     start = finetune.with_new_head(CONFIG, images, finetune._pretrained(CONFIG, context))
     for optimizer, options in (("sgd", {}), ("sam", {"rho": 0.1})):
         config = replace(CONFIG, optimizer=optimizer, options=options)
@@ -51,7 +52,7 @@ def test_statistics_stay_while_the_weights_go(digits, tmp_path):
 
 def test_the_head_is_new_and_the_rest_is_the_checkpoint(digits):
     images = paper_data.split(digits, CONFIG)
-    other = training.Training(replace(CONFIG, seed=7), paper_data.split(finetune.half(digits, upper=True), CONFIG))
+    other = training.Training(replace(CONFIG, seed=7), paper_data.split(finetune.half(digits, finetune.EVEN), CONFIG))
     weights = other.model.state_dict()
     start = finetune.with_new_head(CONFIG, images, weights)
     assert start["head.weight"].shape == (10, 128)

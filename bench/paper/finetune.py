@@ -1,7 +1,7 @@
 """Fine-tuning from a checkpoint, with the statistics of BatchNorm frozen (section 3.2, table 3).
 
-Without --checkpoint a first model is trained with SGD on the lower half of the classes, for each seed, and then
-fine-tuned on few images of the upper half, with a new last layer. SGD trains for one and for two times the epochs of
+Without --checkpoint a first model is trained with SGD on the classes of odd number, for each seed, and then fine-tuned
+on few images of the classes of even number, with a new last layer. SGD trains for one and for two times the epochs of
 SAM. A net with random weights that trains as long as SAM says what the checkpoint is worth.
 """
 
@@ -24,16 +24,21 @@ from bench.records import Row
 from bench.training import save_whole
 
 SCRATCH = "SGD, 2x epochs, random weights"
+EVEN, ODD = 0, 1
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--checkpoint", type=Path, help="state_dict of the --model, to be fine-tuned on all classes of the --dataset")
     add(
-        "--pretrain-size", type=int, default=1_000, metavar="N", help="images of the first model (default: %(default)s)"
+        "--pretrain-size",
+        type=int,
+        default=12_000,
+        metavar="N",
+        help="images of the first model (default: %(default)s)",
     )
     epochs = "epochs of the first model (default: %(default)s)"
-    add("--pretrain-epochs", type=int, default=defaults.SMALL["epochs"], metavar="N", help=epochs)
+    add("--pretrain-epochs", type=int, default=4, metavar="N", help=epochs)
     add("--pretrain-lr", type=float, default=defaults.SMALL["lr"], help="its learning rate (default: %(default)s)")
 
 
@@ -43,7 +48,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
     pretraining = {"train_size": args.pretrain_size, "epochs": args.pretrain_epochs, "lr": args.pretrain_lr}
     source = {"checkpoint": str(args.checkpoint)} if args.checkpoint else {"pretraining": pretraining}
     frozen = replace(base, freeze_batchnorm=True, extra=source)
-    target = {} if args.checkpoint else {"classes": "upper"}
+    target = {} if args.checkpoint else {"classes": "even"}
     longer = {"epochs": 2 * base.epochs}
     return [
         ("SGD", frozen),
@@ -53,15 +58,14 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
     ]
 
 
-def half(dataset: data.Dataset, *, upper: bool) -> data.Dataset:
-    """The images of the lower or of the upper half of the classes, which are numbered from 0."""
-    middle = dataset.classes // 2
+def half(dataset: data.Dataset, parity: int) -> data.Dataset:
+    """The images of the classes whose number is even (0) or odd (1); classes 2 k and 2 k + 1 become class k."""
 
     def chosen(images: data.Images) -> data.Images:
-        kept = (images.labels >= middle) == upper
-        return data.Images(images.images[kept], images.labels[kept] - middle * upper)
+        kept = images.labels % 2 == parity
+        return data.Images(images.images[kept], images.labels[kept] // 2)
 
-    classes = dataset.classes - middle if upper else middle
+    classes = (dataset.classes + 1 - parity) // 2
     return dataset._replace(train=chosen(dataset.train), test=chosen(dataset.test), classes=classes)
 
 
@@ -71,7 +75,7 @@ def execute(config: Config, context: training.Context) -> Row:
         images = context.split(config)
         weights = torch.load(config.extra["checkpoint"], map_location="cpu", weights_only=True)
     else:
-        images = split(half(context.dataset, upper=True), config)
+        images = split(half(context.dataset, EVEN), config)
         weights = _pretrained(config, context) if "pretraining" in config.extra else {}
     start = with_new_head(config, images, weights) if weights else None
     return training.train(config, context, images=images, weights=start).result()
@@ -82,15 +86,16 @@ def _pretrained(config: Config, context: training.Context) -> dict[str, Tensor]:
     first = replace(
         config,
         **config.extra["pretraining"],
+        batch_size=64,
         weight_decay=defaults.SMALL["weight_decay"],
         optimizer="sgd",
         options={},
         freeze_batchnorm=False,
-        extra={"classes": "lower"},
+        extra={"classes": "odd"},
     )
     path = context.folder / f"{first.key}.weights.pt"
     if not path.is_file():
-        trained = training.train(first, context, images=split(half(context.dataset, upper=False), first))
+        trained = training.train(first, context, images=split(half(context.dataset, ODD), first))
         path.parent.mkdir(parents=True, exist_ok=True)
         save_whole(trained.model.state_dict(), path)
     return torch.load(path, weights_only=True)
@@ -149,7 +154,7 @@ EXPERIMENT = Experiment(
     figure,
     section,
     add_arguments=add_arguments,
-    defaults={"train_size": 200, "epochs": 40, "batch_size": 50, "lr": 0.01, "weight_decay": 1e-5},
+    defaults={"train_size": 100, "epochs": 40, "batch_size": 25, "lr": 0.03, "weight_decay": 1e-5},
     execute=execute,
 )
 

@@ -28,18 +28,21 @@ LARGE_NOISE = 0.8  # from here on the paper takes half of its rho
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--rates", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8], metavar="P", help="of symmetric noise")
+    add("--rates", type=float, nargs="*", default=[0.2, 0.4, 0.6, 0.8], metavar="P", help="of symmetric noise")
     add("--asymmetric", type=float, nargs="*", default=[0.4], metavar="P", help="rates of asymmetric noise")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which of them")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="on symmetric noise")
+    of_asymmetric = "on asymmetric noise (default: those that are not bootstrapped)"
+    add("--asymmetric-methods", nargs="+", choices=METHODS, default=["SGD", "Mixup", "SAM"], help=of_asymmetric)
     add("--alpha", type=float, default=1.0, help="of Mixup's Beta(alpha, alpha) (default: %(default)s)")
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
     runs = []
-    for noise, rates in zip(NOISES, (args.rates, args.asymmetric), strict=True):
+    wanted = ((args.rates, args.methods), (args.asymmetric, args.asymmetric_methods))
+    for noise, (rates, labels) in zip(NOISES, wanted, strict=True):
         for rate in rates:
             named = _methods(replace(base, noise=noise, noise_rate=rate), args.rho, args.alpha)
-            runs += [(label, named[label]) for label in args.methods]
+            runs += [(label, named[label]) for label in labels]
     return runs
 
 
@@ -61,7 +64,7 @@ def execute(config: Config, context: training.Context) -> Row:
     first = _first(replace(config, bootstrap=False), context)
     relabelled = images._replace(train=images.train._replace(labels=first["labels"]))
     second = training.train(config, context, images=relabelled).result()
-    spent = {name: first["result"][name] + second[name] for name in ("seconds", "passes")}
+    spent = {name: round(first["result"][name] + second[name], 3) for name in ("seconds", "passes")}
     # Of the labels as given, like in the other rows, the second model has seen none.
     return second | spent | {"right_labels": first["right"]}
 
