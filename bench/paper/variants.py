@@ -64,11 +64,11 @@ class RandomDirection:
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     radii = {"type": float, "nargs": "+", "metavar": "RHO"}
-    add("--rhos", **radii, default=[0.05, 0.1, 0.2], help="radii for p = 2, besides --rho (0.05 0.1 0.2)")
-    add("--inf-rhos", **radii, default=[1e-4, 2e-4, 5e-4], help="for p = inf (1e-4 2e-4 5e-4)")
-    add("--random-rhos", **radii, default=[0.5, 2.0, 5.0], help="for random directions (0.5 2 5)")
+    add("--rhos", **radii, default=[0.1, 0.2, 0.4], help="radii for p = 2, besides --rho (0.1 0.2 0.4)")
+    add("--inf-rhos", **radii, default=[5e-4, 1e-3, 2e-3], help="for p = inf (5e-4 1e-3 2e-3)")
+    add("--random-rhos", **radii, default=[2.0, 5.0], help="for random directions (2 5)")
     add("--steps", type=int, nargs="+", default=[2, 3, 5], help="of the ascent, with --rho, besides 1 (2 3 5)")
-    add("--noise-rate", type=float, default=0.4, metavar="P", help="of the training labels are wrong (0.4)")
+    add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong (0.2)")
     add("--validation", type=float, default=0.1, metavar="PART", help="of the training images is held out (0.1)")
     add("--cosines", type=int, default=6, metavar="N", help="points at which the two gradients are compared (6)")
 
@@ -251,7 +251,7 @@ EXPERIMENT = Experiment(
     figure,
     section,
     add_arguments=add_arguments,
-    defaults={"rho": 0.1, "epochs": 20},
+    defaults={"rho": 0.2, "epochs": 15, "augment": "none"},
     observe=observe,
     observe_during=observe_during,
 )
