@@ -228,6 +228,14 @@ def test_held_out_images_are_not_trained_on_and_keep_their_labels():
     assert int((part.train.labels != part.true_labels).sum()) == 36
 
 
+def test_a_part_of_the_test_set_is_the_same_part_for_every_seed():
+    dataset = paper_data.load("digits")
+    first, second = (paper_data.split(dataset, replace(CONFIG, test_size=50, seed=seed)) for seed in (0, 1))
+    assert len(first.test.labels) == 50
+    assert torch.equal(first.test.images, second.test.images)
+    assert not torch.equal(first.train.images, second.train.images)
+
+
 # label noise
 
 

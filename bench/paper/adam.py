@@ -76,7 +76,7 @@ EXPERIMENT = Experiment(
     figure,
     section,
     add_arguments=add_arguments,
-    defaults={"model": "resnet-20-stride2", "epochs": 20, "measurements": 5},
+    defaults={"model": "resnet-20-stride2", "epochs": 15, "batch_size": 32, "measurements": 5, "test_size": 2_000},
 )
 
 

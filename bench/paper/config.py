@@ -32,6 +32,7 @@ class Config:
     seed: int = 0  # of the subset, the noise, the initial weights, the order and the augmentation
     nesterov: bool = False
     label_smoothing: float = 0.0
+    test_size: int = 0  # images of the test set, the same for all runs; 0 for all of them
     validation: float = 0.0  # this part of the training images is held out and takes the place of the test set
     noise: str = "symmetric"
     noise_rate: float = 0.0
@@ -49,7 +50,7 @@ class Config:
         for name in ("train_size", "epochs", "batch_size", "measurements"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Invalid {name}={getattr(self, name)}. Must be >= 1.")
-        for name in ("shift", "mixup", "weight_decay"):
+        for name in ("shift", "test_size", "mixup", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Invalid {name}={getattr(self, name)}. Must be >= 0.")
         for name in ("validation", "noise_rate", "label_smoothing"):

@@ -45,11 +45,12 @@ def split(dataset: data.Dataset, config: Config) -> Split:
     With `validation`, the last part of the subset, its labels clean, is the test set and not trained on.
     """
     chosen = data.subset(dataset.train, config.train_size, config.seed)
-    test = dataset.test
+    unseen = data.subset(dataset.test, config.test_size, seed=0) if config.test_size else dataset.test
+    test = unseen
     if config.validation:
         kept = len(chosen.labels) - round(config.validation * len(chosen.labels))
         test = data.Images(*(part[kept:] for part in chosen))
         chosen = data.Images(*(part[:kept] for part in chosen))
     labels = noise.corrupted(chosen.labels, config, dataset.classes)
     flip = dataset.flip and config.augment != "none"
-    return Split(chosen._replace(labels=labels), test, dataset.test, chosen.labels, flip, dataset.classes)
+    return Split(chosen._replace(labels=labels), test, unseen, chosen.labels, flip, dataset.classes)

@@ -80,9 +80,9 @@ def canvas(
                 panel.grid(axis="y", color=GRID)
                 panel.set_axisbelow(True)
                 panel.spines[["top", "right"]].set_visible(False)
-            figure.suptitle(title, x=0.01, y=1 - 0.07 / height, ha="left", va="top", fontsize=13, fontweight="bold")
+            figure.text(0.01, 1 - 0.07 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
             figure.text(0.01, 1 - 0.42 / height, subtitle, ha="left", va="center", fontsize=9, color=GREY)
-            figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / height), w_pad=2.5)
+            figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / height), w_pad=2.5)
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, metadata={"Software": None})
         finally:

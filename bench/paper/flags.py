@@ -13,7 +13,18 @@ from bench import records
 from bench.paper import augment, defaults, models, tables
 from bench.paper.config import Config
 
-FLAGS = ("model", "augment", "shift", "train_size", "epochs", "batch_size", "lr", "momentum", "weight_decay")
+FLAGS = (
+    "model",
+    "augment",
+    "shift",
+    "train_size",
+    "test_size",
+    "epochs",
+    "batch_size",
+    "lr",
+    "momentum",
+    "weight_decay",
+)
 Adder = Callable[[argparse._ArgumentGroup], None]
 
 
@@ -38,6 +49,7 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
     add("--dataset", choices=tuple(defaults.DATASETS), default=defaults.SMALL["dataset"], help="(default: %(default)s)")
     add("--data-dir", type=Path, help="folder of its files: idx files, or what torchvision unpacks for CIFAR")
     add("--train-size", type=int, metavar="N", help="training images, drawn by the seed")
+    add("--test-size", type=int, metavar="N", help="test images, always the same; 0 for all")
     add("--model", metavar="NAME", help=f"one of {', '.join(models.NAMES)}")
     add("--augment", choices=augment.NAMES, help="what is done to the training images")
     add("--shift", type=int, metavar="PIXELS", help="largest random shift")

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,22 +89,34 @@ def _agreement(labels: Tensor, others: Tensor) -> float:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Test error over the rate, a panel for each kind of noise."""
-    kinds = {noise: same for (noise,), same in summary.by(rows, "noise").items()}
-    labels = list(summary.by(rows, "method"))
-    colours = figures.colours([label for (label,) in labels])
+    """Test error over the rate, a panel for each kind of noise; of a kind with one rate all runs."""
+    kinds = summary.by(rows, "noise")
     seeds = len(summary.by(rows, "seed"))
-    subtitle = f"{summary.task(rows[0])}; mean and 95 % interval of {seeds} seeds"
+    subtitle = f"{summary.task(rows[0])}; {seeds} seeds, mean and 95 % interval"
     with figures.canvas("Wrong training labels", subtitle, path, panels=len(kinds)) as panels:
-        for axes, (noise, same) in zip(panels, kinds.items(), strict=True):
-            for (label,), runs in summary.by(same, "method").items():
-                points = [(100 * rate, summary.of(group)) for (rate,), group in summary.by(runs, "noise_rate").items()]
-                figures.line(axes, points, label, colours[label])
-            axes.set_title(f"{noise.capitalize()} noise", loc="left", fontsize=11)
-            axes.set_xlabel("Wrong training labels (%)")
-            axes.set_ylabel("Test error (%)")
-            axes.set_ylim(bottom=0)
-        panels[0].legend()
+        for axes, ((noise,), same) in zip(panels, kinds.items(), strict=True):
+            rates = sorted(rate for (rate,) in summary.by(same, "noise_rate"))
+            (_one_rate if len(rates) == 1 else _over_rates)(axes, same)
+            which = f", {rates[0]:.0%}" if len(rates) == 1 else ""
+            axes.set_title(f"{noise.capitalize()} noise{which}", loc="left", fontsize=11)
+
+
+def _one_rate(axes: Any, rows: Sequence[Row]) -> None:
+    methods = summary.by(rows, "method")
+    figures.dots(axes, {label: [row["test_error"] for row in same] for (label,), same in methods.items()})
+    axes.set_xlabel("Test error (%)")
+
+
+def _over_rates(axes: Any, rows: Sequence[Row]) -> None:
+    methods = summary.by(rows, "method")
+    colours = figures.colours([label for (label,) in methods])
+    for (label,), runs in methods.items():
+        points = [(100 * rate, summary.of(group)) for (rate,), group in summary.by(runs, "noise_rate").items()]
+        figures.line(axes, points, label, colours[label])
+    axes.set_xlabel("Wrong training labels (%)")
+    axes.set_ylabel("Test error (%)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
 
 
 def section(rows: Sequence[Row]) -> str:

@@ -58,8 +58,9 @@ def of(rows: Iterable[Row], name: str = "test_error") -> Interval:
 def task(row: Row) -> str:
     """Data, network and length of a run, in words."""
     config = row["config"]
+    tested = f", {config['test_size']:,} of the test images" if config.get("test_size") else ""
     batch = f"batches of {config['batch_size']}"
-    return f"{config['dataset']}, {config['train_size']:,} images, {config['model']}, {batch}"
+    return f"{config['dataset']}, {config['train_size']:,} images, {config['model']}, {batch}{tested}"
 
 
 def caption(rows: Sequence[Row]) -> str:
