@@ -1,4 +1,5 @@
 # make train   set up, and train SGD and FusedSAM on Fashion-MNIST (the main job; FULL=1 for the long run)
+# make paper   one experiment of the SAM paper, small; EXPERIMENT=label_noise and the other names of docs/paper.md
 # make test    set up, and run every check: lint, types, tests
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     on a machine with a GPU, without network: build, tests, sanitizers, benchmarks; OUT=folder for logs and rows
@@ -13,8 +14,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 ARGS   ?=
 OUT    ?= runs/gpu
+EXPERIMENT ?= label_noise
 
-.PHONY: help train test bench gpu sanitize soak lint clean fashion-mnist
+.PHONY: help train paper test bench gpu sanitize soak lint clean fashion-mnist
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +36,9 @@ fashion-mnist:
 
 train: $(READY) fashion-mnist
 	$(BIN)/python -m bench.train_fashion_mnist $(if $(FULL),--full) $(ARGS)
+
+paper: $(READY) fashion-mnist
+	$(BIN)/python -m bench.paper.$(EXPERIMENT) $(ARGS)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
