@@ -55,7 +55,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
 def observe(training: Training) -> Row:
     """The gap, and the m-sharpness of the training loss of the network in evaluation mode."""
     config, images = training.config, training.images
-    gap = _noisy_test_error(training) - training.evaluate(images.train)[0]
+    gap = noisy_test_error(training) - training.evaluate(images.train)[0]
     batch = training.examples(config.extra["examples"])
     found = []
     for rho in RADII:
@@ -65,7 +65,8 @@ def observe(training: Training) -> Row:
     return {"gap": gap, "sharpness": found}
 
 
-def _noisy_test_error(training: Training) -> float:
+def noisy_test_error(training: Training) -> float:
+    """Percentage of the test images, their labels with the noise of the training labels, in a wrong class."""
     test, config = training.images.test, training.config
     labels = noise.corrupted(test.labels, config, training.images.classes)
     return training.evaluate(test._replace(labels=labels))[0]
@@ -88,13 +89,20 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         _predictive(predictive, rows)
 
 
+def _colours(rows: Sequence[Row]) -> dict[int, str]:
+    """One for each m, in training and measured."""
+    trained = {m for (m,) in summary.by(rows, "micro_batch") if m is not None}
+    ms = sorted(trained.union(rows[0]["config"]["extra"]["m"]))
+    named = figures.colours([str(m) for m in ms])
+    return {m: named[str(m)] for m in ms}
+
+
 def _errors(axes: Any, rows: Sequence[Row]) -> None:
     sam = [row for row in rows if row["config"]["options"]]
-    groups = summary.by(sam, "micro_batch")
-    colours = figures.colours([f"m={m}" for (m,) in groups])
-    for (m,), same in groups.items():
+    colours = _colours(rows)
+    for (m,), same in summary.by(sam, "micro_batch").items():
         points = [(rho, summary.of(of)) for rho, of in _by_rho(same).items()]
-        figures.line(axes, points, f"m={m}", colours[f"m={m}"])
+        figures.line(axes, points, f"m={m}", colours[m])
     plain = [row for row in rows if not row["config"]["options"]]
     if plain:
         axes.axhline(summary.of(plain).mean, color=figures.SGD, linestyle="--", linewidth=1.2, label="SGD")
@@ -102,7 +110,7 @@ def _errors(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
     axes.minorticks_off()
-    axes.set_title("Test error (%)", loc="left", fontsize=11)
+    axes.set_title("Test error (%) by m in training", loc="left", fontsize=11)
     axes.set_xlabel("rho in training")
     axes.legend()
 
@@ -116,33 +124,33 @@ def _by_rho(rows: Sequence[Row]) -> dict[float, list[Row]]:
 
 def _scatter(axes: Any, rows: Sequence[Row]) -> None:
     ms = rows[0]["config"]["extra"]["m"]
-    colours = figures.colours([f"m={m}" for m in ms])
+    colours = _colours(rows)
     gaps = [row["gap"] for row in rows]
     for m in ms:
-        axes.scatter(measured(rows, SHOWN, m), gaps, s=14, color=colours[f"m={m}"], label=f"m={m}", alpha=0.8)
+        axes.scatter(measured(rows, SHOWN, m), gaps, s=14, color=colours[m], label=f"m={m}", alpha=0.8)
     axes.set_xscale("log")
     axes.set_title("Generalisation gap (% points)", loc="left", fontsize=11)
-    axes.set_xlabel(f"m-sharpness, rho={SHOWN:g}")
-    axes.legend()
+    axes.set_xlabel(f"m-sharpness measured with rho={SHOWN:g}")
+    axes.legend(title="measured with", loc="upper left")
 
 
 def _predictive(axes: Any, rows: Sequence[Row]) -> None:
     """Mutual information as bars, with what chance gives as a line across each; the rank correlation above."""
     ms = rows[0]["config"]["extra"]["m"]
-    colours = figures.colours([f"m={m}" for m in ms])
+    colours = _colours(rows)
     gaps = [row["gap"] for row in rows]
     for place, m in enumerate(ms):
         found = association.mutual_information(measured(rows, SHOWN, m), gaps) if len(rows) >= 3 else None
         if found is None:
             continue
         rank = association.spearman(measured(rows, SHOWN, m), gaps)
-        axes.bar(place, found.value, color=colours[f"m={m}"], width=0.6)
+        axes.bar(place, found.value, color=colours[m], width=0.6)
         axes.hlines(found.chance, place - 0.4, place + 0.4, color=figures.GREY, linestyle="--", linewidth=1.2)
         axes.annotate(f"{rank.value:+.2f}", (place, max(found.value, found.chance)), ha="center", va="bottom")
     axes.set_xticks(range(len(ms)), [str(m) for m in ms])
     axes.margins(y=0.15)
     axes.set_title("Mutual information with the gap (nats)", loc="left", fontsize=11)
-    axes.set_xlabel("m measured; numbers: Spearman's rho, lines: 95 % of chance")
+    axes.set_xlabel("m measured; above: Spearman's rho; line: chance")
 
 
 def section(rows: Sequence[Row]) -> str:
