@@ -1,8 +1,8 @@
 """Write measured rows into README.md and the pages of docs/ as tables, and draw them: python -m bench.report
 
 A block stands between <!-- NAME:start --> and <!-- NAME:end -->; bench/tables.py and bench/gpu_tables.py list the
-names, and each experiment of bench/paper has the block "paper:" and its name. Only the newest row of each measured thing counts. Absent files and blocks, and blocks without text, are left as
-they are.
+names, and each experiment of bench/paper has the block "paper:" with its name. Only the newest row of each measured
+thing counts. Absent files and blocks, and blocks without text, are left as they are.
 """
 
 from __future__ import annotations
