@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import records
 from bench.paper import classification, defaults, flags, label_noise, methods, report, runner, summary, training
 from bench.paper import data as paper_data
 from bench.paper.config import Config
@@ -212,6 +213,12 @@ def test_flags_win_over_the_paper_and_the_paper_over_defaults():
     assert (mixed.lr, mixed.epochs, mixed.weight_decay, rho) == (0.3, 9, 5e-4, 0.02)
 
 
+def test_the_paper_trains_on_noise_in_its_own_way():
+    own = dict(label_noise.EXPERIMENT.defaults)
+    noisy, rho = base_of(["--dataset", "cifar10", "--model", "resnet-32", "--paper"], own)
+    assert (noisy.noise_rate, noisy.epochs, rho) == (0.4, 200, 0.1)
+
+
 def test_the_paper_has_no_hyperparameters_for_the_small_net(capsys, tmp_path):
     assert classification.main(["--dataset", "digits", "--paper", "--results", str(tmp_path)]) == 1
     assert "ValueError: Invalid model='small'" in capsys.readouterr().out
@@ -297,3 +304,17 @@ def test_every_experiment_has_help_and_a_block(capsys):
         made = flags.parser(experiment.name, experiment.description, experiment.add_arguments)
         assert "--seeds" in made.format_help()
         assert report.blocks()[f"paper:{experiment.name}"]([]) == ""
+
+
+def test_the_page_has_a_block_and_a_picture_for_every_experiment():
+    page = (records.ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    for experiment in report.experiments():
+        assert f"<!-- paper:{experiment.name}:start -->" in page
+        assert f"(../bench/results/paper_{experiment.name}.png)" in page
+
+
+def test_tables_stand_beside_the_papers_numbers(whole):
+    section = classification.section(rows_of(whole, "classification"))
+    assert "| SAM | 2 |" in section
+    assert "| paper: cifar10, wrn-28-10 | SAM |  | 2.7 ± 0.1 |  |" in section
+    assert "2 seeds" in section
