@@ -103,17 +103,18 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     subtitle = f"{about}; mean and 95 % interval of {len(summary.by(rows, 'seed'))} seeds"
     points = {label: _points(rows, label) for label in labels}
     colours = figures.colours(labels)
+    epochs = sorted(points[labels[0]])
     with figures.canvas("Hessian spectra during training", subtitle, path, panels=6, rows=2, height=7.4) as panels:
         names = ("Training loss on the measured images", "$\\lambda_1$", "$\\lambda_1 / \\lambda_5$")
         for axes, name, place in zip(panels, names, range(3)):
             for label in labels:
                 line = [(epoch, _figures_of(same)[place]) for epoch, same in points[label].items()]
                 figures.line(axes, line, label, colours[label])
+            axes.set_xticks(epochs)
             axes.set_ylim(bottom=0)
             axes.set_title(name, loc="left", fontsize=11)
             axes.set_xlabel("Epoch")
         panels[0].legend()
-        epochs = sorted(points[labels[0]])
         for axes, epoch in zip(panels[3:], _spaced(epochs)):
             _densities(axes, {label: points[label].get(epoch, []) for label in labels}, colours)
             axes.set_title(f"Epoch {epoch}: density of eigenvalues", loc="left", fontsize=11)
