@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench.models import parameter_count
-from bench.paper import models
+from bench.paper import defaults, methods, models
+from bench.paper.config import Config
 from bench.paper.models.pyramidnet import PyramidNet
 from bench.paper.models.shake_shake import shake
 from bench.paper.models.shakedrop import ShakeDrop
@@ -128,3 +129,21 @@ def test_shakedrop_keeps_the_first_block_most_and_the_last_half_the_time():
     assert keeps == pytest.approx([1 - 0.5 * k / 9 for k in range(1, 10)])
     with pytest.raises(ValueError, match=r"Invalid keep=1\.5\. Must be in"):
         ShakeDrop(1.5)
+
+
+@pytest.mark.parametrize("name", ["shake-shake-26-2x4d", "pyramidnet-20-12-shakedrop"])
+def test_both_passes_of_sam_see_the_same_shares(name):
+    torch.manual_seed(2)
+    model = models.make(name, channels=1, classes=10, size=8)
+    config = Config(**(defaults.SMALL | {"model": name}), device="cpu", optimizer="sam", options={"rho": 1e-6})
+    stepper = methods.make(model, config)
+    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    losses = []
+
+    def loss_of(images, labels):
+        losses.append(torch.nn.functional.cross_entropy(model(images), labels))
+        return losses[-1]
+
+    stepper.step(loss_of, images, labels)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    assert abs(loss_of(images, labels) - losses[0]) > 1e-2 * losses[0]

@@ -70,10 +70,14 @@ class Plain:
 
 
 class Sharp:
-    """FusedSAM in the closure form, with all of its options; BatchNorm statistics from the first pass only."""
+    """FusedSAM in the closure form, with all of its options; BatchNorm statistics from the first pass only.
+
+    Shake-Shake and ShakeDrop draw the same shares in both passes, as in the code that the paper's authors released.
+    """
 
     def __init__(self, model: nn.Module, config: Config, base: type[Optimizer]) -> None:
-        self.optimizer = FusedSAM(model.parameters(), base, **base_options(config, base), **config.options)
+        options = {"replay_rng": "shake" in config.model} | config.options
+        self.optimizer = FusedSAM(model.parameters(), base, **base_options(config, base), **options)
         self._part, self._micro = config.ascent, config.micro_batch
         self._ascent_steps = config.options.get("ascent_steps", 1)
         batchnorm.first_pass_only(model, self.optimizer)
