@@ -258,6 +258,8 @@ def test_bootstrapping_trains_on_what_its_first_model_says(tmp_path, monkeypatch
     for noise in (("symmetric", 0.8), ("asymmetric", 0.3)):
         assert [rows[(method, *noise)]["passes"] for method in label_noise.METHODS] == [2, 2, 4, 2, 4]
     assert (tmp_path / "paper_label_noise.png").stat().st_size > 10_000
+    gained = rows["SGD", "asymmetric", 0.3]["test_error"] - rows["SAM", "asymmetric", 0.3]["test_error"]
+    assert f"| SAM minus SGD | {gained:.2f} |" in label_noise.section(list(rows.values()))
 
 
 def test_the_second_model_sees_the_first_ones_labels_and_no_others(tmp_path, monkeypatch):

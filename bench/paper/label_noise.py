@@ -144,7 +144,17 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
             line.append(str(summary.interval([100 - error for error in errors])) if errors else "")
             line += [str(published.get((label, rate), ""))] * bool(published)
         lines.append(line)
-    return summary.table(heads, lines)
+    differences = ["SAM minus SGD"]
+    for rate in rates:
+        gained = _gained(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
+        differences += [str(summary.interval(gained)) if gained else "", *[""] * bool(published)]
+    return summary.table(heads, [*lines, differences])
+
+
+def _gained(sgd: Sequence[Row], sam: Sequence[Row]) -> list[float]:
+    """Points of accuracy for each seed that both have: images, noise and first weights are the same."""
+    errors = {row["seed"]: row["test_error"] for row in sgd}
+    return [errors[row["seed"]] - row["test_error"] for row in sam if row["seed"] in errors]
 
 
 EXPERIMENT = Experiment(
