@@ -246,7 +246,7 @@ def test_a_part_of_the_test_set_is_the_same_part_for_every_seed():
 # label noise
 
 
-def test_bootstrapping_trains_on_what_its_first_model_says(tmp_path, monkeypatch):
+def test_bootstrapping_trains_on_what_its_first_model_says(tmp_path, capsys):
     argv = [*TINY, "--seeds", "3", "--results", str(tmp_path), "--rates", "0.8", "--asymmetric", "0.3"]
     argv += ["--asymmetric-methods", *label_noise.METHODS]
     assert label_noise.main(argv) == 0
@@ -255,6 +255,7 @@ def test_bootstrapping_trains_on_what_its_first_model_says(tmp_path, monkeypatch
     assert rows["SAM", "symmetric", 0.8]["config"]["options"] == {"rho": 0.05}
     assert rows["SAM", "asymmetric", 0.3]["config"]["options"] == {"rho": 0.1}
     assert rows["Mixup", "symmetric", 0.8]["config"]["mixup"] == 1.0
+    assert "symmetric 0.8" in capsys.readouterr().out
     for noise in (("symmetric", 0.8), ("asymmetric", 0.3)):
         assert [rows[(method, *noise)]["passes"] for method in label_noise.METHODS] == [2, 2, 4, 2, 4]
     assert (tmp_path / "paper_label_noise.png").stat().st_size > 10_000

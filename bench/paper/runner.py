@@ -132,13 +132,21 @@ def _progress(context: training.Context, console: Console, runs: int) -> Iterato
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
-    """A line per method, for the terminal."""
+    """For the terminal: a line for each method, and for each of the settings that it ran with."""
     out = Table(title=title, title_justify="left")
     out.add_column("method")
-    for heading in ("seeds", "test error %", "training error %", "passes", "seconds"):
+    out.add_column("with", no_wrap=True)
+    for heading in ("seeds", "test\nerror %", "training\nerror %", "passes", "seconds"):
         out.add_column(heading, justify="right")
     for (label,), same in summary.by(rows, "method").items():
-        spreads = [str(summary.of(same, name)) for name in ("test_error", "train_error")]
-        means = [f"{summary.of(same, name).mean:.1f}" for name in ("passes", "seconds")]
-        out.add_row(label, str(len(same)), *spreads, *means)
+        for settings, group in summary.by(same, *_varied(same)).items():
+            spreads = [str(summary.of(group, name)) for name in ("test_error", "train_error")]
+            means = [f"{summary.of(group, name).mean:.1f}" for name in ("passes", "seconds")]
+            out.add_row(label, " ".join(map(str, settings)), str(len(group)), *spreads, *means)
     return out
+
+
+def _varied(rows: Sequence[Row]) -> list[str]:
+    """Plain values of the configuration, besides the seed, in which these rows differ."""
+    plain = [name for name, value in rows[0]["config"].items() if not isinstance(value, dict) and name != "seed"]
+    return [name for name in plain if len({row["config"].get(name) for row in rows}) > 1]
