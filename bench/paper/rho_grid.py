@@ -87,13 +87,11 @@ def _task(rate: float) -> str:
 def figure(rows: Sequence[Row], path: Path) -> None:
     """A panel for each rate of noise: both errors over rho, and those of SGD."""
     tasks = summary.by(rows, "noise_rate")
-    config = rows[0]["config"]
-    seeds = len({row["seed"] for row in rows})
-    about = (
-        f"{config['dataset']}, {config['train_size']:,} images, {config['epochs']} epochs; mean and 95 % interval of "
-    )
-    title = "Choosing rho on images held out"
-    with figures.canvas(title, f"{about}{seeds} seeds; lines: SGD", path, panels=len(tasks)) as panels:
+    config, seeds = rows[0]["config"], len({row["seed"] for row in rows})
+    held_out = round(config["validation"] * config["train_size"])
+    images = f"{config['train_size'] - held_out:,} images, {held_out:,} held out"
+    about = f"{config['dataset']}, {images}, {config['epochs']} epochs; mean, 95 % interval, {seeds} seeds"
+    with figures.canvas("Choosing rho on images held out", about, path, panels=len(tasks)) as panels:
         for axes, ((rate,), same) in zip(panels, tasks.items(), strict=True):
             _panel(axes, same)
             axes.set_title(f"{_task(rate)}, rho = {chosen(same):g} chosen", loc="left", fontsize=11)
@@ -103,13 +101,12 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
     groups = _by_rho(rows)
     rhos = [rho for rho in groups if rho]
     best = chosen(rows)
-    looks = (("test_error", "held out", figures.SAM, "-"), ("unseen_error", "test set", figures.GREY, "--"))
-    for name, label, colour, dashes in looks:
+    looks = (("test_error", "held out", figures.SAM, "-", 0.98), ("unseen_error", "test set", figures.GREY, "--", 1.02))
+    for name, label, colour, dashes, beside in looks:
         spreads = [summary.of(groups[rho], name) for rho in rhos]
-        means = [spread.mean for spread in spreads]
         axes.errorbar(
-            rhos,
-            means,
+            [beside * rho for rho in rhos],
+            [spread.mean for spread in spreads],
             yerr=[spread.half for spread in spreads],
             color=colour,
             linestyle=dashes,
@@ -120,15 +117,17 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
             label=label,
         )
         if name == "test_error":
-            axes.plot([best], [means[rhos.index(best)]], "o", color=colour, markersize=11, fillstyle="none")
+            mark = spreads[rhos.index(best)].mean
+            axes.plot([beside * best], [mark], "o", color=colour, markersize=11, fillstyle="none")
         if 0.0 in groups:
-            axes.axhline(summary.of(groups[0.0], name).mean, color=figures.SGD, linestyle=dashes, linewidth=1.2)
+            level = summary.of(groups[0.0], name).mean
+            axes.axhline(level, color=figures.SGD, linestyle=dashes, linewidth=1.2, label=f"SGD, {label}")
     axes.set_xscale("log")
     axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
     axes.minorticks_off()
     axes.set_xlabel("rho")
     axes.set_ylabel("error, %")
-    axes.legend(loc="upper left")
+    axes.legend(fontsize=8)
 
 
 def section(rows: Sequence[Row]) -> str:
