@@ -6,10 +6,14 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import bench.paper
 from bench.paper.runner import Experiment
 from bench.records import Row
+
+NOTHING_YET = "No run has been recorded yet."
+PICTURES = Path("../bench/results")  # as docs/paper.md sees it
 
 
 def experiments() -> list[Experiment]:
@@ -26,4 +30,7 @@ def blocks() -> dict[str, Callable[[Sequence[Row]], str]]:
 
 def _block(experiment: Experiment, rows: Sequence[Row]) -> str:
     own = [row for row in rows if row["kind"] == "paper" and row["experiment"] == experiment.name]
-    return experiment.section(own) if own else ""
+    if not own:
+        return NOTHING_YET
+    subject = experiment.description.splitlines()[0].partition(":")[0].rstrip(".")
+    return f"{experiment.section(own)}\n\n![{subject}]({experiment.file(PICTURES, 'png').as_posix()})"
