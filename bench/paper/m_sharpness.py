@@ -30,7 +30,7 @@ SHOWN = 0.2  # in the picture
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--m", type=int, nargs="+", default=[64, 16, 4], help="images that share an e in training (64 16 4)")
-    add("--rhos", type=float, nargs="+", default=[0.05, 0.1, 0.2], metavar="RHO", help="radii to train with")
+    add("--rhos", type=float, nargs="+", default=[0.1, 0.2], metavar="RHO", help="radii to train with")
     add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong (0.2)")
     add("--measured-m", type=int, nargs="+", default=[4, 16, 64, 256], metavar="M", help="to measure (4 16 64 256)")
     add("--examples", type=int, default=256, metavar="N", help="training images that it is measured on (256)")
@@ -127,11 +127,10 @@ def _scatter(axes: Any, rows: Sequence[Row]) -> None:
     colours = _colours(rows)
     gaps = [row["gap"] for row in rows]
     for m in ms:
-        axes.scatter(measured(rows, SHOWN, m), gaps, s=14, color=colours[m], label=f"m={m}", alpha=0.8)
+        axes.scatter(measured(rows, SHOWN, m), gaps, s=14, color=colours[m], alpha=0.8)
     axes.set_xscale("log")
     axes.set_title("Generalisation gap (% points)", loc="left", fontsize=11)
-    axes.set_xlabel(f"m-sharpness measured with rho={SHOWN:g}")
-    axes.legend(title="measured with", loc="upper left")
+    axes.set_xlabel(f"m-sharpness with rho={SHOWN:g}; m: colours as on the right")
 
 
 def _predictive(axes: Any, rows: Sequence[Row]) -> None:
