@@ -122,7 +122,8 @@ def tuples(fields: int, flags: slice) -> st.SearchStrategy[Any]:
     return st.lists(st.one_of(whole, whole, whole, whole.map(lambda x: x[:-1])), min_size=1, max_size=2)
 
 
-ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(8, slice(5, 8)), tuples(12, slice(6, 10))
+ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(9, slice(5, 9)), tuples(13, slice(6, 10))
+MEAN = tuples(3, slice(2, 3))
 JOURNALS = st.sampled_from([list, list, list, tuple, dict, lambda: None])
 SCALARS = st.one_of(st.none(), NUMBERS, OBJECTS, st.just(torch.ones(2000, dtype=torch.float64)))
 STREAMS = st.sampled_from([0, 1, -1, 2**64])
@@ -221,11 +222,15 @@ def op_surface(
     """The ops, which are for anybody to call."""
     rho, momentum, eta, decay = numbers
     ascent = [ops.AscentGroup(size, rho, bool(i), eta, decay) for i, size in enumerate(sizes)]
-    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, False) for size in sizes]
-    adam = [ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, False) for size in sizes]
+    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, False, eta > 0) for size in sizes]
+    adam = [
+        ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, False, measured=eta > 0) for size in sizes
+    ]
+    means = [ops.MeanGroup(size, rho, eta > 0) for size in sizes]
     attempt(lambda: ops.norm(params, grads, ascent, backend, p), params)
     attempt(lambda: ops.perturb(params, grads, backups, norm, ascent, backend, p=p), params)
     attempt(lambda: ops.restore(params, backups, backend), params)
+    attempt(lambda: ops.restore_accumulate(params, grads, means, backend=backend), params)
     attempt(lambda: ops.sgd_update(params, grads, backups, states[0], sgd, backend=backend), params)
     attempt(lambda: ops.adam_update(params, grads, backups, *states, adam, backend=backend), params)
 
