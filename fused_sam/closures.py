@@ -144,12 +144,12 @@ def _average(optimizer: FusedSAM, means: dict[Tensor, Tensor], count: int, journ
     places, grads, kinds = [], [], []
     for i, p in enumerate(params := optimizer._flat_params()):
         mean, grad, kind = means.get(p), p.grad, (1 / count, False)
-        if mean is None and grad is None:
-            continue
-        if mean is None:
+        if grad is None:
+            if mean is None:
+                continue
+            grad, kind = mean, ((count - 1) / count, True)  # the gradient is zero
+        elif mean is None:
             means[p], kind = torch.empty_like(grad), (1 / count, True)
-        elif grad is None:
-            grad, kind = mean, ((count - 1) / count, True)  # a gradient of zero
         places.append(i)
         grads.append(grad)
         kinds.append(kind)

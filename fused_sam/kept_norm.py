@@ -1,9 +1,9 @@
 """||m||_2 of the momentum as the last update left it, for the MSAM step that begins there.
 
-The update writes m, so its kernel can add up the squares as it goes: the step then needs no norm of its own, and reads m
-once less. The number holds for as long as nobody has touched m since, which the versions that autograd counts tell.
-Neither an assignment through ``m.data[...] = x`` nor the replay of a CUDA graph is counted; with ``capturable`` the norm
-is therefore taken anew in every step.
+The update writes m, so its kernel can add up the squares as it goes: the step then needs no norm of its own, and reads
+m once less. The number holds for as long as nobody has touched m since, which the versions that autograd counts tell.
+An assignment through ``m.data[...] = x`` does not count there, and neither does the replay of a CUDA graph: with
+``capturable`` every step takes the norm anew.
 """
 
 from __future__ import annotations

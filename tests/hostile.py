@@ -185,12 +185,22 @@ def attempt(call: Any, *weights: Any) -> bool:
     backups=lists(),
     states=st.lists(lists(), max_size=4),
     todo=st.lists(calls(), max_size=6),
+    means=st.lists(
+        st.tuples(
+            st.sampled_from([_native, _native.cuda]),
+            st.sampled_from([None, "itself", 3]),
+            *(INTEGERS, MEAN, THREADS, JOURNALS.map(lambda make: make())),
+        ),
+        max_size=2,
+    ),
 )
-def bindings(params: Any, grads: Any, backups: Any, states: Any, todo: Any) -> None:
+def bindings(params: Any, grads: Any, backups: Any, states: Any, todo: Any, means: Any) -> None:
     """The module that only `fused_sam.backends.native` should call."""
     held: list[Any] = []
     for index in (-1, 0):
-        attempt(lambda index=index: held.append(_native.Batch(params, grads, backups, tuple(states), index)), params)
+        attempt(
+            lambda index=index: held.append(_native.Batch(params, grads, backups, tuple(states), None, index)), params
+        )
     attempt(lambda: _native.get_grads(params))
     attempt(lambda: _native.lookup({}, params, "step"))
     attempt(lambda: _native.stream_copy(params, grads, 2), params)
@@ -202,7 +212,11 @@ def bindings(params: Any, grads: Any, backups: Any, states: Any, todo: Any) -> N
                 getattr(batch, name)
             else:
                 attempt(lambda: getattr(batch, name)(*arguments), params)  # noqa: B023
-        attempt(lambda: _native.Batch(params, grads, batch, (), -1).restore(2, 1), params)  # noqa: B023
+        attempt(lambda: _native.Batch(params, grads, batch, (), None, -1).restore(2, 1), params)  # noqa: B023
+    for batch in held[:1]:
+        for module, restored, *arguments in means:
+            other = held[0] if restored == "itself" else restored
+            attempt(lambda: module.restore_accumulate(batch, other, *arguments), params)  # noqa: B023
 
 
 @given(

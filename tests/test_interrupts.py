@@ -61,8 +61,12 @@ class Training:
         return torch.tensor(0.7)
 
     def step(self) -> None:
+        closure = lambda: self.backward(int(self.opt.perturbed))  # noqa: E731
         if self.form == "closure":
-            self.opt.step(lambda: self.backward(int(self.opt.perturbed)))
+            self.opt.step(closure)
+            return
+        if self.form == "micro-batches":
+            self.opt.step([closure, closure])
             return
         self.backward(0)
         self.opt.first_step(zero_grad=True)
@@ -99,8 +103,10 @@ class Training:
         (torch.optim.SGD, HYPER, "two calls", 1),
         (torch.optim.AdamW, ADAM, "closure", 1),
         (torch.optim.AdamW, ADAM, "two calls", 0),
+        (torch.optim.SGD, HYPER, "micro-batches", 1),
+        (torch.optim.SGD, {"direction": "momentum", **HYPER}, "closure", 1),
     ],
-    ids=["SGD first", "SGD", "AdamW", "AdamW first"],
+    ids=["SGD first", "SGD", "AdamW", "AdamW first", "micro-batches", "MSAM"],
 )
 def test_an_interrupt_anywhere_in_a_step_leaves_it_made_or_not_made(
     base: type[torch.optim.Optimizer], options: dict[str, Any], form: str, before: int, backend: str, device: str

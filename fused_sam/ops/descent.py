@@ -51,8 +51,7 @@ def restore_accumulate(
     require_sizes(means, groups)
     journal = [] if journal is None else journal
     parts = route(backend, means, grads)
-    restored = journal[0] if len(journal) == 1 and parts and _joins(journal[0], parts) else None
-    moved = [] if restored is None else restored.params
+    restored: Any = journal[0] if len(journal) == 1 and _joins(journal[0], parts) else None
     if restored is None:
         undo(journal)
     for part in parts:
@@ -64,14 +63,16 @@ def restore_accumulate(
             batch = make_batch(part.backend, means_, contiguous(part.take(grads)), masters=None)
             batch.restore_accumulate(None, mine, [])
     if restored is not None:
-        bump_versions(moved, restored)
+        bump_versions(restored.params, restored)
     bump_versions(means, grads)
 
 
 def _joins(entry: Any, parts: list[Part]) -> bool:
     """Whether one call can restore what a journal entry says, and do the parts."""
-    batch, one = parts[0].batch, len(parts) == 1 and parts[0].index is None
-    return one and entry.joins_update and type(entry) is type(batch) and entry.params[0].device == parts[0].device
+    if len(parts) != 1 or parts[0].index is not None or parts[0].batch is None:
+        return False
+    alike = type(entry) is type(parts[0].batch) and entry.joins_update
+    return alike and entry.params[0].device == parts[0].device
 
 
 def sgd_update(
@@ -107,7 +108,9 @@ def sgd_update(
             changed then.
     """
     require_sizes(params, groups)
-    _require_state("momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0 or group.measured)
+    _require_state(
+        "momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0 or group.measured
+    )
 
     def update(part: Part, batch: Any, *scalars: Any) -> Any:
         return batch.sgd_update(part.regroup(groups), *scalars)
