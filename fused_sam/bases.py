@@ -63,7 +63,7 @@ class FusedSGD:
             journal,
             copies if copies is None else local(copies),
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
         if kept is not None:
             kept.keep(norm, groups, buffers or [], grads)
 
@@ -207,7 +207,7 @@ class FusedAdam(AnyBase):
             capturable=not any(isinstance(t, Tensor) and t.is_cpu for t in steps),
             masters=copies if copies is None else local(copies),
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
         if kept is not None:
             kept.keep(norm, groups, state["exp_avg"], grads)
 
