@@ -50,7 +50,9 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
   const ModelSpan<M> model(t, begin, stream);
   int64_t i = 0;
   const bool write_only = stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0;
-  const auto advance = [&](int64_t end) {
+  SquareTrail<T> trail(m);
+  for (int64_t end = 0; end < count;) {
+    end = squares != nullptr && count - end > trail.kRun ? end + trail.kRun : count;
     if (write_only) {
       for (; i + kWidth <= end; i += kWidth) {
         model.store(i, adam.template operator()<true>(w + i, source + i, g + i, m + i, v + i, u + i));
@@ -60,15 +62,8 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
         model.store(i, adam.template operator()<false>(w + i, source + i, g + i, m + i, v + i, u + i));
       }
     }
-  };
-  SquareTrail<T> trail(m);
-  if (squares != nullptr) {
-    for (int64_t end = trail.kRun; end <= count; end += trail.kRun) {
-      advance(end);
-      trail.follow(end);
-    }
+    if (squares != nullptr) trail.follow(i);
   }
-  advance(count);
   if (i < count) {
     const int64_t n = count - i;
     Tail<T> tail_w(source + i, n), tail_source(source + i, n), tail_m(m + i, n), tail_v(v + i, n), tail_u(u + i, n);

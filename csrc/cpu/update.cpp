@@ -42,7 +42,9 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
   int64_t i = 0;
   // A line that is also read must be stored normally: only restored weights are write-only.
   const bool write_only = stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0;
-  const auto advance = [&](int64_t end) {
+  SquareTrail<T> trail(m);
+  for (int64_t end = 0; end < count;) {
+    end = squares != nullptr && count - end > trail.kRun ? end + trail.kRun : count;
     if (write_only) {
       for (; i + kWidth <= end; i += kWidth) {
         model.store(i, sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m));
@@ -52,15 +54,8 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
         model.store(i, sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m));
       }
     }
-  };
-  SquareTrail<T> trail(m);
-  if (squares != nullptr) {
-    for (int64_t end = trail.kRun; end <= count; end += trail.kRun) {
-      advance(end);
-      trail.follow(end);
-    }
+    if (squares != nullptr) trail.follow(i);
   }
-  advance(count);
   if (i < count) {
     const int64_t n = count - i;
     Tail<T> tail_w(source + i, n), tail_source(source + i, n), tail_m(sgd.math.reads_buffer() ? m + i : source + i, n);

@@ -8,12 +8,12 @@ namespace {
 
 constexpr int kBlocks = 2;  // as in update.cu
 
-// To be called by a warp that has updated a unit.
-template <class E>
-__device__ void measure(const Unit<E>& unit, const Place& here, const NormTerms& terms) {
+// To be called by a warp that has updated its unit; not part of the kernel, whose update needs all of the registers.
+template <class Arguments>
+__device__ __noinline__ void measure(const Arguments& arguments, Place here, double* partials) {
   __syncwarp();  // lanes read what others have written
-  const double sum = add_lanes(momentum_unit(unit, here.lane));
-  if (here.lane == 0) terms.partials[terms.first_partial + here.unit] = sum;
+  const double sum = add_lanes(momentum_unit(arguments.walk().locate(here.unit), here.lane));
+  if (here.lane == 0) partials[here.unit] = sum;
 }
 
 // To be called by all threads.
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (here.unit < arguments.units) {
     const auto unit = arguments.walk().locate(here.unit);
     sgd_unit(unit, arguments.group(unit.entry->group()), terms.update.multiplier(), terms.update.skip(), here.lane);
-    measure(unit, here, terms.norm);
+    measure(arguments, here, terms.norm.partials + terms.norm.first_partial);
   }
   finish(terms.norm);
 }
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (here.unit < arguments.units) {
     const auto unit = arguments.walk().locate(here.unit);
     adam_unit(unit, arguments.group(unit.entry->group()), terms.update.multiplier(), terms.update.skip(), here.lane);
-    measure(unit, here, terms.norm);
+    measure(arguments, here, terms.norm.partials + terms.norm.first_partial);
   }
   finish(terms.norm);
 }
