@@ -238,7 +238,7 @@ class FusedSAM(Optimizer):
                     "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
                 )
             try:
-                self._base.step(self, self._journal, None, None)
+                self._peers.base_step(self, self._journal, None, None)
             finally:
                 self.restore()
             masters.note(self)
@@ -353,9 +353,11 @@ class FusedSAM(Optimizer):
         and in the first group the number of steps made if not all of them are perturbed (``sam_step``).
 
         Raises:
-            RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e.
+            RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e; or if
+                this rank has a part of the state only.
         """
         self._require_unperturbed("state_dict()")
+        self._peers.require_whole_state("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -363,6 +365,7 @@ class FusedSAM(Optimizer):
         self._require_unperturbed("load_state_dict()")
         super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
         masters.load(self._masters, state_dict, self.state, self.param_groups)
+        self._peers.loaded(self)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -370,6 +373,7 @@ class FusedSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("Copying or pickling")
+        self._peers.require_whole_state("Copying or pickling")
         ours = {key: getattr(self, key) for key in _COPIED}
         fresh: dict[str, Any] = {"_ascent": None, "_journal": [], "_peers": self._peers.copied(), "last": Report()}
         return {**super().__getstate__(), **ours, **fresh}
