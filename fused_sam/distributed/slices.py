@@ -103,11 +103,11 @@ class SlicedLayout:
 
 
 class ScatteredMean(Mean):
-    """One averaging by reduce-scatter. Afterwards p.grad is the mean where this rank updates p, and 0 elsewhere.
+    """One averaging by reduce-scatter. Afterwards p.grad is the mean where this rank updates p. Elsewhere it is 0, or
+    inf if the mean is not finite on some rank, so that the GradScalers of all see it.
 
-    None on all ranks stays None, None on some counts as zero: one all-reduce of a flag for each parameter tells, for
-    which only a rank that misses a gradient waits. A last flag says that there is a mean which is not finite, on
-    whatever rank, and the first element of the first gradient becomes inf then on all, for a GradScaler to see.
+    None on all ranks stays None, None on some counts as zero. One all-reduce of flags, one for each parameter and one
+    for the rank, tells both; only a rank that misses a gradient waits to read them.
     """
 
     def __init__(self, layout: SlicedLayout, handed_out: dict[Tensor, Tensor]) -> None:
@@ -136,24 +136,18 @@ class ScatteredMean(Mean):
         flags = self._flags(trained, [share for _, share in sent])
         missing = any(p.grad is None for p in trained)
         present = dict(zip(trained, flags.tolist() if missing else [1.0] * len(trained)))
-        first = True
+        elsewhere = torch.where(flags[-1] > 0, torch.inf, 0.0)
         for bucket, (flat, share) in zip(self.buckets, sent):
-            bucket.part(flat.zero_(), self._rank).copy_(share)
+            flat.copy_(elsewhere)
+            bucket.part(flat, self._rank).copy_(share)
             for p, view in zip(bucket.params, bucket.views(flat)):
-                if p not in present:
-                    continue
-                p.grad = view if present[p] > 0 else None
-                if p.grad is None:
-                    continue
-                self._handed_out[p] = p.grad
-                if first and p.numel():
-                    element = in_memory(p.grad)[:1]
-                    element.copy_(torch.where(flags[-1].to(element.device) > 0, torch.inf, element))
-                    first = False
+                if p in present:
+                    p.grad = view if present[p] > 0 else None
+                if p in present and p.grad is not None:
+                    self._handed_out[p] = p.grad
 
     def _flags(self, trained: list[Tensor], shares: list[Tensor]) -> Tensor:
-        """Of each parameter whether there is a gradient, and whether something is not finite; the largest of all
-        ranks'."""
+        """1 for each parameter with a gradient on some rank, and for a mean that is not finite on some; else 0."""
         flags = torch.ones(len(trained) + 1, device=shares[0].device)
         for i, p in enumerate(trained):
             if p.grad is None:
