@@ -100,6 +100,8 @@ class ShardedState(Replicas):
 
     def consolidate(self, optimizer: FusedSAM, to: int | None) -> dict[str, Any] | None:
         """`FusedSAM.state_dict` with the state of all ranks, on the CPU of rank ``to``, or of all."""
+        if to is not None and to not in range(self._slices.ranks):
+            raise ValueError(f"Invalid {to=}. Must be a rank of the process group, or None.")
         optimizer._require_unperturbed("consolidate_state_dict()")
         whole = state_slices.whole(optimizer.state, self._slices, to)
         if whole is None:

@@ -64,12 +64,12 @@ class SlicedBucket(Flat):
         return flat[rank * self.share : (rank + 1) * self.share]
 
     def pieces(self, rank: int) -> list[Piece]:
-        """What of the parameters is in the share of a rank."""
+        """What of the parameters is in the share of a rank; empty ones are rank 0's, which keeps their state."""
         first, last = rank * self.share, (rank + 1) * self.share
         pieces = []
         for p, offset in zip(self.params, self.offsets):
-            start, stop = max(first - offset, 0), min(last - offset, p.numel())
-            if start < stop:
+            start, stop = max(first - offset, 0), max(min(last - offset, p.numel()), 0)
+            if start < stop or (rank == 0 and not p.numel()):
                 pieces.append(Piece(p, start, stop, offset + start))
         return pieces
 

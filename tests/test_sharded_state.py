@@ -1,0 +1,416 @@
+"""The base optimizer's state, a part of it on each rank: the bits of whole state, its size, checkpoints, faults."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CLIP_RTOL, HYPER, RHO, batches, bits, closure_for, small_net, snapshot
+from rank_oracle import Oracle, close, loss_of
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from fused_sam import FusedSAM
+from fused_sam.distributed import data_parallel, sharded_state
+
+BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "plain": (SGD, {"lr": 0.13, "weight_decay": 0.017}),
+    "nesterov": (SGD, HYPER | {"nesterov": True}),
+    "dampening": (SGD, HYPER | {"dampening": 0.3}),
+    "amsgrad": (Adam, {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.017, "amsgrad": True}),
+    "adamw": (AdamW, {"lr": 0.013, "weight_decay": 0.17}),
+    "tensor betas": (Adam, {"lr": torch.tensor(0.013), "betas": (0.8, 0.97), "foreach": False}),
+}
+SMALL = 0.0005  # MiB: several buckets
+State = dict[str, Any]
+
+
+class Odd(nn.Module):
+    """Parameters of none, one and many elements, of two dtypes, transposed and in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = [(0,), (), (1,), (3,), (17, 5), (61, 41), (7,)]
+        self.ps = nn.ParameterList([torch.randn(s) for s in shapes])
+        self.ps.append(torch.randn(9, 4).t())
+        self.ps.append(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+        self.ps.append(torch.randn(29, 3).bfloat16())
+
+    def forward(self, factors: list[Tensor]) -> Tensor:
+        return sum(((f * p * p).sum().float() for p, f in zip(self.ps, factors)), torch.zeros(()))
+
+
+def odd_steps(opt: FusedSAM, net: Odd, steps: int) -> None:
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        factors = [torch.rand(p.shape, generator=generator).to(p.dtype) for p in net.ps]
+
+        def closure(factors: list[Tensor] = factors) -> Tensor:
+            loss = net(factors)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+
+
+def flat_state(state_dict: State) -> dict[tuple[int, str], Any]:
+    return {
+        (i, key): (bits(x), x.shape, x.dtype) if isinstance(x, Tensor) else x
+        for i, entries in state_dict["state"].items()
+        for key, x in entries.items()
+    }
+
+
+def elements(opt: FusedSAM) -> int:
+    """Of state, but for the counts of steps."""
+    return sum(x.numel() for s in opt.state.values() for key, x in s.items() if key != "step")
+
+
+def compares_bits(base: str, m: Any, cap: float) -> None:
+    """Whole and sharded state after the same steps."""
+    kind, options = BASES[base]
+    seen = []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        net = Odd()
+        opt = FusedSAM(net.parameters(), kind, rho=RHO, adaptive=True, eta=0.01, **copy.deepcopy(options))
+        handle = data_parallel(net, opt, m_sharpness=m, bucket_cap_mb=cap, check_replicas_every=1, shard_state=shard)
+        odd_steps(opt, net, 4)
+        saved = handle.consolidate_state_dict(to=1) if shard else opt.state_dict()
+        assert (saved is not None) == (not shard or dist.get_rank() == 1)
+        seen.append((snapshot(net.parameters()), saved))
+    assert seen[0][0] == seen[1][0]
+    if seen[1][1] is not None:
+        assert flat_state(seen[0][1]) == flat_state(seen[1][1])
+        groups = [saved["param_groups"] for _, saved in seen]
+        assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("cap", [1e-5, SMALL, 25.0])
+@pytest.mark.parametrize(("base", "m"), [*((b, "rank") for b in BASES), ("nesterov", "world")])
+def test_weights_and_state_have_the_bits_of_whole_state(base: str, m: str, cap: float, pair: Ranks) -> None:
+    # Of two numbers the sum does not depend on the order: with more ranks the oracle is the judge.
+    pair.run(compares_bits, base, m, cap)
+
+
+def holds(ranks_per_e: Any) -> tuple[int, int]:
+    net = nn.Sequential(nn.Linear(61, 541), nn.Tanh(), nn.Linear(541, 3))
+    opt = FusedSAM(net.parameters(), Adam, rho=RHO, lr=0.013)
+    data_parallel(net, opt, m_sharpness=ranks_per_e, shard_state=True, bucket_cap_mb=0.01)
+    x = torch.randn(4, 61)
+    for _ in range(2):
+        net(x).square().mean().backward()
+        opt.first_step(zero_grad=True)
+        net(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return elements(opt), 2 * sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_has_its_part_of_the_state(size: int, pair: Ranks, four: Ranks) -> None:
+    """Adam's two averages, one weight matrix of which is 95% of all: whole parameters could not be shared out."""
+    held = (pair if size == 2 else four).run(holds, 2)
+    (total,) = {total for _, total in held}
+    assert sum(n for n, _ in held) == total
+    padding = 2 * 2 * 4  # of two buckets, two averages, to blocks of four elements
+    assert max(n for n, _ in held) <= math.ceil(total / size) + padding
+
+
+def steps(net: nn.Module, opt: FusedSAM, oracle: Oracle, numbers: range, size: int) -> None:
+    """Steps on examples that are known by their number."""
+    for number in numbers:
+        torch.manual_seed(number)
+        shards = batches(size)
+        oracle.step([[shard] for shard in shards])
+        opt.step(closure_for(net, shards[dist.get_rank()]))
+        close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {number}")
+
+
+def optimizer_for(net: nn.Module, base: str) -> FusedSAM:
+    kind, options = BASES[base]
+    return FusedSAM(net.parameters(), kind, rho=RHO, **options)
+
+
+ORACLES = {"nesterov": {"base": "sgd"}, "amsgrad": {"base": "adam"}}
+
+
+def oracle_for(net: nn.Module, base: str) -> Oracle:
+    return Oracle(net, 1, rho=RHO, **ORACLES[base], **BASES[base][1])
+
+
+def saves(path: str, base: str, shard: bool) -> None:
+    net = small_net()
+    opt = optimizer_for(net, base)
+    handle = data_parallel(net, opt, shard_state=shard, bucket_cap_mb=SMALL)
+    steps(net, opt, oracle_for(net, base), range(3), 4)
+    saved = handle.consolidate_state_dict() if shard else opt.state_dict()
+    if dist.get_rank() == 0:
+        torch.save({"net": net.state_dict(), "opt": saved}, path)
+    dist.barrier()
+
+
+def resumes(path: str, base: str, shard: bool, first_loads: bool) -> None:
+    size, net = dist.get_world_size(), small_net()
+    oracle = oracle_for(net, base)
+    for number in range(3):
+        torch.manual_seed(number)
+        oracle.step([[shard] for shard in batches(4)])
+    nn.init.zeros_(net[0].weight)
+    saved = torch.load(path, weights_only=True)
+    opt = optimizer_for(net, base)
+    net.load_state_dict(saved["net"])
+    if first_loads:
+        opt.load_state_dict(saved["opt"])
+    data_parallel(net, opt, shard_state=shard, bucket_cap_mb=SMALL, check_replicas_every=1)
+    if not first_loads:
+        opt.load_state_dict(saved["opt"])
+    steps(net, opt, oracle, range(3, 6), size)
+
+
+@pytest.mark.parametrize("base", ORACLES)
+@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
+def test_resuming_with_another_number_of_ranks(
+    before: bool, after: bool, base: str, four: Ranks, pair: Ranks, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "saved.pt")
+    torch.manual_seed(0)
+    four.run(saves, path, base, before)
+    for first_loads in (False, True):
+        pair.run(resumes, path, base, after, first_loads)
+
+
+def becomes_whole() -> None:
+    """remove() hands the state out; both ways of going on agree."""
+    net = small_net()
+    opt, oracle = optimizer_for(net, "nesterov"), oracle_for(net, "nesterov")
+    handle = data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL)
+    steps(net, opt, oracle, range(2), 2)
+    for attempt in (opt.state_dict, functools.partial(copy.deepcopy, opt)):
+        with pytest.raises(RuntimeError, match=r"with shard_state=True: .* consolidate_state_dict\(\)"):
+            attempt()
+    handle.remove()
+    assert len(opt.state_dict()["state"]) == len(list(net.parameters()))
+    copy.deepcopy(opt)
+    with pytest.raises(RuntimeError, match="without shard_state"):
+        handle.consolidate_state_dict()
+    data_parallel(net, opt, check_replicas_every=1)
+    steps(net, opt, oracle, range(2, 4), 2)
+
+
+def test_whole_again(pair: Ranks) -> None:
+    pair.run(becomes_whole)
+
+
+def clips(scaled: bool) -> None:
+    """max_grad_norm is of the gradient of all ranks' parts; unscale_ finds what it divides."""
+    size, rank, seen = dist.get_world_size(), dist.get_rank(), []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        net = small_net()
+        opt = FusedSAM(net.parameters(), rho=RHO, max_grad_norm=0.05, **HYPER)
+        data_parallel(net, opt, shard_state=shard, bucket_cap_mb=SMALL, check_replicas_every=1)
+        scaler = GradScaler("cpu", init_scale=2.0**7, enabled=scaled)
+        norms = []
+        for step in range(3):
+            torch.manual_seed(step)
+            batch = batches(size)[rank]
+            scaler.scale(loss_of(net, batch)).backward()
+            opt.first_step(zero_grad=True)
+            scaler.scale(loss_of(net, batch)).backward()
+            if step == 1:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            assert opt.last.second_grad_norm is not None
+            norms.append(opt.last.second_grad_norm)
+        seen.append(([p.detach().clone() for p in net.parameters()], norms))
+    for a, b in zip(*(norms for _, norms in seen)):
+        assert a > 0.05
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+    for a, b in zip(*(params for params, _ in seen)):
+        torch.testing.assert_close(a, b, rtol=CLIP_RTOL, atol=CLIP_RTOL)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping(scaled: bool, four: Ranks) -> None:
+    four.run(clips, scaled)
+
+
+def keeps_p_grad() -> None:
+    """p.grad is the mean in this rank's part and 0 elsewhere: parts of all ranks make the mean."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    net = small_net()
+    opt = FusedSAM(net.parameters(), rho=RHO, start=1, **HYPER)
+    data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL)
+    shards = batches(size)
+    means = []
+    for batch in shards:
+        loss_of(twin := copy.deepcopy(net), batch).backward()
+        means.append([p.grad for p in twin.parameters()])
+    loss_of(net, shards[rank]).backward()
+    for p, *grads in zip(net.parameters(), *means):
+        mean, joined = torch.stack(grads).mean(0), p.grad.clone()
+        assert bool(((p.grad == 0) | ((p.grad - mean).abs() < 1e-14)).all())
+        dist.all_reduce(joined)
+        torch.testing.assert_close(joined, mean)
+    with pytest.raises(RuntimeError, match=r"^Invalid second backward before a step .* no_sync\(\)"):
+        loss_of(net, shards[rank]).backward()
+    opt.restore()  # of what this backward has begun
+    opt.zero_grad()
+    w = snapshot(net.parameters())
+    for _ in range(2):  # what is left in place and set to zero is not taken for a part of a mean
+        loss_of(net, shards[rank]).backward()
+        opt.step() if not opt.perturb_next else opt.first_step(zero_grad=True)
+        opt.zero_grad(set_to_none=False)
+    opt.restore()
+    assert snapshot(net.parameters()) != w
+
+
+def test_what_is_in_p_grad(pair: Ranks) -> None:
+    pair.run(keeps_p_grad)
+
+
+def fails_in_the_gather() -> None:
+    """All ranks raise as the weights are gathered: weights and state are as before the step, and later steps right."""
+    size, net = dist.get_world_size(), small_net()
+    opt, oracle = optimizer_for(net, "amsgrad"), oracle_for(net, "amsgrad")
+    handle = data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL, check_replicas_every=1)
+    for first in (0, 2):  # without state and with some
+        before = snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {})
+        gather = sharded_state.all_gather
+
+        def fails(*args: Any) -> Any:
+            raise KeyboardInterrupt("mishap")
+
+        sharded_state.all_gather = fails  # type: ignore[assignment]
+        try:
+            with pytest.raises(KeyboardInterrupt, match="mishap"):
+                opt.step(closure_for(net, batches(size)[dist.get_rank()]))
+        finally:
+            sharded_state.all_gather = gather
+        assert not opt.perturbed
+        assert before == (snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {}))
+        steps(net, opt, oracle, range(first, first + 2), size)
+
+
+def test_a_step_is_made_wholly_or_not_at_all(pair: Ranks) -> None:
+    pair.run(fails_in_the_gather)
+
+
+@pytest.fixture
+def doomed() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def loses_a_rank(moment: str) -> None:
+    """Rank 1 dies in the second step; rank 0 raises with weights and its part of the state as before."""
+    rank, net = dist.get_rank(), small_net()
+    opt = optimizer_for(net, "nesterov")
+    data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL)
+    opt.step(closure_for(net, batches(2)[rank]))
+    w, state = snapshot(net.parameters()), [bits(s["momentum_buffer"]) for s in opt.state.values()]
+    calls, batch = 0, batches(2)[rank]
+
+    def dies(*args: Any) -> Any:
+        os._exit(1)
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and moment == f"pass {calls}":
+            dies()
+        return closure_for(net, batch)()
+
+    if rank == 1 and moment == "gather":
+        sharded_state.all_gather = dies
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        opt.step(closure)
+    assert time.monotonic() - start < 30
+    assert not opt.perturbed
+    assert snapshot(net.parameters()) == w
+    assert [bits(s["momentum_buffer"]) for s in opt.state.values()] == state
+
+
+@pytest.mark.parametrize("moment", ["pass 1", "pass 2", "gather"])
+def test_a_rank_that_dies(moment: str, doomed: Ranks) -> None:
+    (ok, error), (lost, _) = doomed.outcomes(loses_a_rank, moment)
+    assert ok, error
+    assert not lost
+
+
+def refuses() -> None:
+    net = small_net()
+    for options, match in (
+        ({"direction": "momentum", **HYPER}, "direction='momentum' with shard_state"),
+        ({"reuse": 0.5, "interval": 2, **HYPER}, "reuse with shard_state"),
+        ({"master_weights": True, **HYPER}, "master_weights=True with shard_state"),
+        ({"telemetry": True, **HYPER}, "telemetry=True with shard_state"),
+        ({"capturable": True, **HYPER}, "capturable=True with shard_state"),
+        ({"base_optimizer": Adagrad}, "base_optimizer=Adagrad with shard_state"),
+    ):
+        opt = FusedSAM(net.parameters(), **options)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"^Invalid {match}"):
+            data_parallel(net, opt, m_sharpness="world", shard_state=True)
+    opt = FusedSAM(net.parameters(), **HYPER)
+    with pytest.raises(ValueError, match=r"^Invalid shard_state=1\. Must be"):
+        data_parallel(net, opt, shard_state=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Invalid shard_state=True with a DistributedDataParallel"):
+        data_parallel(nn.parallel.DistributedDataParallel(net), opt, shard_state=True)
+    gappy = nn.Parameter(torch.zeros(9, 4)[:, 1])
+    with pytest.raises(ValueError, match=r"^Invalid parameter 0 of the optimizer \(shape \[9\]\) with shard_state"):
+        data_parallel(net, FusedSAM([gappy], **HYPER), shard_state=True)
+    with pytest.raises(ValueError, match=r"^Invalid parameters: number 0 is m_sharpness=1"):
+        data_parallel(net, opt, shard_state=dist.get_rank() == 1)
+    handle = data_parallel(net, opt, shard_state=True)
+    with pytest.raises(ValueError, match=r"^Invalid parameter 6 of the optimizer"):
+        opt.add_param_group({"params": [gappy]})
+    steps(net, opt, Oracle(net, 1, rho=0.05, **HYPER), range(1), 2)
+    saved: State = handle.consolidate_state_dict(to=None) or {}
+    saved["state"][0]["momentum_buffer"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"^Invalid momentum_buffer of shape \[2\]"):
+        opt.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"^Invalid to=7\. Must be"):
+        handle.consolidate_state_dict(to=7)
+
+
+def test_what_is_refused(pair: Ranks) -> None:
+    pair.run(refuses)
+
+
+def sends_frozen() -> list[int]:
+    """The backbone is frozen, then thawed: elements that a step scatters and gathers."""
+    from bench.distributed import count
+
+    net = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 4, bias=False))
+    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    data_parallel(net, opt, shard_state=True, bucket_cap_mb=1e-5)
+    seen = []
+    for trained in (False, True):
+        net[0].requires_grad_(trained)
+        w = bits(net[0].weight)
+        counted = count(lambda: opt.step(closure_for(net, (torch.ones(2, 16), torch.tensor([0, 1])))))
+        assert (bits(net[0].weight) == w) is not trained
+        seen.append(sum(size for name, (_, size) in counted.items()))
+    return seen
+
+
+def test_frozen_buckets_are_not_sent(pair: Ranks) -> None:
+    for frozen, thawed in pair.run(sends_frozen):
+        assert thawed > frozen + 2 * 16 * 32 / 2
+        assert frozen < 16 * 32
