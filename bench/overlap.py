@@ -147,7 +147,7 @@ def _work(options: argparse.Namespace) -> None:
 def rows(
     options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float], parameters: int
 ) -> list[records.Row]:
-    """One for each variant. ``hidden``: the share of what averaging after backward adds that the variant does not."""
+    """One for each variant, with its times over those in the same rounds without communication, and after backward."""
     common = {
         **{"model": MODEL, "batch": BATCH, "parameters": parameters, "bucket_mb": BUCKET_MB},
         **{"ranks": options.ranks, "megabits": options.megabits, "rounds": options.rounds, "steps": options.steps},
@@ -159,8 +159,6 @@ def rows(
         row["sent_bytes"] = round(sent[name])
         row["ratio_to_silent"] = Spread.of([a / b for a, b in zip(seconds, times[SILENT])]).rounded()
         row["ratio_to_late"] = Spread.of([a / b for a, b in zip(seconds, times[LATE])]).rounded()
-        added = [(a - s, late - s) for a, s, late in zip(seconds, times[SILENT], times[LATE])]
-        row["hidden"] = Spread.of([1 - ours / late for ours, late in added]).rounded()
         made.append(records.header("overlap") | common | row)
     return made
 
@@ -208,7 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(
             f"{row['variant']:26}{1e3 * row['median_s']:8.1f} ms {ratio['median']:6.2f} "
             f"[{ratio['p20']:.2f}, {ratio['p80']:.2f}]{row['sent_bytes'] / 1e6:8.1f} MB sent"
-            f"{row['hidden']['median']:8.0%} hidden"
         )
     return 0
 
