@@ -197,6 +197,13 @@ def becomes_whole() -> None:
     opt, oracle = optimizer_for(net, "nesterov"), oracle_for(net, "nesterov")
     handle = data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL)
     steps(net, opt, oracle, range(2), 2)
+    w = snapshot(net.parameters())
+    loss_of(net, batches(1)[0]).backward()
+    opt.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"^remove\(\) while the weights are perturbed"):
+        handle.remove()
+    opt.restore()
+    assert snapshot(net.parameters()) == w
     for attempt in (opt.state_dict, functools.partial(copy.deepcopy, opt)):
         with pytest.raises(RuntimeError, match=r"with shard_state=True: .* consolidate_state_dict\(\)"):
             attempt()
@@ -247,6 +254,44 @@ def clips(scaled: bool) -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_clipping(scaled: bool, four: Ranks) -> None:
     four.run(clips, scaled)
+
+
+def has_less_than_there_are_ranks(group: str) -> None:
+    """Three weights, which make one share: other ranks update nothing, but take part. Or a group of one rank."""
+    rank, size, weights = dist.get_rank(), dist.get_world_size(), []
+    alone = [dist.new_group([r]) for r in range(size)]
+    for shard in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1, bias=False)
+        opt = FusedSAM(net.parameters(), AdamW, rho=RHO, lr=0.013, max_grad_norm=0.05)
+        options = {"process_group": alone[rank]} if group == "one" else {"check_replicas_every": 1}
+        handle = data_parallel(net, opt, shard_state=shard, **options)  # type: ignore[arg-type]
+        scaler = GradScaler("cpu", init_scale=2.0**7)
+        for step in range(4):
+            x = torch.randn(5, 3)
+            for number in (1, 2):
+                factor = math.inf if (step, number) == (2, 2) and rank in (1, 2) else 1.0
+                (scaler.scale(net(x + rank).square().mean()) * factor).backward()
+                if number == 1:
+                    opt.first_step(zero_grad=True)
+            if step == 3:
+                with pytest.raises(RuntimeError, match=r"while the weights are perturbed"):
+                    handle.consolidate_state_dict() if shard else opt.state_dict()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        owner = not shard or rank == 0 or group == "one"
+        assert elements(opt) == (6 if owner else 0)
+        handle.remove()
+        assert elements(opt) == 6
+        weights.append((net.weight.detach().clone(), scaler.get_scale()))
+    torch.testing.assert_close(*(w for w, _ in weights), rtol=CLIP_RTOL, atol=CLIP_RTOL)
+    assert weights[0][1] == weights[1][1] == (2.0**7 if group == "one" and rank not in (1, 2) else 2.0**6)
+
+
+@pytest.mark.parametrize("group", ["all", "one"])
+def test_a_rank_without_a_share(group: str, four: Ranks) -> None:
+    four.run(has_less_than_there_are_ranks, group)
 
 
 def keeps_p_grad() -> None:

@@ -115,6 +115,7 @@ class ShardedState(Replicas):
 
     def make_whole(self, optimizer: FusedSAM) -> None:
         """The state of all ranks into that of the optimizer, on all of them."""
+        optimizer._require_unperturbed("remove()")
         whole = state_slices.whole(optimizer.state, self._slices, None)
         for p, entries in (whole or {}).items():
             optimizer.state[p] = {
