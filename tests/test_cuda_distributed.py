@@ -84,6 +84,10 @@ def test_one_rank_steps_as_an_optimizer_alone(wrap: str, base: str, m: str) -> N
     state: Any = handle.consolidate_state_dict() if wrap == "sharded" else opt.state_dict()
     for number, expected in alone.state_dict()["state"].items():
         assert_same_bits(state["state"][number].values(), expected.values(), "state")
+    handle.remove()
+    for optimizer, m_ in ((opt, net), (alone, twin)):
+        optimizer.step(closure_of(m_, torch.tensor(0.7, device="cuda")))
+    assert_same_bits(net.parameters(), twin.parameters(), "parameter after remove(), number")
 
 
 @pytest.mark.usefixtures("nccl")

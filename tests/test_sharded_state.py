@@ -30,7 +30,8 @@ BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "dampening": (SGD, HYPER | {"dampening": 0.3}),
     "amsgrad": (Adam, {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.017, "amsgrad": True}),
     "adamw": (AdamW, {"lr": 0.013, "weight_decay": 0.17}),
-    "tensor betas": (Adam, {"lr": torch.tensor(0.013), "betas": (0.8, 0.97), "foreach": False}),
+    # Not fused: torch's own step, on the same pieces.
+    "tensor betas": (Adam, {"lr": 0.013, "betas": (torch.tensor(0.8), torch.tensor(0.97)), "foreach": False}),
 }
 SMALL = 0.0005  # MiB: several buckets
 State = dict[str, Any]

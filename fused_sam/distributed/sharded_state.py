@@ -116,12 +116,14 @@ class ShardedState(Replicas):
     def make_whole(self, optimizer: FusedSAM) -> None:
         """The state of all ranks into that of the optimizer, on all of them."""
         optimizer._require_unperturbed("remove()")
-        whole = state_slices.whole(optimizer.state, self._slices, None)
-        for p, entries in (whole or {}).items():
-            optimizer.state[p] = {
-                key: x.to(p.device) if isinstance(x, Tensor) and key != state_slices.STEP else x
-                for key, x in entries.items()
-            }
+        whole: dict[Tensor, Any] = state_slices.whole(optimizer.state, self._slices, None) or {}
+        for group in optimizer.param_groups:
+            for p in (p for p in group["params"] if p in whole):
+                step_device = p.device if group.get("fused") else torch.device("cpu")  # as torch.optim.Adam has it
+                optimizer.state[p] = {
+                    key: x.to(step_device if key == state_slices.STEP else p.device) if isinstance(x, Tensor) else x
+                    for key, x in whole[p].items()
+                }
 
 
 class Share:
