@@ -1,13 +1,10 @@
-"""The base optimizer's state, a part of it on each rank: the bits of whole state, its size, checkpoints, faults."""
+"""The base optimizer's state, a part of it on each rank: the bits of whole state, its size, checkpoints, gradients."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import math
-import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, HYPER, RHO, batches, bits, closure_for, small_net, snapshot
-from rank_oracle import Oracle, close, loss_of
+from rank_oracle import loss_of
 from ranks import Ranks
+from sharded_subjects import BASES, ORACLES, SMALL, elements, flat_state, optimizer_for, oracle_for, steps
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW
 
 from fused_sam import FusedSAM
-from fused_sam.distributed import data_parallel, sharded_state
-
-BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "plain": (SGD, {"lr": 0.13, "weight_decay": 0.017}),
-    "nesterov": (SGD, HYPER | {"nesterov": True}),
-    "dampening": (SGD, HYPER | {"dampening": 0.3}),
-    "amsgrad": (Adam, {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.017, "amsgrad": True}),
-    "adamw": (AdamW, {"lr": 0.013, "weight_decay": 0.17}),
-    # Not fused: torch's own step, on the same pieces.
-    "tensor betas": (Adam, {"lr": 0.013, "betas": (torch.tensor(0.8), torch.tensor(0.97)), "foreach": False}),
-}
-SMALL = 0.0005  # MiB: several buckets
-State = dict[str, Any]
+from fused_sam.distributed import data_parallel
 
 
 class Odd(nn.Module):
@@ -63,19 +49,6 @@ def odd_steps(opt: FusedSAM, net: Odd, steps: int) -> None:
             return loss
 
         opt.step(closure)
-
-
-def flat_state(state_dict: State) -> dict[tuple[int, str], Any]:
-    return {
-        (i, key): (bits(x), x.shape, x.dtype) if isinstance(x, Tensor) else x
-        for i, entries in state_dict["state"].items()
-        for key, x in entries.items()
-    }
-
-
-def elements(opt: FusedSAM) -> int:
-    """Of state, but for the counts of steps."""
-    return sum(x.numel() for s in opt.state.values() for key, x in s.items() if key != "step")
 
 
 def compares_bits(base: str, m: Any, cap: float) -> None:
@@ -127,28 +100,6 @@ def test_a_rank_has_its_part_of_the_state(size: int, pair: Ranks, four: Ranks) -
     assert sum(n for n, _ in held) == total
     padding = 2 * 2 * 4  # of two buckets, two averages, to blocks of four elements
     assert max(n for n, _ in held) <= math.ceil(total / size) + padding
-
-
-def steps(net: nn.Module, opt: FusedSAM, oracle: Oracle, numbers: range, size: int) -> None:
-    """Steps on examples that are known by their number."""
-    for number in numbers:
-        torch.manual_seed(number)
-        shards = batches(size)
-        oracle.step([[shard] for shard in shards])
-        opt.step(closure_for(net, shards[dist.get_rank()]))
-        close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {number}")
-
-
-def optimizer_for(net: nn.Module, base: str) -> FusedSAM:
-    kind, options = BASES[base]
-    return FusedSAM(net.parameters(), kind, rho=RHO, **options)
-
-
-ORACLES = {"nesterov": {"base": "sgd"}, "amsgrad": {"base": "adam"}}
-
-
-def oracle_for(net: nn.Module, base: str) -> Oracle:
-    return Oracle(net, 1, rho=RHO, **ORACLES[base], **BASES[base][1])
 
 
 def saves(path: str, base: str, shard: bool) -> None:
@@ -327,116 +278,6 @@ def keeps_p_grad() -> None:
 
 def test_what_is_in_p_grad(pair: Ranks) -> None:
     pair.run(keeps_p_grad)
-
-
-def fails_in_the_gather() -> None:
-    """All ranks raise as the weights are gathered: weights and state are as before the step, and later steps right."""
-    size, net = dist.get_world_size(), small_net()
-    opt, oracle = optimizer_for(net, "amsgrad"), oracle_for(net, "amsgrad")
-    handle = data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL, check_replicas_every=1)
-    for first in (0, 2):  # without state and with some
-        before = snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {})
-        gather = sharded_state.all_gather
-
-        def fails(*args: Any) -> Any:
-            raise KeyboardInterrupt("mishap")
-
-        sharded_state.all_gather = fails  # type: ignore[assignment]
-        try:
-            with pytest.raises(KeyboardInterrupt, match="mishap"):
-                opt.step(closure_for(net, batches(size)[dist.get_rank()]))
-        finally:
-            sharded_state.all_gather = gather
-        assert not opt.perturbed
-        assert before == (snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {}))
-        steps(net, opt, oracle, range(first, first + 2), size)
-
-
-def test_a_step_is_made_wholly_or_not_at_all(pair: Ranks) -> None:
-    pair.run(fails_in_the_gather)
-
-
-@pytest.fixture
-def doomed() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-def loses_a_rank(moment: str) -> None:
-    """Rank 1 dies in the second step; rank 0 raises with weights and its part of the state as before."""
-    rank, net = dist.get_rank(), small_net()
-    opt = optimizer_for(net, "nesterov")
-    data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL)
-    opt.step(closure_for(net, batches(2)[rank]))
-    w, state = snapshot(net.parameters()), [bits(s["momentum_buffer"]) for s in opt.state.values()]
-    calls, batch = 0, batches(2)[rank]
-
-    def dies(*args: Any) -> Any:
-        os._exit(1)
-
-    def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
-        if rank == 1 and moment == f"pass {calls}":
-            dies()
-        return closure_for(net, batch)()
-
-    if rank == 1 and moment == "gather":
-        sharded_state.all_gather = dies
-    start = time.monotonic()
-    with pytest.raises(RuntimeError):
-        opt.step(closure)
-    assert time.monotonic() - start < 30
-    assert not opt.perturbed
-    assert snapshot(net.parameters()) == w
-    assert [bits(s["momentum_buffer"]) for s in opt.state.values()] == state
-
-
-@pytest.mark.parametrize("moment", ["pass 1", "pass 2", "gather"])
-def test_a_rank_that_dies(moment: str, doomed: Ranks) -> None:
-    (ok, error), (lost, _) = doomed.outcomes(loses_a_rank, moment)
-    assert ok, error
-    assert not lost
-
-
-def refuses() -> None:
-    net = small_net()
-    for options, match in (
-        ({"direction": "momentum", **HYPER}, "direction='momentum' with shard_state"),
-        ({"reuse": 0.5, "interval": 2, **HYPER}, "reuse with shard_state"),
-        ({"master_weights": True, **HYPER}, "master_weights=True with shard_state"),
-        ({"telemetry": True, **HYPER}, "telemetry=True with shard_state"),
-        ({"capturable": True, **HYPER}, "capturable=True with shard_state"),
-        ({"base_optimizer": Adagrad}, "base_optimizer=Adagrad with shard_state"),
-    ):
-        opt = FusedSAM(net.parameters(), **options)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"^Invalid {match}"):
-            data_parallel(net, opt, m_sharpness="world", shard_state=True)
-    opt = FusedSAM(net.parameters(), **HYPER)
-    with pytest.raises(ValueError, match=r"^Invalid shard_state=1\. Must be"):
-        data_parallel(net, opt, shard_state=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^Invalid shard_state=True with a DistributedDataParallel"):
-        data_parallel(nn.parallel.DistributedDataParallel(net), opt, shard_state=True)
-    gappy = nn.Parameter(torch.zeros(9, 4)[:, 1])
-    with pytest.raises(ValueError, match=r"^Invalid parameter 0 of the optimizer \(shape \[9\]\) with shard_state"):
-        data_parallel(net, FusedSAM([gappy], **HYPER), shard_state=True)
-    with pytest.raises(ValueError, match=r"^Invalid parameters: number 0 is m_sharpness=1"):
-        data_parallel(net, opt, shard_state=dist.get_rank() == 1)
-    handle = data_parallel(net, opt, shard_state=True)
-    with pytest.raises(ValueError, match=r"^Invalid parameter 6 of the optimizer"):
-        opt.add_param_group({"params": [gappy]})
-    steps(net, opt, Oracle(net, 1, rho=0.05, **HYPER), range(1), 2)
-    saved: State = handle.consolidate_state_dict(to=None) or {}
-    saved["state"][0]["momentum_buffer"] = torch.ones(2)
-    with pytest.raises(ValueError, match=r"^Invalid momentum_buffer of shape \[2\]"):
-        opt.load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"^Invalid to=7\. Must be"):
-        handle.consolidate_state_dict(to=7)
-
-
-def test_what_is_refused(pair: Ranks) -> None:
-    pair.run(refuses)
 
 
 def sends_frozen() -> list[int]:

@@ -83,10 +83,12 @@ class ShardedState(Replicas):
         works = [all_gather(flat, b.part(flat, self._slices.rank), self._group) for b, flat in staged]
         for work in works:
             work.wait()
-        params = [p for bucket, _ in staged for p in bucket.params]
-        if params:
-            torch._foreach_copy_(params, [view for bucket, flat in staged for view in bucket.views(flat)])
-        optimizer.state.update(own.state_by_parameter())
+        try:
+            _take_over(optimizer, staged, own)
+        except BaseException:
+            # An interrupt. The other ranks make this step, and to do it twice does no harm.
+            _take_over(optimizer, staged, own)
+            raise
 
     def loaded(self, optimizer: FusedSAM) -> None:
         state_slices.cut(optimizer.state, self._slices)
@@ -160,6 +162,14 @@ class Share:
     def state_by_parameter(self) -> dict[Tensor, dict[str, Any]]:
         """The entries there are, as the optimizer keeps them."""
         return {self._parameter[part]: entries for part, entries in self.state.items() if entries}
+
+
+def _take_over(optimizer: FusedSAM, staged: Staged, own: Share) -> None:
+    """The weights of all ranks, and this rank's part of the state."""
+    params = [p for bucket, _ in staged for p in bucket.params]
+    if params:
+        torch._foreach_copy_(params, [view for bucket, flat in staged for view in bucket.views(flat)])
+    optimizer.state.update(own.state_by_parameter())
 
 
 def _grad(piece: Piece) -> Tensor | None:
