@@ -159,6 +159,8 @@ class FusedSAM(Optimizer):
         self._ascent: ascents.Displacement | None = None
         self._journal: ops.Journal = []  # of a step at w
         self._peers: Peers = Alone()
+        self._cleared = False  # whether gradients have been since the last step, so that those there are new
+        self._warned = False
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
@@ -244,6 +246,7 @@ class FusedSAM(Optimizer):
             masters.note(self)
             return None
         descents.descend(self)
+        self._cleared = False
         return None
 
     def _makes_state_only(self) -> bool:
@@ -274,6 +277,11 @@ class FusedSAM(Optimizer):
         if zero_grad:
             self._host().clear_grads(self._flat_params())
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._cleared = set_to_none
+
     @torch.no_grad()
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
@@ -297,6 +305,7 @@ class FusedSAM(Optimizer):
             )
         params = self._flat_params()
         self._require_capturable(params)
+        self._cleared = False
         try:
             self._along.step(self, params, take_grads)
         except ops.InvalidTensor as error:
@@ -381,6 +390,6 @@ class FusedSAM(Optimizer):
 
 # What a copy takes along, beside what torch.optim.Optimizer does.
 _COPIED = (
-    *("_along", "_backend", "_base", "_masters", "_schedule"),
+    *("_along", "_backend", "_base", "_cleared", "_masters", "_schedule", "_warned"),
     *("capturable", "max_grad_norm", "p", "replay_rng", "reuse", "second_order", "telemetry"),
 )
