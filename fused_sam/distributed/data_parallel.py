@@ -162,8 +162,9 @@ def data_parallel(
     layout = SlicedLayout(list(names), cap_bytes, group) if shard_state else None
     averaging = AllReduce(cap_bytes, group) if layout is None else ReduceScatter(layout)
     averager = Overlap(list(names), averaging, lambda: not optimizer.perturb_next)
-    optimizer._peers = Replicas(*common, averager) if layout is None else ShardedState(*common, averager, layout)
-    optimizer._peers.loaded(optimizer)
+    peers = Replicas(*common, averager) if layout is None else ShardedState(*common, averager, layout)
+    peers.loaded(optimizer)
+    optimizer._peers = peers
     return DataParallel(optimizer, averager, None)
 
 
