@@ -140,9 +140,8 @@ class AnyBase:
         ops.undo(journal)
         if found_inf is not None and bool(found_inf):
             return
-        grads = optimizer._peers.local([p.grad for p in optimizer._flat_params() if p.grad is not None])
-        if grad_scale is not None and grads:
-            clipping.unscale(grads, grad_scale)
+        if grad_scale is not None:
+            clipping.unscale(optimizer, grad_scale)
         self.inner.param_groups, self.inner.state = optimizer.param_groups, optimizer.state
         step: Any = type(self.inner).step
         # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.

@@ -24,6 +24,7 @@ from torch import Tensor
 from fused_sam import masters, ops
 from fused_sam.ascents import Displacement
 from fused_sam.backends.eager import wide
+from fused_sam.memory import overlaps_itself
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -70,7 +71,7 @@ def keep(optimizer: FusedSAM, ascent: Displacement) -> None:
 
 
 def apply(optimizer: FusedSAM, alpha: float) -> None:
-    """In a step between: g + alpha ||g|| / ||g_v|| g_v in ``p.grad``, in place."""
+    """In a step between: g + alpha ||g|| / ||g_v|| g_v in ``p.grad``, in place but for an expanded gradient."""
     triples = []
     for p in optimizer._flat_params():
         part = optimizer.state[p].get(KEY) if p in optimizer.state else None
@@ -81,7 +82,9 @@ def apply(optimizer: FusedSAM, alpha: float) -> None:
     params, grads, parts = (list(x) for x in zip(*triples))
     length, of_parts = _norm(optimizer, params, grads), _norm(optimizer, params, parts)
     ratio = torch.where(of_parts > 0, alpha * length / of_parts, 0.0)
-    for g, part in zip(grads, parts):
+    for p, g, part in triples:
+        if overlaps_itself(g):
+            p.grad = g = g.contiguous()
         g.copy_(wide(g) + ratio.to(g.device, wide(g).dtype) * wide(part))
 
 

@@ -264,3 +264,22 @@ def test_what_cannot_work_is_refused(backend: str, device: str) -> None:
     with pytest.raises(ValueError, match=r"Invalid list of 2 closures with reuse=0\.3"):
         opt.step([quadratic(params), quadratic(params)])
     opt.step([quadratic(params)])
+
+
+def test_an_expanded_gradient_is_used_like_any_other(backend: str, device: str) -> None:
+    params = leaves(9, 67, device=device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    opts = [FusedSAM(x, rho=RHO, interval=2, reuse=ALPHA, backend=backend, **HYPER) for x in (params, twins)]
+    for _ in range(4):
+        while True:
+            for p, q in zip(params, twins, strict=True):
+                p.grad = torch.randn(1).to(device).expand(p.shape)
+                q.grad = p.grad.clone(memory_format=torch.contiguous_format)
+            if not opts[0].perturb_next:
+                break
+            for opt in opts:
+                opt.first_step()
+        for opt in opts:
+            opt.step()
+        assert_same_bits(params, twins)
+        assert_same_bits([p.grad for p in params], [q.grad for q in twins], "gradient")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fused_sam.memory import overlaps_itself
+
 if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
     from fused_sam.routing import TensorList
@@ -310,12 +312,13 @@ def _adam_tensor(
 
 
 def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient as the base step takes it, after unscaling it in place."""
+    """The gradient as the base step takes it, after unscaling it in place; an expanded one cannot be written."""
     g = wide(grad)
     if grad_scale is not None:
         # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.
         g = g * grad_scale.double().reciprocal().float()
-        grad.copy_(g)
+        if not overlaps_itself(grad):
+            grad.copy_(g)
     return -g if maximize else g
 
 
