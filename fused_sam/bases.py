@@ -92,16 +92,16 @@ def _make_buffers(
 
 
 def _sgd_groups(param_groups: list[dict], fresh: set[int]) -> list[ops.SGDGroup]:
-    """Hyperparameters as the op takes them."""
+    """Hyperparameters as the op takes them, each of its type: a checkpoint may hold anything."""
     return [
         ops.SGDGroup(
             length,
             ops.host_number(group["lr"]),
-            group["momentum"],
-            group["dampening"],
+            float(group["momentum"]),
+            float(group["dampening"]),
             float(group["weight_decay"]),
-            group["nesterov"],
-            group["maximize"],
+            bool(group["nesterov"]),
+            bool(group["maximize"]),
             first,
         )
         for group, length, first in _runs(param_groups, fresh)
@@ -218,9 +218,9 @@ class FusedAdam(AnyBase):
                 float(group["betas"][1]),
                 float(group["eps"]),
                 float(group["weight_decay"]),
-                is_decoupled(self, group),
-                group["amsgrad"],
-                group["maximize"],
+                bool(is_decoupled(self, group)),
+                bool(group["amsgrad"]),
+                bool(group["maximize"]),
                 first,
             )
             for group, length, first in _runs(param_groups, fresh)

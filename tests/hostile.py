@@ -18,7 +18,7 @@ import conftest  # noqa: F401  (the interpreted CUDA kernels as a backend)
 import numpy as np
 import profiles  # noqa: F401
 import torch
-from helpers import bits
+from helpers import bits, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -327,6 +327,11 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
+def rounded_master(entry: Any, dtype: torch.dtype) -> bytes | None:
+    master = entry.get("master") if isinstance(entry, dict) else None
+    return bits(master.to(dtype)) if isinstance(master, Tensor) and master.shape == (SIZE,) and master.is_cpu else None
+
+
 @given(
     state=STATE,
     options=GROUPS,
@@ -348,6 +353,14 @@ def checkpoints(state: Any, options: Any, base: Any, mode: Any, sixteen: bool, r
             p.grad = torch.ones_like(p)
         return torch.tensor(0.0)
 
+    def step(name: str) -> None:
+        before = snapshot(params)
+        if attempt(name, lambda: opt.step(closure)):
+            return
+        # A master that was put into the state is w from then on, though the step be refused.
+        assert all(bits(p) in (w, rounded_master(opt.state.get(p), dtype)) for p, w in zip(params, before))
+        assert not opt.perturbed
+
     for _ in range(2):
         opt.step(closure)
     saved = opt.state_dict()
@@ -358,12 +371,11 @@ def checkpoints(state: Any, options: Any, base: Any, mode: Any, sixteen: bool, r
     edited["param_groups"][0].update(options)
     if not attempt("load_state_dict", lambda: opt.load_state_dict(edited), params):
         return
-    if not attempt("step after a load", lambda: opt.step(closure), params):
-        assert not opt.perturbed
+    step("step after a load")
     with contextlib.suppress(Exception):
         for p, entry in zip(params, state.values()):
             opt.state[p] = entry
-    attempt("step on edited state", lambda: opt.step(closure), params)
+    step("step on edited state")
     assert not opt.perturbed
 
 
