@@ -183,20 +183,21 @@ def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any],
             index, f"the parameter overlaps itself in memory (shape {list(param.shape)}, strides {param.stride()})"
         )
     if grad is not None:
-        _require_match(index, param, grad, isinstance(grad, Tensor) and can_mix(param.dtype, grad.dtype))
+        require_match(index, param, grad, isinstance(grad, Tensor) and can_mix(param.dtype, grad.dtype))
     if master is not None:
         if param.dtype not in SIXTEEN_BIT or backups:
             raise InvalidTensor(index, "a master is of a 16-bit parameter, and its backup")
-        _require_match(index, param, master, any_dtype=True)
+        require_match(index, param, master, any_dtype=True)
         if master.dtype != torch.float32:
             raise InvalidTensor(index, f"dtype {master.dtype} of the master is not supported, must be torch.float32")
     for x in backups:
-        _require_match(index, param, x)
+        require_match(index, param, x)
     for x in state:
-        _require_match(index, param if master is None else master, x)
+        require_match(index, param if master is None else master, x)
 
 
-def _require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:
+def require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:
+    """Refuse what is not a strided tensor of the parameter's dtype, device and shape, with memory."""
     if not isinstance(x, Tensor):
         raise InvalidTensor(index, f"{type(x).__name__} is not a tensor")
     if x.layout != torch.strided:

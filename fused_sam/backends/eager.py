@@ -115,7 +115,7 @@ class Batch:
             elements = torch.stack([x.abs().flatten().argmax() for _, x in members])
             return torch.stack([peaks[first], numbers[first], elements[first].double()])
         peak = peaks.amax()
-        powers = torch.stack([((x.abs().double() / peak) ** q).sum() for _, x in members])
+        powers = torch.stack([ordered_sum((x.abs().double() / peak) ** q) for _, x in members])
         usable = torch.isfinite(peak) & (peak > 0)
         return torch.where(usable, peak * powers.sum() ** (1 / q), peak)
 
@@ -231,6 +231,18 @@ def _decayed(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """fp32 for 16-bit tensors, others as they are: a factor in a tensor would be rounded to their 16 bits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum in fp64, of shape [], in an order by index alone: torch deals a long one out to its threads."""
+    x = x.double().flatten()
+    while x.numel() > _ROW:
+        whole = x.numel() // _ROW * _ROW
+        x = torch.cat([x[:whole].view(-1, _ROW).sum(1), x[whole:].sum().reshape(1)])
+    return x.sum()
+
+
+_ROW = 4096  # far fewer than torch adds up with several threads
 
 
 def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
