@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import backends, clipping, masters, ops
+from fused_sam import backends, clipping, looksam, masters, ops
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -146,7 +146,8 @@ class AnyBase:
         step: Any = type(self.inner).step
         # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
-        step(self.inner)
+        with looksam.out_of_sight(optimizer):
+            step(self.inner)
 
 
 class FusedAdam(AnyBase):

@@ -34,7 +34,7 @@ def descend(optimizer: FusedSAM, report: Report | None = None) -> None:
                 param_groups.require_unscaled(optimizer.param_groups)
         report = measured(optimizer) if report is None else report
         if optimizer.reuse is not None and ascent is not None:
-            looksam.keep(optimizer, ascent)
+            looksam.keep(optimizer, ascent, found_inf)
         elif optimizer.reuse is not None and not optimizer._schedule.is_over(optimizer.param_groups):
             looksam.apply(optimizer, optimizer.reuse)
         if optimizer.max_grad_norm is not None or optimizer.telemetry:

@@ -14,20 +14,22 @@ scale between the steps.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fused_sam import masters, ops
-from fused_sam.ascents import Displacement
 from fused_sam.backends.eager import ordered_sum, wide
 from fused_sam.memory import overlaps_itself
 from fused_sam.routing import require_match
 
 if TYPE_CHECKING:
+    from fused_sam.ascents import Displacement
     from fused_sam.optimizer import FusedSAM
 
 KEY = "orthogonal_grad"
@@ -49,8 +51,10 @@ def checked(reuse: Any) -> float | None:
     return float(reuse)
 
 
-def keep(optimizer: FusedSAM, ascent: Displacement) -> None:
+def keep(optimizer: FusedSAM, ascent: Displacement, found_inf: Tensor | None) -> None:
     """After the second gradient: g_v into the state. Where a norm is zero or not finite the last g_v stays.
+
+    ``found_inf`` is the base step's.
 
     Raises:
         InvalidTensor: for a gradient or a g_v in the state that does not match its parameter.
@@ -65,6 +69,8 @@ def keep(optimizer: FusedSAM, ascent: Displacement) -> None:
     for i in both:
         require_match(i, params[i], second[i], any_dtype=True)
     lasts = {i: _last_part(optimizer, i, params[i]) for i in both}
+    if found_inf is not None and any(KEY not in optimizer.state[params[i]] for i in both) and bool(found_inf):
+        return  # state that is skipped must not come into being, and only the host can see to that
     device = params[both[0]].device
     square = _norm(optimizer, params, first).to(device) ** 2
     dots = [ordered_sum(wide(first[i]) * wide(second[i])).to(device) for i in both]
@@ -109,6 +115,17 @@ def apply(optimizer: FusedSAM, alpha: float) -> None:
         if overlaps_itself(g):
             p.grad = g = g.contiguous()
         g.copy_(wide(g) + ratio.to(g.device, wide(g).dtype) * wide(part))
+
+
+@contextlib.contextmanager
+def out_of_sight(optimizer: FusedSAM) -> Iterator[None]:
+    """No g_v in the state meanwhile: most optimizers take a parameter that has state for one that has theirs."""
+    hidden = [(state, state.pop(KEY)) for state in optimizer.state.values() if isinstance(state, dict) and KEY in state]
+    try:
+        yield
+    finally:
+        for state, part in hidden:
+            state[KEY] = part
 
 
 def _norm(optimizer: FusedSAM, params: list[Tensor], tensors: list[Any]) -> Tensor:

@@ -36,6 +36,7 @@ from helpers import (
     sgd_groups,
     snapshot,
 )
+from modes import MODES, dtype_of, optimizer_of
 
 from fused_sam import FusedSAM, backends, ops
 from fused_sam.ops import AscentGroup
@@ -167,38 +168,20 @@ def test_norm_is_the_same_for_any_thread_count(backend: str, device: str) -> Non
     assert len(found) == 1
 
 
-MODES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "p=1.5, adaptive, decay": {"p": 1.5, "adaptive": True, "eta": 0.03, "decay_in_ascent": True},
-    "p=1": {"p": 1.0},
-    "p=inf": {"p": math.inf},
-    "clipping": {"max_grad_norm": 0.3},
-    "three ascent steps": {"ascent_steps": 3},
-    "ascent steps, p=3": {"ascent_steps": 2, "p": 3.0},
-    "LookSAM": {"interval": 2, "reuse": 0.37},
-    "MSAM": {"direction": "momentum"},
-    "masters": {"master_weights": True},
-}
-BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "SGD": (torch.optim.SGD, SGD_CONFIGS["nesterov-decay"]),
-    "Adam": (torch.optim.Adam, {"lr": 0.013, "weight_decay": 0.017, "amsgrad": True}),
-}
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("base", ["SGD", "Adam"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "second order"])  # whose norm torch takes
 def test_run_to_run_and_across_thread_counts_a_trajectory_keeps_its_bits(
     mode: str, base: str, backend: str, device: str
 ) -> None:
     # In fp64, where no rounding hides the order of a sum.
-    dtype = {"masters": torch.bfloat16, "plain": torch.float32}.get(mode, torch.float64)
+    dtype = dtype_of(mode, torch.float32 if mode == "plain" else torch.float64)
     start = [torch.randn(n).to(device, dtype) for n in SIZES]
     stream = gradient_stream([p.shape for p in start], 3 * MODES[mode].get("ascent_steps", 1), dtype)
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         params = [p.clone() for p in start]
-        opt = FusedSAM(params, BASES[base][0], rho=RHO, backend=backend, **BASES[base][1], **MODES[mode])
+        opt = optimizer_of(params, mode, base, backend)
         gradients = (x for pair in stream for x in pair)
         for _ in range(3):
             while True:
