@@ -43,7 +43,8 @@ class FusedSGD:
             )
         if fresh and found_inf is not None and bool(found_inf):
             # A buffer that is skipped must not come into being, and only the host can see to that.
-            ops.undo(journal)
+            ops.bring_back(journal)
+            journal.clear()
             return
         backups = ops.one_batch(journal, len(params))
         if buffers is not None and fresh:
@@ -137,8 +138,9 @@ class AnyBase:
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Restore, unscale or skip as a GradScaler would, and let the base step."""
-        ops.undo(journal)
+        ops.bring_back(journal)
         if found_inf is not None and bool(found_inf):
+            journal.clear()
             return
         if grad_scale is not None:
             clipping.unscale(optimizer, grad_scale)
@@ -148,6 +150,7 @@ class AnyBase:
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
         with looksam.out_of_sight(optimizer):
             step(self.inner)
+        journal.clear()
 
 
 class FusedAdam(AnyBase):
@@ -176,7 +179,8 @@ class FusedAdam(AnyBase):
             raise RuntimeError("State of Adam would be made in every replay: step once before capturing a CUDA graph.")
         if fresh and found_inf is not None and bool(found_inf):
             # State that is skipped must not come into being, and only the host can see to that.
-            ops.undo(journal)
+            ops.bring_back(journal)
+            journal.clear()
             return
         backups = ops.one_batch(journal, len(params))
         if fresh:

@@ -51,10 +51,26 @@ def checked(reuse: Any) -> float | None:
     return float(reuse)
 
 
-def keep(optimizer: FusedSAM, ascent: Displacement, found_inf: Tensor | None) -> None:
+class Kept(ops.Done):
+    """A journal entry for the g_v of these parameters."""
+
+    def __init__(self, state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> None:
+        self.state = state
+        self.before = [(p, state[p].get(KEY)) for p in params]
+
+    def restore(self) -> None:
+        """Put back what was there."""
+        for p, part in self.before:
+            if part is not None:
+                self.state[p][KEY] = part
+            else:
+                self.state[p].pop(KEY, None)
+
+
+def keep(optimizer: FusedSAM, ascent: Displacement, found_inf: Tensor | None, journal: ops.Journal) -> None:
     """After the second gradient: g_v into the state. Where a norm is zero or not finite the last g_v stays.
 
-    ``found_inf`` is the base step's.
+    ``found_inf`` is the base step's, and ``journal`` where it is entered until that is made.
 
     Raises:
         InvalidTensor: for a gradient or a g_v in the state that does not match its parameter.
@@ -76,6 +92,7 @@ def keep(optimizer: FusedSAM, ascent: Displacement, found_inf: Tensor | None) ->
     dots = [ordered_sum(wide(first[i]) * wide(second[i])).to(device) for i in both]
     factor = torch.stack(dots).sum() / square
     usable = torch.isfinite(factor) & (square > 0)
+    journal.append(Kept(optimizer.state, [params[i] for i in both]))
     for i, last in lasts.items():
         p, g = params[i], wide(first[i])
         part = wide(second[i]) - factor.to(p.device, g.dtype) * g
