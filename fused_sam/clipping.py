@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fused_sam.memory import overlaps_itself
+
+if TYPE_CHECKING:
+    from fused_sam.optimizer import FusedSAM
 
 
 def checked(max_grad_norm: Any) -> float | None:
@@ -44,10 +49,18 @@ def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:
     return (factor * ((norm / factor + 1e-6) / max_norm).clamp(min=1.0)).float()
 
 
-def unscale(grads: list[Tensor], scale: Tensor) -> None:
-    """g = g / scale in place, by the fp32 reciprocal that `torch.amp.GradScaler` multiplies by, on the device."""
+def unscale(optimizer: FusedSAM, scale: Tensor) -> None:
+    """g = g / scale in place, by the fp32 reciprocal that `torch.amp.GradScaler` multiplies by, on the device.
+
+    An expanded gradient cannot be written: a copy takes its place.
+    """
+    grads: list[Tensor] = []
+    for p in optimizer._flat_params():
+        if p.grad is not None and p.grad.layout == torch.strided and overlaps_itself(p.grad):
+            p.grad = p.grad.contiguous()
+        grads += [] if p.grad is None else [p.grad]
     on_device: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
-    for g in grads:
+    for g in optimizer._peers.local(grads):
         if g.device not in on_device:
             on_device[g.device] = (scale.to(g.device).double().reciprocal().float(), [])
         multiplier, wide = on_device[g.device]

@@ -19,9 +19,9 @@ from fused_sam import (
     descents,
     looksam,
     masters,
+    memory,
     ops,
     param_groups,
-    routing,
     schedule,
 )
 from fused_sam.backends import eager
@@ -349,7 +349,7 @@ class FusedSAM(Optimizer):
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             params = shards.local_parts(self._flat_params())
-            routing.require_disjoint([p for p in params if p.layout == torch.strided])
+            memory.require_disjoint([p for p in params if p.layout == torch.strided])
             peers = self._peers.adopt(group["params"])
             peers.require_supported(self)
             self._peers = peers

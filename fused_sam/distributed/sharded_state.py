@@ -24,7 +24,7 @@ from fused_sam.distributed.overlap import Overlap
 from fused_sam.distributed.peers import Peers, gathered
 from fused_sam.distributed.replicas import Replicas
 from fused_sam.distributed.slices import Piece, SlicedBucket, SlicedLayout
-from fused_sam.routing import is_dense
+from fused_sam.memory import is_dense
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -73,7 +73,7 @@ class ShardedState(Replicas):
 
         What fails before that, a lost rank included, leaves the weights at w and the state as it was.
         """
-        ops.undo(journal)
+        ops.bring_back(journal)
         staged: Staged = []
         for bucket in self._slices.trained:
             size = bucket.share * bucket.ranks
@@ -89,6 +89,8 @@ class ShardedState(Replicas):
             # An interrupt. The other ranks make this step, and to do it twice does no harm.
             _take_over(optimizer, staged, own)
             raise
+        finally:
+            journal.clear()
 
     def loaded(self, optimizer: FusedSAM) -> None:
         state_slices.cut(optimizer.state, self._slices)
