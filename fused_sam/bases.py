@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import backends, clipping, masters, ops
+from fused_sam import backends, clipping, looksam, masters, ops
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -45,7 +45,8 @@ class FusedSGD:
             )
         if fresh and found_inf is not None and bool(found_inf):
             # A buffer that is skipped must not come into being, and only the host can see to that.
-            ops.undo(journal)
+            ops.bring_back(journal)
+            journal.clear()
             return
         backups = ops.one_batch(journal, len(params))
         if buffers is not None and fresh:
@@ -97,16 +98,16 @@ def _make_buffers(
 
 
 def _sgd_groups(param_groups: list[dict], fresh: set[int], measured: bool) -> list[ops.SGDGroup]:
-    """Hyperparameters as the op takes them."""
+    """Hyperparameters as the op takes them, each of its type: a checkpoint may hold anything."""
     return [
         ops.SGDGroup(
             length,
             ops.host_number(group["lr"]),
-            group["momentum"],
-            group["dampening"],
+            float(group["momentum"]),
+            float(group["dampening"]),
             float(group["weight_decay"]),
-            group["nesterov"],
-            group["maximize"],
+            bool(group["nesterov"]),
+            bool(group["maximize"]),
             first,
             measured and group["perturb"] and group["momentum"] != 0,
         )
@@ -143,17 +144,19 @@ class AnyBase:
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Restore, unscale or skip as a GradScaler would, and let the base step."""
-        ops.undo(journal)
+        ops.bring_back(journal)
         if found_inf is not None and bool(found_inf):
+            journal.clear()
             return
-        grads = optimizer._peers.local([p.grad for p in optimizer._flat_params() if p.grad is not None])
-        if grad_scale is not None and grads:
-            clipping.unscale(grads, grad_scale)
+        if grad_scale is not None:
+            clipping.unscale(optimizer, grad_scale)
         self.inner.param_groups, self.inner.state = optimizer.param_groups, optimizer.state
         step: Any = type(self.inner).step
         # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
-        step(self.inner)
+        with looksam.out_of_sight(optimizer):
+            step(self.inner)
+        journal.clear()
 
 
 class FusedAdam(AnyBase):
@@ -184,7 +187,8 @@ class FusedAdam(AnyBase):
             raise RuntimeError("State of Adam would be made in every replay: step once before capturing a CUDA graph.")
         if fresh and found_inf is not None and bool(found_inf):
             # State that is skipped must not come into being, and only the host can see to that.
-            ops.undo(journal)
+            ops.bring_back(journal)
+            journal.clear()
             return
         backups = ops.one_batch(journal, len(params))
         if fresh:
@@ -230,9 +234,9 @@ class FusedAdam(AnyBase):
                 float(group["betas"][1]),
                 float(group["eps"]),
                 float(group["weight_decay"]),
-                is_decoupled(self, group),
-                group["amsgrad"],
-                group["maximize"],
+                bool(is_decoupled(self, group)),
+                bool(group["amsgrad"]),
+                bool(group["maximize"]),
                 first,
                 measured=measured and group["perturb"],
             )

@@ -19,9 +19,9 @@ from fused_sam import (
     descents,
     looksam,
     masters,
+    memory,
     ops,
     param_groups,
-    routing,
     schedule,
 )
 from fused_sam.backends import eager
@@ -240,7 +240,7 @@ class FusedSAM(Optimizer):
                     "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
                 )
             try:
-                self._base.step(self, self._journal, None, None)
+                self._peers.base_step(self, self._journal, None, None)
             finally:
                 self.restore()
             masters.note(self)
@@ -349,7 +349,7 @@ class FusedSAM(Optimizer):
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             params = shards.local_parts(self._flat_params())
-            routing.require_disjoint([p for p in params if p.layout == torch.strided])
+            memory.require_disjoint([p for p in params if p.layout == torch.strided])
             peers = self._peers.adopt(group["params"])
             peers.require_supported(self)
             self._peers = peers
@@ -362,9 +362,11 @@ class FusedSAM(Optimizer):
         and in the first group the number of steps made if not all of them are perturbed (``sam_step``).
 
         Raises:
-            RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e.
+            RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e; or if
+                this rank has a part of the state only.
         """
         self._require_unperturbed("state_dict()")
+        self._peers.require_whole_state("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,6 +376,7 @@ class FusedSAM(Optimizer):
             self._along.kept.forget()  # and let go of the momenta that are replaced
         super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
         masters.load(self._masters, state_dict, self.state, self.param_groups)
+        self._peers.loaded(self)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -381,6 +384,7 @@ class FusedSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("Copying or pickling")
+        self._peers.require_whole_state("Copying or pickling")
         ours = {key: getattr(self, key) for key in _COPIED}
         fresh: dict[str, Any] = {"_ascent": None, "_journal": [], "_peers": self._peers.copied(), "last": Report()}
         return {**super().__getstate__(), **ours, **fresh}

@@ -35,6 +35,7 @@ LISTS = {
     "unit edges": [255, 256, 257, 511, 512, 513, 16383, 16384, 16385],
     "ten thousand": [k % 7 for k in range(10_000)],
     "more than int32": [3, 2**31 + 5, 1],
+    "more than uint32": [3, 2**33 + 5, 1],
     "more than int32 in all": [2**30 + 1] * 5,
     "ResNet-50-like": [64 * 3 * 49, 64, 64, 2048 * 1000, 1000] + [512 * 512 * 9, 512, 512] * 40,
 }

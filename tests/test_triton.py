@@ -53,7 +53,8 @@ SUITES = {
         "or malformed and exp_avg_sq or 16_bit or tensor",
     ),
     "operands": (
-        "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py",
+        "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py "
+        "test_triton_chunks.py",
         "",
     ),
     "p-norms": (

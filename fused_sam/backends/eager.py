@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fused_sam.memory import overlaps_itself
+
 if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
     from fused_sam.routing import TensorList
@@ -114,7 +116,7 @@ class Batch:
             elements = torch.stack([x.abs().flatten().argmax() for _, x in members])
             return torch.stack([peaks[first], numbers[first], elements[first].double()])
         peak = peaks.amax()
-        powers = torch.stack([((x.abs().double() / peak) ** q).sum() for _, x in members])
+        powers = torch.stack([ordered_sum((x.abs().double() / peak) ** q) for _, x in members])
         usable = torch.isfinite(peak) & (peak > 0)
         return torch.where(usable, peak * powers.sum() ** (1 / q), peak)
 
@@ -267,6 +269,18 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum in fp64, of shape [], in an order by index alone: torch deals a long one out to its threads."""
+    x = x.double().flatten()
+    while x.numel() > _ROW:
+        whole = x.numel() // _ROW * _ROW
+        x = torch.cat([x[:whole].view(-1, _ROW).sum(1), x[whole:].sum().reshape(1)])
+    return x.sum()
+
+
+_ROW = 4096  # far fewer than torch adds up with several threads
+
+
 def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(pre, post, active): e = post * (pre * g) where active, with pre a power of two that keeps post representable."""
     limit, shift = (900.0, 512.0) if dtype == torch.float64 else (100.0, 64.0)
@@ -346,12 +360,13 @@ def _adam_tensor(
 
 
 def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient as the base step takes it, after unscaling it in place."""
+    """The gradient as the base step takes it, after unscaling it in place; an expanded one cannot be written."""
     g = wide(grad)
     if grad_scale is not None:
         # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.
         g = g * grad_scale.double().reciprocal().float()
-        grad.copy_(g)
+        if not overlaps_itself(grad):
+            grad.copy_(g)
     return -g if maximize else g
 
 

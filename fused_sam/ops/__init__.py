@@ -18,13 +18,14 @@ fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm 
 from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, restore_accumulate, sgd_update
 from fused_sam.ops.groups import AdamGroup, AscentGroup, MeanGroup, SGDGroup, dual_exponent, host_number, is_capturing
-from fused_sam.ops.journal import Journal, NewState, all_present, one_batch, undo
+from fused_sam.ops.journal import Done, Journal, NewState, all_present, bring_back, one_batch, undo
 from fused_sam.routing import InvalidTensor
 
 __all__ = [
     "AdamGroup",
     "Ascent",
     "AscentGroup",
+    "Done",
     "InvalidTensor",
     "Journal",
     "MeanGroup",
@@ -32,6 +33,7 @@ __all__ = [
     "SGDGroup",
     "adam_update",
     "all_present",
+    "bring_back",
     "dual_exponent",
     "host_number",
     "is_capturing",
