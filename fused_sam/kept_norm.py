@@ -44,7 +44,7 @@ class KeptNorm:
         return (
             not optimizer.capturable
             and optimizer._peers.has_whole_tensors
-            and optimizer._schedule.due(groups, ahead=1)
+            and optimizer._schedule.due(groups)  # this step is counted already
             and not any(group["adaptive"] for group in groups)
         )
 
