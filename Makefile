@@ -12,6 +12,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 ARGS   ?=
+# Where no GPU is, code for one architecture shows that the CUDA kernels build; a test compiles them for all.
+FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,80)
 OUT    ?= runs/gpu
 
 .PHONY: help train test bench gpu sanitize soak lint clean fashion-mnist
@@ -23,7 +25,8 @@ help:
 # The constraints file keeps every resolution on one torch. Sources are compiled into the package by the install.
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench,imagenet]'
+	FUSED_SAM_CUDA_ARCHITECTURES='$(FUSED_SAM_CUDA_ARCHITECTURES)' \
+	  $(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench,imagenet]'
 	@touch $@
 
 # The data set as Debian packages it; without apt or root the script finds or fetches its own.
