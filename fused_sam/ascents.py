@@ -139,7 +139,7 @@ class AlongGradient:
             if take_grads:
                 host.clear_grads(params)
             ascent.perturb(norm, state.journal, state.backups, owned=take_grads)
-            masters.enter(optimizer.state, params, copies)
+            masters.enter(optimizer, params, copies)
             if state.probe is not None:
                 state.probe.measure_radius(final=self.steps == 1)
             state.steps = 1
@@ -160,7 +160,7 @@ class AlongGradient:
         norm = projected.advance(
             params, grads, state.backups, copies, groups, optimizer.backend, optimizer.p, state.journal
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
         if norm is not None:
             state.norms.append(norm)
         state.steps += 1
@@ -204,7 +204,7 @@ class AlongMomentum:
             if take_grads:
                 optimizer._host().clear_grads(params)
             ascent.perturb(norm, state.journal)
-            masters.enter(optimizer.state, params, copies)
+            masters.enter(optimizer, params, copies)
             if state.probe is not None:
                 state.probe.measure_radius()
             state.steps = 1

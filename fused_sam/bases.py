@@ -61,7 +61,7 @@ class FusedSGD:
             journal,
             copies if copies is None else local(copies),
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
 
 
 def _enter(
@@ -202,7 +202,7 @@ class FusedAdam(AnyBase):
             capturable=not any(isinstance(t, Tensor) and t.is_cpu for t in steps),
             masters=copies if copies is None else local(copies),
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
 
     def _is_fusable(self, optimizer: FusedSAM, params: list[Tensor]) -> bool:
         """Whether every backend concerned has the step, and every hyperparameter but lr can be read without waiting."""

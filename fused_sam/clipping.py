@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_sam import ops
 from fused_sam.memory import overlaps_itself
 
 if TYPE_CHECKING:
@@ -37,19 +36,6 @@ def checked(max_grad_norm: Any) -> float | None:
     if not 0.0 < number < math.inf:
         raise ValueError(f"Invalid {max_grad_norm=}. Must be > 0 and finite, or None.")
     return number
-
-
-def grad_norm(optimizer: FusedSAM) -> Tensor:
-    """||g||_2 over the gradients there are now, fp64, shape [].
-
-    Raises:
-        InvalidTensor: as `ops.norm`.
-    """
-    params, peers = optimizer._flat_params(), optimizer._peers
-    grads = optimizer._host().get_grads(params)
-    groups = [ops.AscentGroup(len(params), 0.0, False)]
-    norm: Any = peers.norm(ops.Ascent(peers.local(params), peers.local(grads), groups, optimizer.backend), params)
-    return norm
 
 
 def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ and one base step at w with g. Like `fused_sam.bases`, it works closely with `Fu
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -36,6 +37,7 @@ def step(optimizer: FusedSAM, closure: Closures, ascent: Closures | None = None)
             "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
             "first_step() and then scaler.step(optimizer)."
         )
+    _warn_of_lost(optimizer)
     try:
         first: Any = closure if ascent is None else ascent
         if callable(closure):
@@ -46,7 +48,21 @@ def step(optimizer: FusedSAM, closure: Closures, ascent: Closures | None = None)
     except BaseException:
         optimizer.restore()
         raise
+    finally:
+        optimizer._cleared = False
     return loss
+
+
+def _warn_of_lost(optimizer: FusedSAM) -> None:
+    """Once: gradients that a backward outside of the closure has left take no part in the step."""
+    if not optimizer._cleared or optimizer._warned or all(p.grad is None for p in optimizer._flat_params()):
+        return
+    optimizer._warned = True
+    warnings.warn(
+        "step(closure) starts without gradients: what a backward before it has left is lost. To accumulate, put every "
+        "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches must be 1.)",
+        stacklevel=6,
+    )
 
 
 def _check(optimizer: FusedSAM, closure: Any, ascent: Any) -> None:
