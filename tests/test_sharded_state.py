@@ -58,9 +58,10 @@ def compares_bits(base: str, m: Any, cap: float) -> None:
     for shard in (False, True):
         torch.manual_seed(0)
         net = Odd()
-        opt = FusedSAM(net.parameters(), kind, rho=RHO, adaptive=True, eta=0.01, **copy.deepcopy(options))
+        ascent = {"rho": RHO, "adaptive": True, "eta": 0.01, "interval": 2}
+        opt = FusedSAM(net.parameters(), kind, **ascent, **copy.deepcopy(options))
         handle = data_parallel(net, opt, m_sharpness=m, bucket_cap_mb=cap, check_replicas_every=1, shard_state=shard)
-        odd_steps(opt, net, 4)
+        odd_steps(opt, net, 5)
         saved = handle.consolidate_state_dict(to=1) if shard else opt.state_dict()
         assert (saved is not None) == (not shard or dist.get_rank() == 1)
         seen.append((snapshot(net.parameters()), saved))
