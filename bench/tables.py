@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from bench.harness import FLOOR
 from bench.records import Row
 from bench.rivals import OPTIONS, OURS, SCALE, VARIANTS
-from bench.shapes import SETS, TITLES
+from bench.shapes import SETS, TITLES, parameter_count
 
 WRONG = "†"
 # The rivals of the short table: what most code copies, the best of torch, the best-known package.
@@ -146,7 +146,7 @@ def options(rows: Sequence[Row]) -> str:
     lines = [
         [
             title(row["variant"]),
-            f"{(VARIANTS | OPTIONS)[row['variant']].bytes_fp32}",
+            f"{row['bytes'] / parameter_count(SETS[row['set']]()):.0f}",
             milliseconds(row),
             f"{row['bytes'] / row['median_s'] / 1e9:.1f}",
             f"{row['ratio_to_floor']['median']:.0%}",

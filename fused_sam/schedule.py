@@ -41,9 +41,9 @@ class Schedule:
         """Whether every step is perturbed, so that there is nothing to count."""
         return self == Schedule()
 
-    def due(self, param_groups: list[dict[str, Any]]) -> bool:
-        """Whether the step that comes next is perturbed."""
-        step = param_groups[0].get(KEY, 0) - self.start
+    def due(self, param_groups: list[dict[str, Any]], ahead: int = 0) -> bool:
+        """Whether the step that comes next is perturbed; with ``ahead``, the one so many steps later."""
+        step = param_groups[0].get(KEY, 0) + ahead - self.start
         return step >= 0 and step % self.interval == 0 and (self.stop is None or step < self.stop - self.start)
 
     def is_over(self, param_groups: list[dict[str, Any]]) -> bool:

@@ -154,7 +154,8 @@ def tuples(fields: int, flags: slice) -> st.SearchStrategy[Any]:
     return mostly(st.tuples(st.tuples(*sane)).map(list), anything)
 
 
-ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(8, slice(5, 8)), tuples(12, slice(6, 10))
+ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(9, slice(5, 9)), tuples(13, slice(6, 10))
+MEAN = tuples(3, slice(2, 3))
 JOURNALS = st.sampled_from([*[list] * 9, tuple, dict, lambda: None])
 NORMS = st.just(torch.ones(2000, dtype=torch.float64))  # and enough memory to make one
 SCALES = mostly(st.sampled_from([None, torch.tensor(0.3)]), st.one_of(NUMBERS, OBJECTS))
@@ -236,8 +237,15 @@ def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
     counts=st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 3, 3, 3, 4])),
     todo=st.lists(calls(), min_size=1, max_size=6),
     then=st.lists(calls(), min_size=1, max_size=4),
+    means=st.lists(
+        st.tuples(
+            st.sampled_from([_native, _native.cuda]),
+            st.tuples(SIZES, MEAN, THREADS, JOURNALS.map(lambda make: make())),
+        ),
+        max_size=2,
+    ),
 )
-def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo: Any, then: Any) -> None:
+def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo: Any, then: Any, means: Any) -> None:
     """The module that only `fused_sam.backends.native` should call."""
     made: list[Any] = []
 
@@ -262,6 +270,9 @@ def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo:
     descent = batch("Batch after a Batch", second, ascent, counts[1])
     if descent is not None:
         attempt_all(descent, then, second[0], second[-1])
+    for module, arguments in means:
+        name = f"{module.__name__}.restore_accumulate"
+        attempt(name, lambda: module.restore_accumulate(descent or ascent, ascent, *arguments), params)  # noqa: B023
     attempt("restore", lambda: ascent.restore(2, 1), params, masters)
 
 
@@ -279,12 +290,17 @@ def op_surface(given: Any, steps: Any, sizes: Any, numbers: Any, norm: Any, p: A
     params, grads, backups, states, masters = given
     rho, momentum, eta, decay = numbers
     ascent = [ops.AscentGroup(size, rho, bool(i), eta, decay) for i, size in enumerate(sizes)]
-    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, False) for size in sizes]
-    adam = [ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, False) for size in sizes]
+    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, False, eta > 0) for size in sizes]
+    adam = [
+        ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, False, measured=eta > 0) for size in sizes
+    ]
+    means = [ops.MeanGroup(size, rho, eta > 0) for size in sizes]
     on = {"backend": backend, "masters": masters}
     attempt(f"ops.norm, {backend}", lambda: ops.norm(params, grads, ascent, p=p, **on), params)
     attempt(f"ops.perturb, {backend}", lambda: ops.perturb(params, grads, backups, norm, ascent, p=p, **on), params)
     attempt(f"ops.restore, {backend}", lambda: ops.restore(params, backups, backend), params)
+    mean = f"ops.restore_accumulate, {backend}"
+    attempt(mean, lambda: ops.restore_accumulate(params, grads, means, backend=backend), params)
     lists = params, grads, backups, states[0]
     attempt(f"ops.sgd_update, {backend}", lambda: ops.sgd_update(*lists, sgd, **on), params, masters)
     lists = params, grads, backups, *states, steps

@@ -63,8 +63,12 @@ class Training:
         return torch.tensor(0.7)
 
     def step(self) -> None:
+        closure = lambda: self.backward(int(self.opt.perturbed))  # noqa: E731
         if self.form == "closure":
-            self.opt.step(lambda: self.backward(int(self.opt.perturbed)))
+            self.opt.step(closure)
+            return
+        if self.form == "micro-batches":
+            self.opt.step([closure, closure])
             return
         self.backward(0)
         self.opt.first_step(zero_grad=True)
@@ -101,6 +105,7 @@ class Training:
         (torch.optim.SGD, HYPER, "two calls", 1),
         (torch.optim.AdamW, ADAM, "closure", 1),
         (torch.optim.AdamW, ADAM, "two calls", 0),
+        (torch.optim.SGD, HYPER, "micro-batches", 1),
         (torch.optim.SGD, {**HYPER, **MODES["interval"]}, "closure", 1),
         (torch.optim.SGD, {**HYPER, **MODES["interval"]}, "closure", 2),
         (torch.optim.AdamW, {**ADAM, **MODES["LookSAM"]}, "closure", 1),
@@ -111,7 +116,18 @@ class Training:
         (torch.optim.AdamW, {**ADAM, "master_weights": True}, "closure", 1),
     ],
     ids=[
-        *("SGD first", "SGD", "AdamW", "AdamW first", "interval", "at w", "LookSAM between", "LookSAM", "MSAM"),
+        *(
+            "SGD first",
+            "SGD",
+            "AdamW",
+            "AdamW first",
+            "micro-batches",
+            "interval",
+            "at w",
+            "LookSAM between",
+            "LookSAM",
+            "MSAM",
+        ),
         *("clipping", "p=1", "masters"),
     ],
 )

@@ -97,6 +97,13 @@ def digests(threads: int, backend: str = "native") -> dict[str, str]:
                 x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
                 ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
                 add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
+        x, groups = fresh(), [sgd_groups(len(SIZES), **SGD_CONFIGS["momentum-decay"])[0]._replace(measured=True)]
+        measured: Any = ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, backend=backend)
+        add(f"sgd_update {dtype} measured", x.params, x.momentum, [measured])
+        for weight, first in ((1 / 3, False), (0.5, False), (0.25, True)):
+            x = fresh()
+            ops.restore_accumulate(x.params, x.grads, [ops.MeanGroup(len(SIZES), weight, first)], backend=backend)
+            add(f"restore_accumulate {dtype} {weight}", x.params)
         for p in (1.0, 1.5, 2.0, math.inf):
             x, groups = fresh(), [AscentGroup(len(SIZES), RHO, True, 0.03, 0.37)]
             norm = ops.norm(x.params, x.grads, groups, backend, p)

@@ -23,6 +23,9 @@ class Peers:
     so.
     """
 
+    # Whether this rank has all of each tensor: a norm of what it has is the norm then.
+    has_whole_tensors = True
+
     def adopt(self, params: list[Tensor]) -> Peers:
         """Parameters have come to the optimizer: the peers to go on with."""
         return self
@@ -41,6 +44,9 @@ class Peers:
     def local(self, tensors: TensorList) -> TensorList:
         """What this rank has of each tensor."""
         return tensors
+
+    def place_grads(self, optimizer: FusedSAM) -> None:
+        """p.grad = itself, laid out over the ranks as p is."""
 
     def average_first(self, optimizer: FusedSAM) -> None:
         """p.grad = its mean over those ranks that share one e. Before the norm."""

@@ -138,6 +138,7 @@ class Share:
 
     def __init__(self, optimizer: FusedSAM, staged: Staged, rank: int) -> None:
         self.backend = optimizer.backend
+        self._along = optimizer._along
         self._masters = None
         self._peers = Peers()
         self._host = optimizer._host

@@ -44,6 +44,8 @@ def _local(x: Any) -> Tensor:
 class Shards(Peers):
     """Some of the parameters are DTensors. The others are taken to be the same on all ranks."""
 
+    has_whole_tensors = False
+
     def local(self, tensors: TensorList) -> TensorList:
         return local_parts(tensors)
 
@@ -62,11 +64,10 @@ class Shards(Peers):
                 "MixedPrecisionPolicy(param_dtype=...)."
             )
 
-    def average_first(self, optimizer: FusedSAM) -> None:
+    def place_grads(self, optimizer: FusedSAM) -> None:
         _place_grads(optimizer._flat_params())
 
-    def average_second(self, optimizer: FusedSAM) -> None:
-        _place_grads(optimizer._flat_params())
+    average_first = average_second = place_grads
 
     def norm(self, ascent: ops.Ascent, params: list[Tensor]) -> Tensor | None:
         """The norms of all ranks are gathered, one fp64 number each."""
