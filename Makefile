@@ -3,7 +3,7 @@
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     on a machine with a GPU, without network: build, tests, sanitizers, benchmarks; OUT=folder for logs and rows
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
-# make soak    random calls and 10^5 steps of flat memory, for hours
+# make soak    random calls, hostile calls, 10^5 steps of flat memory, 2^31 elements; hours
 # make help    this list
 
 PYTHON ?= python3

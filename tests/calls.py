@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import warnings
 from typing import Any
 
 import profiles  # noqa: F401
@@ -214,7 +215,9 @@ class Calls(RuleBasedStateMachine):
 
         of_params = [lambda k=k: run(self.params, k) for k in range(count)]
         try:
-            self.optimizer.step(of_params if count > 1 else of_params[0])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "step\\(closure\\)")  # of gradients that are there before
+                self.optimizer.step(of_params if count > 1 else of_params[0])
         except KeyboardInterrupt:
             assert_same_bits(self.params, before)
             self.optimizer.zero_grad()

@@ -402,7 +402,7 @@ def main() -> None:
     # pybind11 puts the arguments into its messages, and torch cannot print a tensor whose storage is freed.
     Tensor.__repr__ = lambda x: f"a tensor of {tuple(x.shape)}"
     for test in (bindings, op_surface, checkpoints):
-        examples = 10 * settings().max_examples
+        examples = max(400, settings().max_examples)
         THROUGH.clear()
         quiet = settings(max_examples=examples, suppress_health_check=list(HealthCheck))
         quiet(test)()

@@ -50,9 +50,9 @@ def dtype_of(mode: str, plain: torch.dtype = torch.float32) -> torch.dtype:
     return torch.bfloat16 if mode == "masters" else plain
 
 
-def make(mode: str, base: str, backend: str, device: str) -> FusedSAM:
+def make(mode: str, base: str, backend: str, device: str, large: int = LARGE) -> FusedSAM:
     """Of a vector, a matrix, a large vector and a parameter that never has a gradient."""
-    params = leaves(9, 12, LARGE, 5, device=device, dtype=dtype_of(mode))
+    params = leaves(9, 12, large, 5, device=device, dtype=dtype_of(mode))
     params[1] = params[1].detach().view(3, 4).requires_grad_()
     return optimizer_of(params, mode, base, backend)
 
