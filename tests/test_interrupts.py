@@ -22,6 +22,10 @@ ADAM = {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.017}
 ALL_OR_NOTHING = ("native", "interpreted")
 
 
+# An interrupt in the last lines of step(closure) leaves gradients, of which the next one speaks.
+pytestmark = pytest.mark.filterwarnings("ignore:step.closure. starts without gradients:UserWarning")
+
+
 class InterruptAt:
     """A trace function that raises KeyboardInterrupt when line or call number ``n`` of the package is reached."""
 
