@@ -4,7 +4,7 @@
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     on a machine with a GPU, without network: build, tests, sanitizers, benchmarks; OUT=folder for logs and rows
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
-# make soak    random calls and 10^5 steps of flat memory, for hours
+# make soak    random calls, hostile calls, 10^5 steps of flat memory, 2^31 elements; hours
 # make help    this list
 
 PYTHON ?= python3
@@ -13,6 +13,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 ARGS   ?=
+# Where no GPU is, code for one architecture shows that the CUDA kernels build; a test compiles them for all.
+FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,80)
 OUT    ?= runs/gpu
 EXPERIMENT ?= label_noise
 
@@ -25,7 +27,8 @@ help:
 # The constraints file keeps every resolution on one torch. Sources are compiled into the package by the install.
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench,imagenet]'
+	FUSED_SAM_CUDA_ARCHITECTURES='$(FUSED_SAM_CUDA_ARCHITECTURES)' \
+	  $(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench,imagenet]'
 	@touch $@
 
 # The data set as Debian packages it; without apt or root the script finds or fetches its own.

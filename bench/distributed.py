@@ -56,10 +56,10 @@ def _eager(net: nn.Module) -> Step:
     return step
 
 
-def _ours(net: nn.Module, ddp: bool, m: str | int, micro_batches: bool = False) -> Step:
+def _ours(net: nn.Module, ddp: bool, m: str | int, micro_batches: bool = False, **options: Any) -> Step:
     opt = FusedSAM(net.parameters(), **OPTIONS)
     model = DistributedDataParallel(net, bucket_cap_mb=BUCKET_MB) if ddp else net
-    data_parallel(model, opt, m_sharpness=m, bucket_cap_mb=BUCKET_MB)
+    data_parallel(model, opt, m_sharpness=m, bucket_cap_mb=BUCKET_MB, **options)
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> None:
         closures = [_closure(model, batch) for batch in batches]
@@ -78,6 +78,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
     "FusedSAM 2": lambda net: _ours(net, False, 2),
     'FusedSAM "world"': lambda net: _ours(net, False, "world"),
     'FusedSAM "rank", 4 closures': lambda net: _ours(net, False, "rank", True),
+    'FusedSAM "rank", shard_state': lambda net: _ours(net, False, "rank", shard_state=True),
 }
 
 

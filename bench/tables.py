@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from bench.harness import FLOOR
 from bench.records import Row
 from bench.rivals import OPTIONS, OURS, SCALE, VARIANTS
-from bench.shapes import SETS, TITLES
+from bench.shapes import SETS, TITLES, parameter_count
 
 WRONG = "†"
 # The rivals of the short table: what most code copies, the best of torch, the best-known package.
@@ -19,6 +19,7 @@ Key = tuple[object, ...]
 STEP_KEY = ("set", "dtype", "threads", "variant")
 KEYS = {
     "distributed": ("variant",),
+    "overlap": ("ranks", "megabits", "variant"),
     "paper": ("experiment", "key"),
     "train": ("job", "optimizer", "seed"),
     "gpu_step": ("set", "dtype", "mode", "variant"),
@@ -146,7 +147,7 @@ def options(rows: Sequence[Row]) -> str:
     lines = [
         [
             title(row["variant"]),
-            f"{(VARIANTS | OPTIONS)[row['variant']].bytes_fp32}",
+            f"{row['bytes'] / parameter_count(SETS[row['set']]()):.0f}",
             milliseconds(row),
             f"{row['bytes'] / row['median_s'] / 1e9:.1f}",
             f"{row['ratio_to_floor']['median']:.0%}",
@@ -239,14 +240,43 @@ def distributed(rows: Sequence[Row]) -> str:
         return ""
     lines = []
     for row in counted:
-        sums, copies = (row["collectives"].get(name, [0, 0]) for name in ("all_reduce", "broadcast"))
-        lines.append([row["variant"], str(sums[0]), f"{sums[1] / row['parameters']:.2f}", str(copies[0])])
+        names = "all_reduce", "all_gather", "broadcast"
+        sums, parts, copies = (row["collectives"].get(name, [0, 0]) for name in names)
+        per_parameter = [f"{n / row['parameters']:.2f}" for n in (sums[1], parts[1] * row["ranks"])]
+        lines.append([row["variant"], str(sums[0]), per_parameter[0], str(parts[0]), per_parameter[1], str(copies[0])])
+    heads = ["a step of", "all-reduces", "elements per parameter", "all-gathers", "elements per parameter"]
     return "\n\n".join(
         [
-            table(["a step of", "all-reduces", "elements per parameter", "broadcasts of buffers"], lines),
+            table([*heads, "broadcasts of buffers"], lines),
             f"{counted[0]['ranks']} ranks, {counted[0]['parameters']} parameters. {caption(counted)}",
         ]
     )
+
+
+def overlap(rows: Sequence[Row]) -> str:
+    """Steps of ranks over limited links, against those without communication and with none of it hidden."""
+    shown = [row for row in rows if row["kind"] == "overlap"]
+    if not shown:
+        return ""
+    heads = ["ranks", "link, Mbit/s", "a step of", "ms", "x no communication", "x after backward", "MB sent by a rank"]
+    lines = [
+        [
+            str(row["ranks"]),
+            f"{row['megabits']:g}",
+            row["variant"],
+            milliseconds(row),
+            times(row["ratio_to_silent"]),
+            times(row["ratio_to_late"]),
+            f"{row['sent_bytes'] / 1e6:.1f}",
+        ]
+        for row in sorted(shown, key=lambda row: (row["ranks"], row["megabits"]))
+    ]
+    one = shown[0]
+    subject = f"{one['model']}, {one['parameters']} parameters, batches of {one['batch']}, one thread a rank"
+    note = (
+        f"{subject}, buckets of {one['bucket_mb']:g} MiB. Median of {one['rounds']} rounds (20th to 80th percentile)."
+    )
+    return f"{table(heads, lines)}\n\n{note} {caption(shown)}"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -261,5 +291,6 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "bench:host": host,
     "bench:memory": memory,
     "bench:distributed": distributed,
+    "bench:overlap": overlap,
     "train": train,
 }

@@ -150,6 +150,33 @@ struct SgdMath {
   }
 };
 
+// x + a (y - x) as torch's `x.lerp(y, a)` rounds it: fma(a, y - x, x) for a < 1/2 and fma(a - 1, y - x, y) beyond. Of
+// equal x and y it is theirs.
+template <class Vec>
+struct Lerp {
+  using S = typename Vec::Scalar;
+  Vec weight;
+  bool near;
+
+  FUSED_SAM_HD explicit Lerp(double a) : weight(Vec::set(static_cast<S>(a))), near(static_cast<S>(a) < S(0.5)) {
+    if (!near) weight = Vec::set(static_cast<S>(a) - S(1));
+  }
+  FUSED_SAM_HD Vec operator()(Vec x, Vec y) const { return fma(weight, sub(y, x), near ? x : y); }
+};
+
+// A running mean of gradients.
+template <class Vec>
+struct MeanMath {
+  Lerp<Vec> lerp;
+  Vec weight;
+  bool first;
+
+  FUSED_SAM_HD explicit MeanMath(const MeanGroup& group)
+      : lerp(group.weight), weight(Vec::set(static_cast<typename Vec::Scalar>(group.weight))), first(group.first) {}
+
+  FUSED_SAM_HD Vec operator()(Vec mean, Vec g) const { return first ? mul(g, weight) : lerp(mean, g); }
+};
+
 // What of a step of Adam depends on more than one hyperparameter.
 struct AdamScalars {
   AdamGroup group;
@@ -167,13 +194,14 @@ FUSED_SAM_HD AdamScalars adam_scalars(const AdamGroup& group, double lr, const f
   return {group, lr / correction1, 1.0 - lr * group.weight_decay, correction2_root};
 }
 
-// The operations of torch.optim.Adam's for-loop, in its order. There `x.lerp(y, a)` is fma(a, y - x, x) for a < 1/2 and
-// fma(a - 1, y - x, y) beyond, `addcmul` is fma(a * y, z, x), and `addcdiv` is x + (a * y) / z.
+// The operations of torch.optim.Adam's for-loop, in its order. There `addcmul` is fma(a * y, z, x), and `addcdiv` is
+// x + (a * y) / z.
 template <class Vec>
 struct AdamMath {
   using S = typename Vec::Scalar;
-  Vec multiplier, sign, weight_decay, decay, weight1, beta2, weight2, correction2_root, eps, minus_step_size;
-  bool scaled, couples, decouples, near, amsgrad, first;
+  Vec multiplier, sign, weight_decay, decay, beta2, weight2, correction2_root, eps, minus_step_size;
+  Lerp<Vec> lerp;
+  bool scaled, couples, decouples, amsgrad, first;
 
   static FUSED_SAM_HD Vec set(double x) { return Vec::set(static_cast<S>(x)); }
 
@@ -182,20 +210,17 @@ struct AdamMath {
         sign(set(s.group.maximize ? -1.0 : 1.0)),
         weight_decay(set(s.group.weight_decay)),
         decay(set(s.decay)),
-        weight1(set(1.0 - s.group.beta1)),
         beta2(set(s.group.beta2)),
         weight2(set(1.0 - s.group.beta2)),
         correction2_root(set(s.correction2_root)),
         eps(set(s.group.eps)),
         minus_step_size(set(-s.step_size)),
+        lerp(1.0 - s.group.beta1),
         scaled(grad_multiplier != 1.0),
         couples(s.group.weight_decay != 0.0 && !s.group.decoupled),
         decouples(s.group.weight_decay != 0.0 && s.group.decoupled),
-        near(static_cast<S>(1.0 - s.group.beta1) < S(0.5)),
         amsgrad(s.group.amsgrad),
-        first(s.group.first) {
-    if (!near) weight1 = Vec::set(static_cast<S>(1.0 - s.group.beta1) - S(1));
-  }
+        first(s.group.first) {}
 
   // The new w. `g` comes out unscaled where it came in scaled; `m`, `v` and, with amsgrad, `largest` as the new state.
   FUSED_SAM_HD Vec operator()(Vec w, Vec* g, Vec* m, Vec* v, Vec* largest) const {
@@ -204,8 +229,7 @@ struct AdamMath {
     if (couples) d = fma(w, weight_decay, d);
     if (decouples) w = mul(w, decay);
     if (first) *m = *v = *largest = Vec::set(S(0));
-    const Vec away = sub(d, *m);
-    *m = fma(weight1, away, near ? *m : d);
+    *m = lerp(*m, d);
     *v = fma(mul(weight2, d), d, mul(*v, beta2));
     if (amsgrad) *largest = larger(*largest, *v);
     const Vec denominator = add(div(root(amsgrad ? *largest : *v), correction2_root), eps);

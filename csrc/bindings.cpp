@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "kernels.h"
+#include "python/accumulate.h"
 #include "python/cuda_ops.h"
 #include "python/gather.h"
 #include "python/tensor_view.h"
@@ -18,8 +21,9 @@ namespace {
 
 // Field order of fused_sam.ops.AscentGroup, SGDGroup and AdamGroup.
 using AscentTuple = std::tuple<int64_t, double, bool, double, double>;
-using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool>;
-using AdamTuple = std::tuple<int64_t, double, double, double, double, double, bool, bool, bool, bool, double, double>;
+using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool, bool>;
+using AdamTuple =
+    std::tuple<int64_t, double, double, double, double, double, bool, bool, bool, bool, double, double, bool>;
 
 std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
   std::vector<AscentGroup> converted;
@@ -29,8 +33,8 @@ std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
 
 std::vector<SgdGroup> sgd_groups(const std::vector<SgdTuple>& groups) {
   std::vector<SgdGroup> converted;
-  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first] : groups) {
-    converted.push_back({lr, momentum, dampening, weight_decay, nesterov, maximize, first});
+  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first, measured] : groups) {
+    converted.push_back({lr, momentum, dampening, weight_decay, nesterov, maximize, first, measured});
   }
   return converted;
 }
@@ -38,9 +42,9 @@ std::vector<SgdGroup> sgd_groups(const std::vector<SgdTuple>& groups) {
 std::vector<AdamGroup> adam_groups(const std::vector<AdamTuple>& groups) {
   std::vector<AdamGroup> converted;
   for (const auto& [size, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, first, correction1,
-                    correction2_root] : groups) {
-    converted.push_back(
-        {lr, beta1, beta2, eps, weight_decay, correction1, correction2_root, decoupled, amsgrad, maximize, first});
+                    correction2_root, measured] : groups) {
+    converted.push_back({lr, beta1, beta2, eps, weight_decay, correction1, correction2_root, decoupled, amsgrad,
+                         maximize, first, measured});
   }
   return converted;
 }
@@ -83,29 +87,43 @@ void restore(Batch& batch, Py_ssize_t size, int threads) {
   cpu::restore(tensors.data(), tensors.size(), threads);
 }
 
-void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_multiplier, int threads,
-                py::list journal) {
-  const auto& tensors = on_cpu(batch, sizes_of(groups));
-  const auto converted = sgd_groups(groups);
-  require_momentum(tensors, [&](size_t group) { return converted[group].momentum; });
-  {
-    py::gil_scoped_release unlocked;
-    cpu::sgd_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads);
-  }
-  journal.attr("clear")();
+// Where the norm of the momentum is to go: nowhere, unless a group counts in it.
+template <class Group>
+double* wanted(const std::vector<Group>& groups, std::optional<double>* norm) {
+  if (std::none_of(groups.begin(), groups.end(), [](const Group& group) { return group.measured; })) return nullptr;
+  return &norm->emplace();
 }
 
-void adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps, double grad_multiplier,
-                 int threads, py::list journal) {
+// Returns the norm of the momentum, or None.
+std::optional<double> sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_multiplier, int threads,
+                                 py::list journal) {
+  const auto& tensors = on_cpu(batch, sizes_of(groups));
+  const auto converted = sgd_groups(groups);
+  require_momentum(tensors, [&](size_t group) -> const SgdGroup& { return converted[group]; });
+  std::optional<double> norm;
+  double* out = wanted(converted, &norm);
+  {
+    py::gil_scoped_release unlocked;
+    cpu::sgd_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads, out);
+  }
+  journal.attr("clear")();
+  return norm;
+}
+
+std::optional<double> adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps,
+                                  double grad_multiplier, int threads, py::list journal) {
   batch.read_steps(steps);
   const auto& tensors = on_cpu(batch, sizes_of(groups));
   const auto converted = adam_groups(groups);
   require_adam_state(tensors, [&](size_t group) -> const AdamGroup& { return converted[group]; });
+  std::optional<double> norm;
+  double* out = wanted(converted, &norm);
   {
     py::gil_scoped_release unlocked;
-    cpu::adam_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads);
+    cpu::adam_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads, out);
   }
   journal.attr("clear")();
+  return norm;
 }
 
 void stream_copy(const py::object& dst, const py::object& src, int threads) {
@@ -141,4 +159,5 @@ PYBIND11_MODULE(_native, m) {
       .def("adam_update", &adam_update);
   m.def("stream_copy", &stream_copy);
   bind_cuda(m);
+  bind_accumulate(m);
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from fused_sam import masters, ops, param_groups, projected
+from fused_sam.kept_norm import KeptNorm
 from fused_sam.telemetry import Probe
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class AlongGradient:
     """e from the gradients in ``p.grad``: in ``steps`` steps (`fused_sam.projected`), each with its own."""
 
     direction = "gradient"
+    kept = None
 
     def __init__(self, steps: int = 1, keep_grads: bool = False) -> None:
         self.steps = steps
@@ -139,7 +141,7 @@ class AlongGradient:
             if take_grads:
                 host.clear_grads(params)
             ascent.perturb(norm, state.journal, state.backups, owned=take_grads)
-            masters.enter(optimizer.state, params, copies)
+            masters.enter(optimizer, params, copies)
             if state.probe is not None:
                 state.probe.measure_radius(final=self.steps == 1)
             state.steps = 1
@@ -160,7 +162,7 @@ class AlongGradient:
         norm = projected.advance(
             params, grads, state.backups, copies, groups, optimizer.backend, optimizer.p, state.journal
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
         if norm is not None:
             state.norms.append(norm)
         state.steps += 1
@@ -181,6 +183,9 @@ class AlongMomentum:
     steps = 1
     KEYS = ("momentum_buffer", "exp_avg")
 
+    def __init__(self) -> None:
+        self.kept = KeptNorm()
+
     def step(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
         """The ascent; ``take_grads`` sets the gradients to None."""
         momenta = self._momenta(optimizer, params)
@@ -194,7 +199,9 @@ class AlongMomentum:
         ascent = ops.Ascent(
             local(params), local(momenta), groups, optimizer.backend, optimizer.p, _local(local, copies)
         )
-        norm = optimizer._peers.norm(ascent, params)
+        norm = self.kept.of(momenta, groups)
+        if norm is None:
+            norm = optimizer._peers.norm(ascent, params)
         assert norm is not None
         state = Displacement([norm], of_gradients=False)
         if optimizer.telemetry:
@@ -204,7 +211,7 @@ class AlongMomentum:
             if take_grads:
                 optimizer._host().clear_grads(params)
             ascent.perturb(norm, state.journal)
-            masters.enter(optimizer.state, params, copies)
+            masters.enter(optimizer, params, copies)
             if state.probe is not None:
                 state.probe.measure_radius()
             state.steps = 1

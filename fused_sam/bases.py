@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import backends, clipping, masters, ops
+from fused_sam import backends, clipping, looksam, masters, ops
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -29,6 +29,8 @@ class FusedSGD:
     ) -> None:
         """One `ops.sgd_update` over all groups; new momentum buffers stay in the state only if it is made."""
         params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
+        kept = optimizer._along.kept
+        measured = kept is not None and kept.is_wanted(optimizer)
         grads = host.get_grads(params)
         copies = masters.of(optimizer, params, grads)
         buffers: list[Any] | None = None
@@ -43,24 +45,28 @@ class FusedSGD:
             )
         if fresh and found_inf is not None and bool(found_inf):
             # A buffer that is skipped must not come into being, and only the host can see to that.
-            ops.undo(journal)
+            ops.bring_back(journal)
+            journal.clear()
             return
         backups = ops.one_batch(journal, len(params))
         if buffers is not None and fresh:
             _enter(optimizer, params, fresh, {"momentum_buffer": buffers}, journal)
-        ops.sgd_update(
+        groups = _sgd_groups(optimizer.param_groups, fresh, measured)
+        norm = ops.sgd_update(
             local(params),
             local(grads),
             backups,
             buffers if buffers is None else local(buffers),
-            _sgd_groups(optimizer.param_groups, fresh),
+            groups,
             grad_scale,
             found_inf,
             optimizer.backend,
             journal,
             copies if copies is None else local(copies),
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
+        if kept is not None:
+            kept.keep(norm, groups, buffers or [], grads)
 
 
 def _enter(
@@ -91,18 +97,19 @@ def _make_buffers(
     return fresh
 
 
-def _sgd_groups(param_groups: list[dict], fresh: set[int]) -> list[ops.SGDGroup]:
-    """Hyperparameters as the op takes them."""
+def _sgd_groups(param_groups: list[dict], fresh: set[int], measured: bool) -> list[ops.SGDGroup]:
+    """Hyperparameters as the op takes them, each of its type: a checkpoint may hold anything."""
     return [
         ops.SGDGroup(
             length,
             ops.host_number(group["lr"]),
-            group["momentum"],
-            group["dampening"],
+            float(group["momentum"]),
+            float(group["dampening"]),
             float(group["weight_decay"]),
-            group["nesterov"],
-            group["maximize"],
+            bool(group["nesterov"]),
+            bool(group["maximize"]),
             first,
+            measured and group["perturb"] and group["momentum"] != 0,
         )
         for group, length, first in _runs(param_groups, fresh)
     ]
@@ -137,17 +144,19 @@ class AnyBase:
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Restore, unscale or skip as a GradScaler would, and let the base step."""
-        ops.undo(journal)
+        ops.bring_back(journal)
         if found_inf is not None and bool(found_inf):
+            journal.clear()
             return
-        grads = optimizer._peers.local([p.grad for p in optimizer._flat_params() if p.grad is not None])
-        if grad_scale is not None and grads:
-            clipping.unscale(grads, grad_scale)
+        if grad_scale is not None:
+            clipping.unscale(optimizer, grad_scale)
         self.inner.param_groups, self.inner.state = optimizer.param_groups, optimizer.state
         step: Any = type(self.inner).step
         # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
-        step(self.inner)
+        with looksam.out_of_sight(optimizer):
+            step(self.inner)
+        journal.clear()
 
 
 class FusedAdam(AnyBase):
@@ -162,6 +171,8 @@ class FusedAdam(AnyBase):
     ) -> None:
         """One `ops.adam_update` over all groups; new state stays in the optimizer's only if it is made."""
         params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
+        kept = optimizer._along.kept
+        measured = kept is not None and kept.is_wanted(optimizer)
         if not self._is_fusable(optimizer, params):
             if optimizer._masters is not None:
                 raise RuntimeError("master_weights=True needs betas that are numbers, and capturable=False on a CPU.")
@@ -176,13 +187,15 @@ class FusedAdam(AnyBase):
             raise RuntimeError("State of Adam would be made in every replay: step once before capturing a CUDA graph.")
         if fresh and found_inf is not None and bool(found_inf):
             # State that is skipped must not come into being, and only the host can see to that.
-            ops.undo(journal)
+            ops.bring_back(journal)
+            journal.clear()
             return
         backups = ops.one_batch(journal, len(params))
         if fresh:
             _make_adam_state(optimizer.param_groups, _weights(params, copies), fresh, state)
             _enter(optimizer, params, fresh, state, journal)
-        ops.adam_update(
+        groups = self._groups(optimizer.param_groups, fresh, measured)
+        norm = ops.adam_update(
             local(params),
             local(grads),
             backups,
@@ -190,7 +203,7 @@ class FusedAdam(AnyBase):
             local(state["exp_avg_sq"]),
             local(state["max_exp_avg_sq"]) if any(group["amsgrad"] for group in optimizer.param_groups) else None,
             local(steps),
-            self._groups(optimizer.param_groups, fresh),
+            groups,
             grad_scale,
             found_inf,
             optimizer.backend,
@@ -198,7 +211,9 @@ class FusedAdam(AnyBase):
             capturable=not any(isinstance(t, Tensor) and t.is_cpu for t in steps),
             masters=copies if copies is None else local(copies),
         )
-        masters.enter(optimizer.state, params, copies)
+        masters.enter(optimizer, params, copies)
+        if kept is not None:
+            kept.keep(norm, groups, state["exp_avg"], grads)
 
     def _is_fusable(self, optimizer: FusedSAM, params: list[Tensor]) -> bool:
         """Whether every backend concerned has the step, and every hyperparameter but lr can be read without waiting."""
@@ -210,7 +225,7 @@ class FusedAdam(AnyBase):
                 return False  # torch's own step says why it refuses
         return not any(isinstance(beta, Tensor) for group in optimizer.param_groups for beta in group["betas"])
 
-    def _groups(self, param_groups: list[dict], fresh: set[int]) -> list[ops.AdamGroup]:
+    def _groups(self, param_groups: list[dict], fresh: set[int], measured: bool) -> list[ops.AdamGroup]:
         return [
             ops.AdamGroup(
                 length,
@@ -219,10 +234,11 @@ class FusedAdam(AnyBase):
                 float(group["betas"][1]),
                 float(group["eps"]),
                 float(group["weight_decay"]),
-                is_decoupled(self, group),
-                group["amsgrad"],
-                group["maximize"],
+                bool(is_decoupled(self, group)),
+                bool(group["amsgrad"]),
+                bool(group["maximize"]),
                 first,
+                measured=measured and group["perturb"],
             )
             for group, length, first in _runs(param_groups, fresh)
         ]

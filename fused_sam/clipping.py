@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_sam import ops
+from fused_sam.memory import overlaps_itself
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -38,19 +38,6 @@ def checked(max_grad_norm: Any) -> float | None:
     return number
 
 
-def grad_norm(optimizer: FusedSAM) -> Tensor:
-    """||g||_2 over the gradients there are now, fp64, shape [].
-
-    Raises:
-        InvalidTensor: as `ops.norm`.
-    """
-    params, peers = optimizer._flat_params(), optimizer._peers
-    grads = optimizer._host().get_grads(params)
-    groups = [ops.AscentGroup(len(params), 0.0, False)]
-    norm: Any = peers.norm(ops.Ascent(peers.local(params), peers.local(grads), groups, optimizer.backend), params)
-    return norm
-
-
 def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:
     """What to divide gradients of that norm by so that they come out unscaled and clipped: fp32, shape [].
 
@@ -62,10 +49,18 @@ def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:
     return (factor * ((norm / factor + 1e-6) / max_norm).clamp(min=1.0)).float()
 
 
-def unscale(grads: list[Tensor], scale: Tensor) -> None:
-    """g = g / scale in place, by the fp32 reciprocal that `torch.amp.GradScaler` multiplies by, on the device."""
+def unscale(optimizer: FusedSAM, scale: Tensor) -> None:
+    """g = g / scale in place, by the fp32 reciprocal that `torch.amp.GradScaler` multiplies by, on the device.
+
+    An expanded gradient cannot be written: a copy takes its place.
+    """
+    grads: list[Tensor] = []
+    for p in optimizer._flat_params():
+        if p.grad is not None and p.grad.layout == torch.strided and overlaps_itself(p.grad):
+            p.grad = p.grad.contiguous()
+        grads += [] if p.grad is None else [p.grad]
     on_device: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
-    for g in grads:
+    for g in optimizer._peers.local(grads):
         if g.device not in on_device:
             on_device[g.device] = (scale.to(g.device).double().reciprocal().float(), [])
         multiplier, wide = on_device[g.device]

@@ -9,14 +9,16 @@ and one base step at w with g. Like `fused_sam.bases`, it works closely with `Fu
 
 from __future__ import annotations
 
+import itertools
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fused_sam import descents, rng, second_order
+from fused_sam import descents, ops, rng, second_order
 from fused_sam.telemetry import Report, measured, stacked
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def step(optimizer: FusedSAM, closure: Closures, ascent: Closures | None = None)
             "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
             "first_step() and then scaler.step(optimizer)."
         )
+    _warn_of_lost(optimizer)
     try:
         first: Any = closure if ascent is None else ascent
         if callable(closure):
@@ -46,7 +49,21 @@ def step(optimizer: FusedSAM, closure: Closures, ascent: Closures | None = None)
     except BaseException:
         optimizer.restore()
         raise
+    finally:
+        optimizer._cleared = False
     return loss
+
+
+def _warn_of_lost(optimizer: FusedSAM) -> None:
+    """Once: gradients that a backward outside of the closure has left take no part in the step."""
+    if not optimizer._cleared or optimizer._warned or all(p.grad is None for p in optimizer._flat_params()):
+        return
+    optimizer._warned = True
+    warnings.warn(
+        "step(closure) starts without gradients: what a backward before it has left is lost. To accumulate, put every "
+        "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches must be 1.)",
+        stacklevel=6,
+    )
 
 
 def _check(optimizer: FusedSAM, closure: Any, ascent: Any) -> None:
@@ -121,31 +138,45 @@ def _mean_gradient(optimizer: FusedSAM, pairs: Sequence[tuple[Closure, Closure]]
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)  # a graph would keep memory
         reports.append(report)
         if number < len(pairs):
+            _average(optimizer, means, number, optimizer._ascent.journal if optimizer._ascent else None)
             optimizer.restore()
-        _average(means, optimizer._flat_params(), number)
+        else:
+            _average(optimizer, means, number, None)
     for p in optimizer._flat_params():
         p.grad = means.get(p)
     return _mean(losses), stacked(reports)
 
 
-def _average(means: dict[Tensor, Tensor], params: list[Tensor], count: int) -> None:
+def _average(optimizer: FusedSAM, means: dict[Tensor, Tensor], count: int, journal: ops.Journal | None) -> None:
     """The mean of the gradients of ``count`` closures from that of all but the last one, whose p.grad is there now.
 
         mean_k = mean_(k-1) + (g_k - mean_(k-1)) / k
 
     No pass divides a sum at the end, no sum overflows in 16 bits, and the mean of equal gradients is theirs exactly.
-    The first gradient is copied, and not taken: it may be a view of a buffer into which the next backward writes.
+    The first gradient is copied, and not taken: it may be a view of a buffer into which the next backward writes. In
+    the same pass what the journal holds is undone.
     """
-    grads = {p: p.grad for p in params if p.grad is not None}
-    known = [p for p in grads if p in means]
-    fresh = [p for p in grads if p not in means]
-    missing = [mean for p, mean in means.items() if p not in grads]
-    if known:
-        torch._foreach_lerp_([means[p] for p in known], [grads[p] for p in known], 1 / count)
-    if fresh:
-        means.update(zip(fresh, torch._foreach_mul([grads[p] for p in fresh], 1 / count)))
-    if missing:
-        torch._foreach_mul_(missing, (count - 1) / count)
+    optimizer._peers.place_grads(optimizer)
+    places, grads, kinds = [], [], []
+    for i, p in enumerate(params := optimizer._flat_params()):
+        mean, grad, kind = means.get(p), p.grad, (1 / count, False)
+        if grad is None:
+            if mean is None:
+                continue
+            grad, kind = mean, ((count - 1) / count, True)  # the gradient is zero
+        elif mean is None:
+            means[p], kind = torch.empty_like(grad), (1 / count, True)
+        places.append(i)
+        grads.append(grad)
+        kinds.append(kind)
+    groups = [ops.MeanGroup(len(list(run)), *kind) for kind, run in itertools.groupby(kinds)]
+    local = optimizer._peers.local
+    try:
+        ops.restore_accumulate(
+            local([means[params[i]] for i in places]), local(grads), groups, journal, optimizer.backend
+        )
+    except ops.InvalidTensor as error:
+        raise optimizer._named(ops.InvalidTensor(places[error.index], error.reason)) from None
 
 
 def _mean(losses: list[Any]) -> Any:

@@ -34,22 +34,22 @@ def descend(optimizer: FusedSAM, report: Report | None = None) -> None:
                 param_groups.require_unscaled(optimizer.param_groups)
         report = measured(optimizer) if report is None else report
         if optimizer.reuse is not None and ascent is not None:
-            looksam.keep(optimizer, ascent)
+            looksam.keep(optimizer, ascent, found_inf, journal)
         elif optimizer.reuse is not None and not optimizer._schedule.is_over(optimizer.param_groups):
             looksam.apply(optimizer, optimizer.reuse)
         if optimizer.max_grad_norm is not None or optimizer.telemetry:
-            norm = clipping.grad_norm(optimizer)
+            norm = optimizer._peers.grad_norm(optimizer)
             report = report._replace(second_grad_norm=norm)
             if optimizer.max_grad_norm is not None:
                 grad_scale = clipping.grad_scale(norm, optimizer.max_grad_norm, grad_scale)
-        optimizer._base.step(optimizer, journal, grad_scale, found_inf)
+        schedule.count(optimizer.param_groups, journal)
+        optimizer._peers.base_step(optimizer, journal, grad_scale, found_inf)
     except ops.InvalidTensor as error:
         raise optimizer._named(error) from None
     finally:
         optimizer.restore()
     if ascent is None:
         masters.note(optimizer)
-    schedule.count(optimizer.param_groups)
     optimizer.last = report
     optimizer._peers.after_step(optimizer)
 

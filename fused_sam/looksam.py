@@ -14,18 +14,22 @@ scale between the steps.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fused_sam import masters, ops
-from fused_sam.ascents import Displacement
-from fused_sam.backends.eager import wide
+from fused_sam.backends.eager import ordered_sum, wide
+from fused_sam.memory import overlaps_itself
+from fused_sam.routing import require_match
 
 if TYPE_CHECKING:
+    from fused_sam.ascents import Displacement
     from fused_sam.optimizer import FusedSAM
 
 KEY = "orthogonal_grad"
@@ -47,42 +51,98 @@ def checked(reuse: Any) -> float | None:
     return float(reuse)
 
 
-def keep(optimizer: FusedSAM, ascent: Displacement) -> None:
-    """After the second gradient: g_v into the state. Where a norm is zero or not finite the last g_v stays."""
+class Kept(ops.Done):
+    """A journal entry for the g_v of these parameters."""
+
+    def __init__(self, state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> None:
+        self.state = state
+        self.before = [(p, state[p].get(KEY)) for p in params]
+
+    def restore(self) -> None:
+        """Put back what was there."""
+        for p, part in self.before:
+            if part is not None:
+                self.state[p][KEY] = part
+            else:
+                self.state[p].pop(KEY, None)
+
+
+def keep(optimizer: FusedSAM, ascent: Displacement, found_inf: Tensor | None, journal: ops.Journal) -> None:
+    """After the second gradient: g_v into the state. Where a norm is zero or not finite the last g_v stays.
+
+    ``found_inf`` is the base step's, and ``journal`` where it is entered until that is made.
+
+    Raises:
+        InvalidTensor: for a gradient or a g_v in the state that does not match its parameter.
+    """
     assert ascent.grads is not None
-    both = zip(optimizer._flat_params(), ascent.grads)
-    triples: list[tuple[Tensor, Any, Any]] = [(p, g, p.grad) for p, g in both if g is not None and p.grad is not None]
-    if not triples:
+    params = optimizer._flat_params()
+    second: list[Any] = [p.grad for p in params]
+    first: list[Any] = [None if gs is None else g for g, gs in zip(ascent.grads, second)]
+    both = [i for i, g in enumerate(first) if g is not None]
+    if not both:
         return
-    device = triples[0][0].device
-    square = _norm(optimizer, [p for p, _, _ in triples], [g for _, g, _ in triples]).to(device) ** 2
-    dots = [torch.sum(wide(g) * wide(gs), dtype=torch.float64).to(device) for _, g, gs in triples]
+    for i in both:
+        require_match(i, params[i], second[i], any_dtype=True)
+    lasts = {i: _last_part(optimizer, i, params[i]) for i in both}
+    if found_inf is not None and any(KEY not in optimizer.state[params[i]] for i in both) and bool(found_inf):
+        return  # state that is skipped must not come into being, and only the host can see to that
+    device = params[both[0]].device
+    square = _norm(optimizer, params, first).to(device) ** 2
+    dots = [ordered_sum(wide(first[i]) * wide(second[i])).to(device) for i in both]
     factor = torch.stack(dots).sum() / square
     usable = torch.isfinite(factor) & (square > 0)
-    for p, g, gs in triples:
-        part = wide(gs) - factor.to(p.device, wide(g).dtype) * wide(g)
-        state = optimizer.state[p]
-        last = state.get(KEY)
-        if last is None:
-            # As all state of a parameter that has an fp32 master.
-            last = torch.zeros_like(p, dtype=torch.float32 if masters.KEY in state else p.dtype)
-        state[KEY] = torch.where(usable.to(p.device), part.to(last.dtype), last)
+    journal.append(Kept(optimizer.state, [params[i] for i in both]))
+    for i, last in lasts.items():
+        p, g = params[i], wide(first[i])
+        part = wide(second[i]) - factor.to(p.device, g.dtype) * g
+        optimizer.state[p][KEY] = torch.where(usable.to(p.device), part.to(last.dtype), last)
+
+
+def _last_part(optimizer: FusedSAM, index: int, param: Tensor) -> Tensor:
+    """g_v of a parameter; zeros where there is none yet."""
+    state = optimizer.state[param]
+    like = state.get(masters.KEY, param)  # as all state of a parameter that has an fp32 master
+    last = state.get(KEY)
+    if last is None:
+        return torch.zeros_like(param, dtype=like.dtype)
+    require_match(index, param, last, any_dtype=True)
+    if last.dtype != like.dtype:
+        raise ops.InvalidTensor(index, f"dtype {last.dtype} of {KEY} does not match {like.dtype}")
+    return last
 
 
 def apply(optimizer: FusedSAM, alpha: float) -> None:
-    """In a step between: g + alpha ||g|| / ||g_v|| g_v in ``p.grad``, in place."""
-    triples = []
-    for p in optimizer._flat_params():
-        part = optimizer.state[p].get(KEY) if p in optimizer.state else None
-        if p.grad is not None and part is not None:
-            triples.append((p, p.grad, part))
-    if not triples:
+    """In a step between: g + alpha ||g|| / ||g_v|| g_v in ``p.grad``, in place but for an expanded gradient.
+
+    Raises:
+        InvalidTensor: as `keep`.
+    """
+    params = optimizer._flat_params()
+    found = optimizer._host().lookup(optimizer.state, params, KEY)
+    parts = [part if p.grad is not None else None for p, part in zip(params, found)]
+    grads: list[Any] = [p.grad if part is not None else None for p, part in zip(params, parts)]
+    if not any(part is not None for part in parts):
         return
-    params, grads, parts = (list(x) for x in zip(*triples))
     length, of_parts = _norm(optimizer, params, grads), _norm(optimizer, params, parts)
     ratio = torch.where(of_parts > 0, alpha * length / of_parts, 0.0)
-    for g, part in zip(grads, parts):
+    for p, g, part in zip(params, grads, parts):
+        if g is None or part is None:
+            continue
+        if overlaps_itself(g):
+            p.grad = g = g.contiguous()
         g.copy_(wide(g) + ratio.to(g.device, wide(g).dtype) * wide(part))
+
+
+@contextlib.contextmanager
+def out_of_sight(optimizer: FusedSAM) -> Iterator[None]:
+    """No g_v in the state meanwhile: most optimizers take a parameter that has state for one that has theirs."""
+    hidden = [(state, state.pop(KEY)) for state in optimizer.state.values() if isinstance(state, dict) and KEY in state]
+    try:
+        yield
+    finally:
+        for state, part in hidden:
+            state[KEY] = part
 
 
 def _norm(optimizer: FusedSAM, params: list[Tensor], tensors: list[Any]) -> Tensor:

@@ -7,6 +7,7 @@ may be loaded at any time.
 
 from __future__ import annotations
 
+import operator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -30,41 +31,53 @@ class Masters:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[Tensor, tuple[int, int]] = {}
+        self._params: TensorList = []  # as they were last noted, and
+        self._marks: list[tuple[int, int]] = []  # how
+        self._fresh: list[int] = []  # which of the last masters asked for are in no state yet
 
     def __reduce__(self) -> tuple[type[Masters], tuple[()]]:
         return Masters, ()
 
-    def of(self, state: dict[Tensor, dict[str, Any]], params: TensorList, grads: TensorList) -> TensorList:
-        """The master of every parameter that has one in the state, or takes part for the first time; else None.
+    def of(self, found: TensorList, params: TensorList, grads: TensorList) -> TensorList:
+        """The master of every 16-bit parameter that has one, as ``found`` in the state, or takes part for the first
+        time; else None.
 
         Raises:
             RuntimeError: if one would have to be made while a CUDA graph is captured.
         """
-        masters = [state[p].get(KEY) if p.dtype in SIXTEEN_BIT and p in state else None for p in params]
-        missing = [i for i, (p, m) in enumerate(zip(params, masters)) if m is None and p.dtype in SIXTEEN_BIT]
-        fresh = [i for i in missing if grads[i] is not None]
-        if fresh and ops.is_capturing(params):
+        masters = [m if p.dtype in SIXTEEN_BIT else None for p, m in zip(params, found)]
+        self._fresh = [
+            i for i, g in enumerate(grads) if masters[i] is None and g is not None and params[i].dtype in SIXTEEN_BIT
+        ]
+        if self._fresh and ops.is_capturing(params):
             raise RuntimeError("Masters would be made in every replay: step once before capturing a CUDA graph.")
-        for i in fresh:
+        for i in self._fresh:
             masters[i] = params[i].detach().float()
         return masters
 
+    def enter(self, state: dict[Tensor, dict[str, Any]], params: TensorList, masters: TensorList) -> None:
+        """Those that have come into being become part of the state."""
+        for i in self._fresh:
+            state[params[i]][KEY] = masters[i]
+        self._fresh = []
+
     def refresh(self, params: TensorList, masters: TensorList) -> None:
         """To be called at w: elements that no longer are their master rounded become the master."""
-        for p, master in zip(params, masters):
-            if master is None or self._seen.get(p) == _mark(p):
+        known = len(self._params) == len(params) and all(map(operator.is_, self._params, params))
+        seen = self._marks if known else [None] * len(params)
+        for p, master, mark, last in zip(params, masters, _marks(params), seen):
+            if master is None or mark == last:
                 continue
             if master.shape == p.shape and master.device == p.device:  # else the op refuses it
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
 
     def note(self, params: TensorList) -> None:
         """The parameters are as their masters say."""
-        self._seen = {p: _mark(p) for p in params if p.dtype in SIXTEEN_BIT}
+        self._params, self._marks = params, _marks(params)
 
 
-def _mark(p: Tensor) -> tuple[int, int]:
-    return p._version, p.data_ptr()
+def _marks(params: TensorList) -> list[tuple[int, int]]:
+    return [(p._version, p.data_ptr()) for p in params]
 
 
 def of(optimizer: FusedSAM, params: TensorList, grads: TensorList) -> TensorList | None:
@@ -72,23 +85,22 @@ def of(optimizer: FusedSAM, params: TensorList, grads: TensorList) -> TensorList
     masters = optimizer._masters
     if masters is None:
         return None
-    copies = masters.of(optimizer.state, params, grads)
+    copies = masters.of(optimizer._host().lookup(optimizer.state, params, KEY), params, grads)
     if not optimizer.perturbed:
         masters.refresh(params, copies)
     return copies if any(m is not None for m in copies) else None
+
+
+def enter(optimizer: FusedSAM, params: TensorList, masters: TensorList | None) -> None:
+    """Masters that have come into being become part of the state."""
+    if optimizer._masters is not None and masters is not None:
+        optimizer._masters.enter(optimizer.state, params, masters)
 
 
 def note(optimizer: FusedSAM) -> None:
     """The parameters are at w, as their masters say."""
     if optimizer._masters is not None:
         optimizer._masters.note(optimizer._flat_params())
-
-
-def enter(state: dict[Tensor, dict[str, Any]], params: TensorList, masters: TensorList | None) -> None:
-    """Masters that have come into being become part of the state."""
-    for p, master in zip(params, masters or []):
-        if master is not None:
-            state[p][KEY] = master
 
 
 def load(

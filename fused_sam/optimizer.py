@@ -19,9 +19,9 @@ from fused_sam import (
     descents,
     looksam,
     masters,
+    memory,
     ops,
     param_groups,
-    routing,
     schedule,
 )
 from fused_sam.backends import eager
@@ -159,6 +159,8 @@ class FusedSAM(Optimizer):
         self._ascent: ascents.Displacement | None = None
         self._journal: ops.Journal = []  # of a step at w
         self._peers: Peers = Alone()
+        self._cleared = False  # whether gradients have been since the last step, so that those there are new
+        self._warned = False
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
         self._base = bases.make_base(inner)
@@ -238,12 +240,13 @@ class FusedSAM(Optimizer):
                     "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
                 )
             try:
-                self._base.step(self, self._journal, None, None)
+                self._peers.base_step(self, self._journal, None, None)
             finally:
                 self.restore()
             masters.note(self)
             return None
         descents.descend(self)
+        self._cleared = False
         return None
 
     def _makes_state_only(self) -> bool:
@@ -274,6 +277,11 @@ class FusedSAM(Optimizer):
         if zero_grad:
             self._host().clear_grads(self._flat_params())
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._cleared = set_to_none
+
     @torch.no_grad()
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
@@ -297,6 +305,7 @@ class FusedSAM(Optimizer):
             )
         params = self._flat_params()
         self._require_capturable(params)
+        self._cleared = False
         try:
             self._along.step(self, params, take_grads)
         except ops.InvalidTensor as error:
@@ -340,7 +349,7 @@ class FusedSAM(Optimizer):
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             params = shards.local_parts(self._flat_params())
-            routing.require_disjoint([p for p in params if p.layout == torch.strided])
+            memory.require_disjoint([p for p in params if p.layout == torch.strided])
             peers = self._peers.adopt(group["params"])
             peers.require_supported(self)
             self._peers = peers
@@ -353,16 +362,21 @@ class FusedSAM(Optimizer):
         and in the first group the number of steps made if not all of them are perturbed (``sam_step``).
 
         Raises:
-            RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e.
+            RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e; or if
+                this rank has a part of the state only.
         """
         self._require_unperturbed("state_dict()")
+        self._peers.require_whole_state("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         self._require_unperturbed("load_state_dict()")
+        if self._along.kept is not None:
+            self._along.kept.forget()  # and let go of the momenta that are replaced
         super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
         masters.load(self._masters, state_dict, self.state, self.param_groups)
+        self._peers.loaded(self)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._ascent is not None:
@@ -370,6 +384,7 @@ class FusedSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("Copying or pickling")
+        self._peers.require_whole_state("Copying or pickling")
         ours = {key: getattr(self, key) for key in _COPIED}
         fresh: dict[str, Any] = {"_ascent": None, "_journal": [], "_peers": self._peers.copied(), "last": Report()}
         return {**super().__getstate__(), **ours, **fresh}
@@ -377,6 +392,6 @@ class FusedSAM(Optimizer):
 
 # What a copy takes along, beside what torch.optim.Optimizer does.
 _COPIED = (
-    *("_along", "_backend", "_base", "_masters", "_schedule"),
+    *("_along", "_backend", "_base", "_cleared", "_masters", "_schedule", "_warned"),
     *("capturable", "max_grad_norm", "p", "replay_rng", "reuse", "second_order", "telemetry"),
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_sam import ops
+from fused_sam.backends.eager import ordered_sum
 from fused_sam.ops.journal import Copies
 
 
@@ -94,8 +95,9 @@ def project(es: list[Tensor], sizes: list[Tensor], p: float) -> list[Tensor]:
     """
     if p == math.inf:
         return [torch.clamp(e, -size, size) for e, size in zip(es, sizes)]
-    lengths = [torch.linalg.vector_norm(torch.where(size > 0, e / size, 0.0), ord=p) for e, size in zip(es, sizes)]
-    if not lengths:
+    # No e is larger than two radii, so that no power overflows that matters.
+    powers = [ordered_sum(torch.where(size > 0, e / size, 0.0).abs() ** p) for e, size in zip(es, sizes)]
+    if not powers:
         return es
-    length = torch.linalg.vector_norm(torch.stack([x.to(lengths[0].device) for x in lengths]), ord=p).clamp(min=1.0)
+    length = (torch.stack([x.to(powers[0].device) for x in powers]).sum() ** (1 / p)).clamp(min=1.0)
     return [torch.where(size > 0, e / length.to(e.device), 0.0) for e, size in zip(es, sizes)]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 
 from fused_sam import backends
 from fused_sam.backends import eager
+from fused_sam.memory import overlaps_itself, require_disjoint
 
 TensorList: TypeAlias = list[Any]  # of Tensor | None
 
@@ -167,86 +167,6 @@ def stand_ins(tensors: TensorList | None) -> Iterator[TensorList | None]:
             original.copy_(copy)
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether a strided tensor's elements fill the memory between its first and its last, in any order."""
-    expected = 1
-    for stride, size in _steps(x):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def require_disjoint(tensors: list[Tensor]) -> None:
-    """Refuse tensors on the same memory: they would be written twice, in no particular order.
-
-    Raises:
-        ValueError: if two of the tensors share an element. (Slices may well interleave.)
-    """
-    places = sorted(_Place.of(x) for x in tensors if x.numel() > 0 and x.device.type != "meta")
-    active: list[_Place] = []
-    for place in places:
-        active = [a for a in active if a.device == place.device and a.end > place.begin]
-        for a in active:
-            if _share_memory(a, place):
-                raise ValueError(
-                    f"Invalid memory layout: tensors of shape {list(a.shape)} and {list(place.shape)} overlap. "
-                    "Parameters, backups and state must be disjoint."
-                )
-        active.append(place)
-
-
-class _Place(NamedTuple):
-    """Where a strided tensor lies: addresses and strides in bytes."""
-
-    device: str
-    begin: int
-    end: int
-    item: int
-    dense: bool
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Place:
-        item, begin = x.element_size(), x.data_ptr()
-        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-        strides = tuple(item * stride for stride in x.stride())
-        return cls(str(x.device), begin, begin + item * (last + 1), item, is_dense(x), tuple(x.shape), strides)
-
-    def addresses(self) -> Tensor:
-        a = torch.tensor([self.begin])
-        for size, stride in zip(self.shape, self.strides):
-            a = (a[:, None] + stride * torch.arange(size)).flatten()
-        return a
-
-
-@functools.lru_cache(maxsize=256)
-def _share_memory(a: _Place, b: _Place) -> bool:
-    """Whether two tensors whose spans of memory overlap share a byte. Cached: geometry rarely changes between steps."""
-    if a.dense and b.dense:
-        return True
-    begins = torch.cat([a.addresses(), b.addresses()])
-    ends = torch.cat([a.addresses() + a.item, b.addresses() + b.item])
-    order = begins.argsort()
-    return bool((begins[order][1:] < ends[order][:-1]).any())
-
-
-def overlaps_itself(x: Tensor) -> bool:
-    """Whether two indices of a strided tensor may share an address (in expanded tensors they do)."""
-    reach = 0
-    for stride, size in _steps(x):
-        if stride <= reach:
-            return x.numel() > 0
-        reach += stride * (size - 1)
-    return False
-
-
-def _steps(x: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions that have more than one index, innermost first."""
-    return sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1)
-
-
 def can_mix(param: torch.dtype, grad: torch.dtype) -> bool:
     """Whether a parameter of one dtype can have a gradient of the other: the same, or fp32 beside a 16-bit type."""
     return param == grad or {param, grad} in ({torch.float32, x} for x in SIXTEEN_BIT)
@@ -263,20 +183,21 @@ def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any],
             index, f"the parameter overlaps itself in memory (shape {list(param.shape)}, strides {param.stride()})"
         )
     if grad is not None:
-        _require_match(index, param, grad, isinstance(grad, Tensor) and can_mix(param.dtype, grad.dtype))
+        require_match(index, param, grad, isinstance(grad, Tensor) and can_mix(param.dtype, grad.dtype))
     if master is not None:
         if param.dtype not in SIXTEEN_BIT or backups:
             raise InvalidTensor(index, "a master is of a 16-bit parameter, and its backup")
-        _require_match(index, param, master, any_dtype=True)
+        require_match(index, param, master, any_dtype=True)
         if master.dtype != torch.float32:
             raise InvalidTensor(index, f"dtype {master.dtype} of the master is not supported, must be torch.float32")
     for x in backups:
-        _require_match(index, param, x)
+        require_match(index, param, x)
     for x in state:
-        _require_match(index, param if master is None else master, x)
+        require_match(index, param if master is None else master, x)
 
 
-def _require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:
+def require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:
+    """Refuse what is not a strided tensor of the parameter's dtype, device and shape, with memory."""
     if not isinstance(x, Tensor):
         raise InvalidTensor(index, f"{type(x).__name__} is not a tensor")
     if x.layout != torch.strided:

@@ -10,6 +10,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
+from fused_sam import ops
+
 KEY = "sam_step"
 
 
@@ -39,9 +41,9 @@ class Schedule:
         """Whether every step is perturbed, so that there is nothing to count."""
         return self == Schedule()
 
-    def due(self, param_groups: list[dict[str, Any]]) -> bool:
-        """Whether the step that comes next is perturbed."""
-        step = param_groups[0].get(KEY, 0) - self.start
+    def due(self, param_groups: list[dict[str, Any]], ahead: int = 0) -> bool:
+        """Whether the step that comes next is perturbed; with ``ahead``, the one so many steps later."""
+        step = param_groups[0].get(KEY, 0) + ahead - self.start
         return step >= 0 and step % self.interval == 0 and (self.stop is None or step < self.stop - self.start)
 
     def is_over(self, param_groups: list[dict[str, Any]]) -> bool:
@@ -49,9 +51,22 @@ class Schedule:
         return self.stop is not None and param_groups[0].get(KEY, 0) >= self.stop
 
 
-def count(param_groups: list[dict[str, Any]]) -> None:
-    """A step has been made. Where nobody counts, nobody starts."""
+class Counted(ops.Done):
+    """A journal entry for the count, which an interrupted step does not advance."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group = group
+        self.before = group[KEY]
+
+    def restore(self) -> None:
+        """Set it back."""
+        self.group[KEY] = self.before
+
+
+def count(param_groups: list[dict[str, Any]], journal: ops.Journal) -> None:
+    """The step that now is made is one more. Where nobody counts, nobody starts."""
     if KEY in param_groups[0]:
+        journal.append(Counted(param_groups[0]))
         param_groups[0][KEY] += 1
 
 

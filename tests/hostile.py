@@ -6,6 +6,7 @@ exception, with every weight as it was; a signal, or a report of a sanitizer, en
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import faulthandler
@@ -17,7 +18,7 @@ import conftest  # noqa: F401  (the interpreted CUDA kernels as a backend)
 import numpy as np
 import profiles  # noqa: F401
 import torch
-from helpers import bits
+from helpers import bits, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -90,11 +91,21 @@ def made(kind: str) -> Any:
     return None
 
 
-# Mostly good, so that calls get past the first check.
-OBJECTS = st.one_of(st.just("good"), st.just("good"), st.sampled_from(sorted(ODDITIES))).map(made)
+def mostly(good: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Three times out of four what is good, so that calls get past the first check. (one_of would flatten the two.)"""
+    return st.sampled_from([good, good, good, odd]).flatmap(lambda strategy: strategy)
+
+
+def objects(kind: str) -> st.SearchStrategy[Any]:
+    """Mostly of the kind."""
+    return mostly(st.just(kind), st.sampled_from(sorted(ODDITIES))).map(made)
+
+
+OBJECTS = objects("good")
 COUNTS = st.sampled_from([2, 2, 2, 0, 1, 3])
 CONTAINERS = st.sampled_from([list, list, list, list, tuple, dict.fromkeys, iter, lambda x: None, len])
 INTEGERS = st.sampled_from([2, 2, 2, 1, 0, -1, 3, 2**31, 2**62, 2**63 - 1, -(2**63), 2**64, 0.5, "2", None])
+SIZES = mostly(st.just(2), INTEGERS)
 NUMBERS = st.sampled_from(
     [
         *(0.07, 0.9, 0.0, 1.0, 2, -1.0, math.nan, math.inf, -math.inf, 1e308, 5e-324, 10**400, "0.1", None),
@@ -102,55 +113,80 @@ NUMBERS = st.sampled_from(
     ]
 )
 SANE = st.sampled_from([0.07, 0.9, 0.0, 1.0, 2.0, 1.5, math.inf, math.nan, -1.0])
-THREADS = st.sampled_from([1, 2, 0, -5, 7, 2**31 - 1, 2**40])
+THREADS = st.sampled_from([1, 1, 2, 2, 0, -5, 7, 2**31 - 1, 2**40])
 
 
 @st.composite
-def lists(draw: st.DrawFn) -> Any:
-    """What is given for a list of tensors."""
-    objects = [draw(OBJECTS) for _ in range(draw(COUNTS))]
+def lists(draw: st.DrawFn, kind: str = "good", of: st.SearchStrategy[Any] = OBJECTS) -> Any:
+    """What is given for a list of tensors: two good ones, or anything."""
+    if draw(st.booleans()):
+        return [made(kind), made(kind)]
+    objects = [draw(of) for _ in range(draw(COUNTS))]
     with contextlib.suppress(TypeError):
         return draw(CONTAINERS)(objects)
     return objects
 
 
+GOOD, HALVES = lists(), lists("bfloat16", objects("bfloat16"))
+
+
+@st.composite
+def operands(draw: st.DrawFn) -> Any:
+    """Parameters, gradients, backups, three lists of state and masters, of which an op takes some. Few are wrong."""
+    halves, with_masters, backups = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([True, True, False]))
+    kinds = ["bfloat16" if halves else "good"] * 3 + ["good" if with_masters or not halves else "bfloat16"] * 3
+    given = [[made(kind), made(kind)] for kind in kinds]
+    given.append([made("good"), made("good")] if with_masters and halves else None)
+    if given[-1] is not None or not backups:
+        given[2] = None
+    for wrong in draw(mostly(st.just(()), st.sets(st.integers(0, 6), max_size=3))):
+        given[wrong] = draw(HALVES if halves and wrong < 3 else GOOD)
+    params, grads, backups, *states, masters = given
+    return params, grads, backups, states, masters
+
+
 def tuples(fields: int, flags: slice) -> st.SearchStrategy[Any]:
-    """Groups as tuples: the size, then hyperparameters, of which some are flags; rarely of another length."""
-    kinds = [INTEGERS, *[st.one_of(SANE, SANE, NUMBERS)] * (fields - 1)]
-    kinds[flags] = [st.booleans()] * len(kinds[flags])
+    """Groups as tuples: the size, then hyperparameters, of which some are flags; often one sane group of two."""
+    sane, kinds = [st.just(2), *[SANE] * (fields - 1)], [SIZES, *[mostly(SANE, NUMBERS)] * (fields - 1)]
+    sane[flags] = kinds[flags] = [st.booleans()] * len(kinds[flags])
     whole = st.tuples(*kinds)
-    return st.lists(st.one_of(whole, whole, whole, whole.map(lambda x: x[:-1])), min_size=1, max_size=2)
+    anything = st.lists(st.one_of(whole, whole, whole, whole.map(lambda x: x[:-1])), min_size=1, max_size=2)
+    return mostly(st.tuples(st.tuples(*sane)).map(list), anything)
 
 
-ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(8, slice(5, 8)), tuples(12, slice(6, 10))
-JOURNALS = st.sampled_from([list, list, list, tuple, dict, lambda: None])
-SCALARS = st.one_of(st.none(), NUMBERS, OBJECTS, st.just(torch.ones(2000, dtype=torch.float64)))
-STREAMS = st.sampled_from([0, 1, -1, 2**64])
+ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(9, slice(5, 9)), tuples(13, slice(6, 10))
+MEAN = tuples(3, slice(2, 3))
+JOURNALS = st.sampled_from([*[list] * 9, tuple, dict, lambda: None])
+NORMS = st.just(torch.ones(2000, dtype=torch.float64))  # and enough memory to make one
+SCALES = mostly(st.sampled_from([None, torch.tensor(0.3)]), st.one_of(NUMBERS, OBJECTS))
+SCALARS = mostly(NORMS, st.one_of(st.none(), NUMBERS, OBJECTS))
+EXPONENTS = mostly(st.sampled_from([1.0, 1.5, 2.0, math.inf]), st.one_of(SANE, NUMBERS))
+STREAMS = st.sampled_from([0, 0, 1, 1, -1, 2**64])
+STEPS = lists("no dimensions", objects("no dimensions"))
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> Any:
     """A method of a batch, or a function that takes one, with its arguments."""
-    norm = st.one_of(st.tuples(SANE, NUMBERS, NUMBERS), st.tuples(SANE, SANE, SANE), SCALARS)
-    q = st.one_of(SANE, NUMBERS)
+    norm = mostly(st.tuples(SANE, SANE, SANE), st.one_of(st.tuples(SANE, NUMBERS, NUMBERS), SCALARS))
     methods = {
         "make_backups": (st.booleans(),),
         "set_backups": (lists(),),
-        "norm": (ASCENT, q, THREADS),
-        "perturb": (norm, ASCENT, q, THREADS, JOURNALS.map(lambda make: make()), st.none()),
-        "restore": (INTEGERS, THREADS),
+        "norm": (ASCENT, EXPONENTS, THREADS),
+        "perturb": (norm, ASCENT, EXPONENTS, THREADS, JOURNALS.map(lambda make: make()), st.none()),
+        "restore": (SIZES, THREADS),
         "sgd_update": (SGD, SANE, THREADS, JOURNALS.map(lambda make: make())),
-        "adam_update": (ADAM, st.one_of(st.none(), lists()), SANE, THREADS, JOURNALS.map(lambda make: make())),
+        "adam_update": (ADAM, st.one_of(st.none(), STEPS), SANE, THREADS, JOURNALS.map(lambda make: make())),
         "odd": (),
         "kept": (),
     }
     functions = {
-        "norm_partials": (ASCENT, q),
-        "norm": (ASCENT, q, SCALARS, STREAMS),
-        "perturb": (SCALARS, ASCENT, q, STREAMS, JOURNALS.map(lambda make: make()), st.none()),
-        "restore": (INTEGERS, STREAMS),
-        "sgd_update": (SGD, SCALARS, SCALARS, STREAMS, JOURNALS.map(lambda make: make())),
-        "adam_update": (ADAM, lists(), SCALARS, SCALARS, STREAMS, JOURNALS.map(lambda make: make())),
+        "norm_partials": (ASCENT, EXPONENTS),
+        "norm": (ASCENT, EXPONENTS, SCALARS, STREAMS),
+        "perturb": (SCALARS, ASCENT, EXPONENTS, STREAMS, JOURNALS.map(lambda make: make()), st.none()),
+        "restore": (SIZES, STREAMS),
+        "sgd_update": (SGD, SCALES, SCALES, STREAMS, JOURNALS.map(lambda make: make())),
+        "adam_update": (ADAM, st.one_of(STEPS, lists()), SCALES, SCALES, STREAMS, JOURNALS.map(lambda make: make())),
     }
     of_cuda = draw(st.booleans())
     name = draw(st.sampled_from(sorted(functions if of_cuda else methods)))
@@ -167,70 +203,113 @@ def contents(x: Any) -> list[bytes]:
     return []
 
 
-def attempt(call: Any, *weights: Any) -> bool:
+# How many calls of a name went through. A fuzz in which none does looks at the first check only.
+THROUGH: collections.Counter[str] = collections.Counter()
+
+
+def attempt(name: str, call: Any, *weights: Any) -> bool:
     """Whether a call went through. If it did not, it has changed nothing."""
     before = [contents(w) for w in weights]
     try:
         call()
     except Exception:
         assert [contents(w) for w in weights] == before
+        THROUGH[name] += 0
         return False
+    THROUGH[name] += 1
     return True
 
 
+def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
+    for of_cuda, name, arguments in todo:
+        if of_cuda:
+            attempt(f"cuda.{name}", lambda: getattr(_native.cuda, name)(batch, *arguments), *weights)  # noqa: B023
+        elif name in ("odd", "kept"):
+            getattr(batch, name)
+        else:
+            attempt(name, lambda: getattr(batch, name)(*arguments), *weights)  # noqa: B023
+
+
 @given(
-    params=lists(),
-    grads=lists(),
-    backups=lists(),
-    states=st.lists(lists(), max_size=4),
-    todo=st.lists(calls(), max_size=6),
+    first=operands(),
+    others=operands(),
+    same=st.booleans(),
+    counts=st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 3, 3, 3, 4])),
+    todo=st.lists(calls(), min_size=1, max_size=6),
+    then=st.lists(calls(), min_size=1, max_size=4),
+    means=st.lists(
+        st.tuples(
+            st.sampled_from([_native, _native.cuda]),
+            st.tuples(SIZES, MEAN, THREADS, JOURNALS.map(lambda make: make())),
+        ),
+        max_size=2,
+    ),
 )
-def bindings(params: Any, grads: Any, backups: Any, states: Any, todo: Any) -> None:
+def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo: Any, then: Any, means: Any) -> None:
     """The module that only `fused_sam.backends.native` should call."""
-    held: list[Any] = []
-    for index in (-1, 0):
-        attempt(lambda index=index: held.append(_native.Batch(params, grads, backups, tuple(states), index)), params)
-    attempt(lambda: _native.get_grads(params))
-    attempt(lambda: _native.lookup({}, params, "step"))
-    attempt(lambda: _native.stream_copy(params, grads, 2), params)
-    for batch in held[:1]:
-        for of_cuda, name, arguments in todo:
-            if of_cuda:
-                attempt(lambda: getattr(_native.cuda, name)(batch, *arguments), params)  # noqa: B023
-            elif name in ("odd", "kept"):
-                getattr(batch, name)
-            else:
-                attempt(lambda: getattr(batch, name)(*arguments), params)  # noqa: B023
-        attempt(lambda: _native.Batch(params, grads, batch, (), -1).restore(2, 1), params)  # noqa: B023
+    made: list[Any] = []
+
+    def batch(name: str, operands: Any, backups: Any, count: int, index: int = -1) -> Any:
+        params, grads, _, states, masters = operands
+        given = tuple([*states, None][:count])
+        made.clear()
+        attempt(name, lambda: made.append(_native.Batch(params, grads, backups, given, masters, index)), params)
+        return made[0] if made else None
+
+    params, grads, backups, _, masters = first
+    batch("Batch on a GPU", first, backups, counts[1], 0)
+    attempt("get_grads", lambda: _native.get_grads(params))
+    attempt("lookup", lambda: _native.lookup({}, params, "step"))
+    attempt("stream_copy", lambda: _native.stream_copy(params[0], grads[0], 2), params)
+    ascent = batch("Batch", first, backups, counts[0])
+    if ascent is None:
+        return
+    attempt_all(ascent, todo, params, masters)
+    # The base step, of the same parameters or others, with what the ascent keeps.
+    second = first if same else others
+    descent = batch("Batch after a Batch", second, ascent, counts[1])
+    if descent is not None:
+        attempt_all(descent, then, second[0], second[-1])
+    for module, arguments in means:
+        name = f"{module.__name__}.restore_accumulate"
+        attempt(name, lambda: module.restore_accumulate(descent or ascent, ascent, *arguments), params)  # noqa: B023
+    attempt("restore", lambda: ascent.restore(2, 1), params, masters)
 
 
 @given(
-    params=lists(),
-    grads=lists(),
-    backups=lists(),
-    states=st.lists(lists(), min_size=4, max_size=4),
-    sizes=st.lists(INTEGERS, min_size=1, max_size=2),
+    given=operands(),
+    steps=STEPS,
+    sizes=mostly(st.just([2]), st.lists(SIZES, min_size=1, max_size=2)),
     numbers=st.lists(SANE, min_size=4, max_size=4),
-    norm=SCALARS,
-    p=st.one_of(st.sampled_from([1.0, 1.5, 2.0, math.inf]), NUMBERS),
+    norm=mostly(st.sampled_from([None, torch.tensor(0.3, dtype=torch.float64), torch.ones(3).double()]), SCALARS),
+    p=EXPONENTS,
     backend=st.sampled_from(["native", "interpreted", "eager"]),
 )
-def op_surface(
-    params: Any, grads: Any, backups: Any, states: Any, sizes: Any, numbers: Any, norm: Any, p: Any, backend: str
-) -> None:
+def op_surface(given: Any, steps: Any, sizes: Any, numbers: Any, norm: Any, p: Any, backend: str) -> None:
     """The ops, which are for anybody to call."""
+    params, grads, backups, states, masters = given
     rho, momentum, eta, decay = numbers
     ascent = [ops.AscentGroup(size, rho, bool(i), eta, decay) for i, size in enumerate(sizes)]
-    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, False) for size in sizes]
-    adam = [ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, False) for size in sizes]
-    attempt(lambda: ops.norm(params, grads, ascent, backend, p), params)
-    attempt(lambda: ops.perturb(params, grads, backups, norm, ascent, backend, p=p), params)
-    attempt(lambda: ops.restore(params, backups, backend), params)
-    attempt(lambda: ops.sgd_update(params, grads, backups, states[0], sgd, backend=backend), params)
-    attempt(lambda: ops.adam_update(params, grads, backups, *states, adam, backend=backend), params)
+    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, False, eta > 0) for size in sizes]
+    adam = [
+        ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, False, measured=eta > 0) for size in sizes
+    ]
+    means = [ops.MeanGroup(size, rho, eta > 0) for size in sizes]
+    on = {"backend": backend, "masters": masters}
+    attempt(f"ops.norm, {backend}", lambda: ops.norm(params, grads, ascent, p=p, **on), params)
+    attempt(f"ops.perturb, {backend}", lambda: ops.perturb(params, grads, backups, norm, ascent, p=p, **on), params)
+    attempt(f"ops.restore, {backend}", lambda: ops.restore(params, backups, backend), params)
+    mean = f"ops.restore_accumulate, {backend}"
+    attempt(mean, lambda: ops.restore_accumulate(params, grads, means, backend=backend), params)
+    lists = params, grads, backups, states[0]
+    attempt(f"ops.sgd_update, {backend}", lambda: ops.sgd_update(*lists, sgd, **on), params, masters)
+    lists = params, grads, backups, *states, steps
+    attempt(f"ops.adam_update, {backend}", lambda: ops.adam_update(*lists, adam, **on), params, masters)
 
 
-KEYS = st.sampled_from(["momentum_buffer", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "orthogonal_grad", "x"])
+KEYS = st.sampled_from(
+    ["momentum_buffer", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "orthogonal_grad", "master", "x"]
+)
 BASES = st.sampled_from([torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 STATE = st.dictionaries(st.sampled_from([0, 1, 2, -1, "0", None]), st.one_of(st.dictionaries(KEYS, OBJECTS), OBJECTS))
 OPTIONS = st.sampled_from(
@@ -244,6 +323,7 @@ OPTIONS = st.sampled_from(
         "adaptive",
         "eta",
         "perturb",
+        "decay_in_ascent",
         "maximize",
         "amsgrad",
         "sam_step",
@@ -252,38 +332,66 @@ OPTIONS = st.sampled_from(
 GROUPS = st.dictionaries(OPTIONS, st.one_of(NUMBERS, OBJECTS, st.booleans(), st.tuples(NUMBERS, NUMBERS)), max_size=3)
 
 
+# What reads more of the state, or more often, than a plain step.
+MODES: list[dict[str, Any]] = [
+    {},
+    {"master_weights": True},
+    {"direction": "momentum"},
+    {"interval": 2, "reuse": 0.3},
+    {"ascent_steps": 2, "adaptive": True},
+    {"max_grad_norm": 0.1, "p": 1.5},
+]
+
+
+def rounded_master(entry: Any, dtype: torch.dtype) -> bytes | None:
+    master = entry.get("master") if isinstance(entry, dict) else None
+    return bits(master.to(dtype)) if isinstance(master, Tensor) and master.shape == (SIZE,) and master.is_cpu else None
+
+
 @given(
     state=STATE,
     options=GROUPS,
     base=BASES,
+    mode=st.sampled_from(MODES),
+    sixteen=st.booleans(),
     replaced=st.booleans(),
     backend=st.sampled_from(["native", "interpreted", "eager"]),
 )
-def checkpoints(state: Any, options: Any, base: Any, replaced: bool, backend: str) -> None:
+def checkpoints(state: Any, options: Any, base: Any, mode: Any, sixteen: bool, replaced: bool, backend: str) -> None:
     """A checkpoint that anybody has edited, or state that has been edited in place."""
-    params = [torch.randn(SIZE).requires_grad_() for _ in range(2)]
-    opt = FusedSAM(params, base, lr=0.013, weight_decay=0.017, backend=backend)
+    dtype = torch.bfloat16 if sixteen else torch.float32
+    params = [torch.randn(SIZE).to(dtype).requires_grad_() for _ in range(2)]
+    momentum = {"momentum": 0.87} if base is torch.optim.SGD else {}
+    opt = FusedSAM(params, base, lr=0.013, weight_decay=0.017, backend=backend, **mode, **momentum)
 
     def closure() -> Tensor:
         for p in params:
             p.grad = torch.ones_like(p)
         return torch.tensor(0.0)
 
-    opt.step(closure)
+    def step(name: str) -> None:
+        before = snapshot(params)
+        if attempt(name, lambda: opt.step(closure)):
+            return
+        # A master that was put into the state is w from then on, though the step be refused.
+        assert all(bits(p) in (w, rounded_master(opt.state.get(p), dtype)) for p, w in zip(params, before))
+        assert not opt.perturbed
+
+    for _ in range(2):
+        opt.step(closure)
     saved = opt.state_dict()
     edited = {
         "state": state if replaced else {**saved["state"], **state},
         "param_groups": copy.deepcopy(saved["param_groups"]),
     }
     edited["param_groups"][0].update(options)
-    if not attempt(lambda: opt.load_state_dict(edited), params):
+    if not attempt("load_state_dict", lambda: opt.load_state_dict(edited), params):
         return
-    if not attempt(lambda: opt.step(closure), params):
-        assert not opt.perturbed
+    step("step after a load")
     with contextlib.suppress(Exception):
         for p, entry in zip(params, state.values()):
             opt.state[p] = entry
-    attempt(lambda: opt.step(closure), params)
+    step("step on edited state")
     assert not opt.perturbed
 
 
@@ -294,7 +402,11 @@ def main() -> None:
     # pybind11 puts the arguments into its messages, and torch cannot print a tensor whose storage is freed.
     Tensor.__repr__ = lambda x: f"a tensor of {tuple(x.shape)}"
     for test in (bindings, op_surface, checkpoints):
-        examples = 10 * settings().max_examples
+        examples = max(400, settings().max_examples)
+        THROUGH.clear()
         quiet = settings(max_examples=examples, suppress_health_check=list(HealthCheck))
         quiet(test)()
         print(f"{test.__name__}: {examples} cases")
+        print("went through:", dict(THROUGH))
+        never = {name for name, count in THROUGH.items() if count == 0}
+        assert not never, f"{never} never went through: the cases do not reach what they are for"

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 from fused_sam import FusedSAM, ReferenceSAM
+from fused_sam.distributed import DataParallel, data_parallel
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,7 +63,7 @@ class Oracle:
             p.grad = torch.stack(present).sum(0) / len(lists) if present else None
 
 
-WRAPS = ["ddp", "plain"]
+WRAPS = ["ddp", "plain", "sharded"]
 WRAP_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "bucket views": {"gradient_as_bucket_view": True},
@@ -73,7 +74,11 @@ WRAP_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def wrapped(net: nn.Module, wrap: str, **options: Any) -> nn.Module:
-    return net if wrap == "plain" else DistributedDataParallel(net, **options)
+    return DistributedDataParallel(net, **options) if wrap == "ddp" else net
+
+
+def joined(model: nn.Module, optimizer: FusedSAM, wrap: str, **options: Any) -> DataParallel:
+    return data_parallel(model, optimizer, shard_state=wrap == "sharded", **options)
 
 
 def pair_of(m: Any, base: str = "sgd", **options: Any) -> tuple[nn.Module, Oracle, FusedSAM]:

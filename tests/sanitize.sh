@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python}")
 root=$PWD build=$PWD/build/sanitize cxx=${CXX:-g++}
-tests=(test_ops.py test_ops_update.py test_ops_adam.py test_ops_arguments.py test_p_norms.py test_storage.py
+tests=(test_ops.py test_ops_update.py test_ops_adam.py test_ops_masters.py test_ops_arguments.py test_p_norms.py
+  test_decay_in_ascent.py test_storage.py test_promises.py
   test_gradient_ownership.py test_faults.py test_properties.py)
 
 compile() { # folder, sanitizers, target

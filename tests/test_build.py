@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,33 @@ def test_the_library_is_hardened() -> None:
     assert "__stack_chk_fail" in symbols
     exported = [line for line in symbols.splitlines() if re.search(r"GLOBAL\s+DEFAULT\s+\d+", line)]
     assert [line.split()[-1] for line in exported] == ["PyInit__native"]
+
+
+MAPPED_AFTER_A_STEP = """
+import torch
+from fused_sam import FusedSAM
+p = torch.nn.Parameter(torch.ones(67))
+opt = FusedSAM([p], lr=0.1, momentum=0.9)
+def closure():
+    loss = (p * p).sum()
+    loss.backward()
+    return loss
+opt.step(closure)
+for line in open("/proc/self/maps"):
+    fields = line.split(maxsplit=5)
+    if "x" in fields[1] and len(fields) == 6 and fields[5].startswith("/"):
+        print(fields[5].strip())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_code_comes_from_where_anybody_may_write() -> None:
+    """Of the whole process, torch included, after a step."""
+    done = subprocess.run([sys.executable, "-c", MAPPED_AFTER_A_STEP], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    files = {Path(line) for line in done.stdout.splitlines()}
+    assert any("torch" in str(file) for file in files)
+    for file in files:
+        assert file.is_file(), f"{file} was deleted after it was loaded"
+        for place in (file, file.parent):
+            assert not place.stat().st_mode & stat.S_IWOTH, place

@@ -256,3 +256,24 @@ def test_a_bound_that_is_no_number_is_refused(bad: Any) -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_a_copy_clips_too(duplicate: Any, backend: str) -> None:
     assert duplicate(FusedSAM(leaves(3), max_grad_norm=MAX_NORM, backend=backend)).max_grad_norm == MAX_NORM
+
+
+@every_base
+def test_an_expanded_gradient_is_clipped_like_any_other(base: str, backend: str, device: str) -> None:
+    """It cannot be written; the base steps with the clipped one all the same, and the other gradients are written."""
+    params = leaves(9, 67, LARGE, device=device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    opt, plain = (make(x, base, backend, max_grad_norm=MAX_NORM) for x in (params, twins))
+    for _ in range(2):
+        for first in (True, False):
+            for p, q in zip(params, twins, strict=True):
+                p.grad = torch.randn(1).to(device).expand(p.shape) if len(p) == 67 else torch.randn(len(p)).to(device)
+                q.grad = p.grad.clone(memory_format=torch.contiguous_format)
+            for o in (opt, plain):
+                if first:
+                    o.first_step()
+                else:
+                    o.step()
+        assert_same_bits(params, twins)
+        assert_same_bits(state_of(opt), state_of(plain), "state")
+        assert_same_bits([params[0].grad, params[2].grad], [twins[0].grad, twins[2].grad], "gradient")

@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CUDA = "cuda"
 MOST_LAUNCHES = {"native": 3, "triton": 4}
+MOST_LAUNCHES_MSAM = {"native": 2, "triton": 3}
 # Of a ResNet's kind: a few large tensors among many small ones.
 SHAPES = [(64, 3, 7, 7), *[(64,), (64,), (256, 64, 3, 3)] * 40, (1000, 513), (1000,)]
 
@@ -78,9 +79,12 @@ def step(optimizer: FusedSAM, params: list[Tensor]) -> None:
     optimizer.zero_grad()
 
 
-def test_a_step_is_three_launches(compiled: str) -> None:
+@pytest.mark.parametrize(
+    ("direction", "most"), [("gradient", MOST_LAUNCHES), ("momentum", MOST_LAUNCHES_MSAM)], ids=["SAM", "MSAM"]
+)
+def test_a_step_is_few_launches(direction: str, most: dict[str, int], compiled: str) -> None:
     params = make_params()
-    optimizer = FusedSAM(params, rho=RHO, **HYPER, backend=compiled)
+    optimizer = FusedSAM(params, rho=RHO, **HYPER, direction=direction, backend=compiled)
     for _ in range(3):
         step(optimizer, params)
     launches = []
@@ -94,7 +98,7 @@ def test_a_step_is_three_launches(compiled: str) -> None:
         launches += [name for name in events if not name.startswith(("Memcpy", "Memset"))]
     if not launches:
         pytest.skip("the profiler records no kernels on this machine")
-    assert len(launches) <= MOST_LAUNCHES[compiled], launches
+    assert len(launches) <= most[compiled], launches
 
 
 @pytest.mark.parametrize("zero_grad", [False, True], ids=["backup", "swap"])
@@ -156,15 +160,19 @@ def test_threads_on_streams_of_their_own(compiled: str) -> None:
 
 @pytest.mark.parametrize("form", ["closure", "two calls"])
 @pytest.mark.parametrize("count", [1, 40], ids=["one launch", "several launches"])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    ("base", "direction"),
+    [(torch.optim.SGD, "gradient"), (torch.optim.AdamW, "gradient"), (torch.optim.SGD, "momentum")],
+    ids=["SGD", "AdamW", "MSAM"],
+)
 def test_a_captured_iteration_replays_as_the_eager_one(
-    compiled: str, form: str, count: int, base: type[torch.optim.Optimizer]
+    compiled: str, form: str, count: int, base: type[torch.optim.Optimizer], direction: str
 ) -> None:
     """With rho and lr changed between the replays."""
     shapes = [(5, 7), (1009,), (33, 3, 3)] if count == 1 else [(k % 9 + 1,) for k in range(1100)]
     params = make_params(shapes)
     rho, lr = torch.tensor(RHO, device=CUDA), torch.tensor(0.1, device=CUDA)
-    options = {"weight_decay": 0.01, "backend": compiled, "capturable": True, "foreach": False}
+    options = {"weight_decay": 0.01, "backend": compiled, "capturable": True, "foreach": False, "direction": direction}
     options |= {"momentum": 0.9} if base is torch.optim.SGD else {"amsgrad": True}
     optimizer = FusedSAM(params, base, rho=rho, lr=lr, **options)
     factors = factors_of(params, 1)
@@ -308,6 +316,29 @@ def test_the_gpu_computes_the_bits_of_the_cpu(
             ops.sgd_update(lists.params, grads, lists.backups, lists.momentum, descent, backend=backend)
             rounds += [snapshot(lists.params), snapshot(lists.momentum)]
         results.append(rounds)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_a_measured_update_has_the_norm_of_its_momentum(dtype: torch.dtype, compiled: str) -> None:
+    lists = Lists([*FEW_SIZES, 3_000_007, *[k % 5 for k in range(1500)]], dtype, CUDA)
+    groups = [group._replace(measured=True) for group in sgd_groups(len(lists.params), **HYPER)]
+    for _ in range(3):
+        tensors = lists.params, lists.grads, lists.backups, lists.momentum
+        norm = ops.sgd_update(*tensors, groups, backend=compiled)
+        assert_same_bits([norm], [ops.norm(lists.params, lists.momentum, ascent_groups(len(lists.params)), compiled)])
+
+
+def test_micro_batches_give_the_bits_of_the_cpu(compiled: str) -> None:
+    """A running mean beside the restore, in one launch."""
+    results = []
+    for backend, device in (("native", "cpu"), (compiled, CUDA)):
+        params = make_params([(9,), (1009,), (33, 3, 3)], device)
+        factors = [factors_of(params, k) for k in range(3)]
+        optimizer = FusedSAM(params, rho=0.0, **HYPER, backend=backend)
+        for _ in range(2):
+            optimizer.step([closure_of(params, f) for f in factors])
+        results.append(snapshot(params))
     assert results[0] == results[1]
 
 

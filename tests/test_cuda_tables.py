@@ -7,7 +7,19 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, FEW_SIZES, HYPER, Lists, ascent_groups, ids, scalar, sgd_groups, snapshot
+from helpers import (
+    DTYPES,
+    FEW_SIZES,
+    HYPER,
+    AdamLists,
+    Lists,
+    adam_groups,
+    ascent_groups,
+    ids,
+    scalar,
+    sgd_groups,
+    snapshot,
+)
 
 from fused_sam import backends, ops
 
@@ -23,6 +35,7 @@ LISTS = {
     "unit edges": [255, 256, 257, 511, 512, 513, 16383, 16384, 16385],
     "ten thousand": [k % 7 for k in range(10_000)],
     "more than int32": [3, 2**31 + 5, 1],
+    "more than uint32": [3, 2**33 + 5, 1],
     "more than int32 in all": [2**30 + 1] * 5,
     "ResNet-50-like": [64 * 3 * 49, 64, 64, 2048 * 1000, 1000] + [512 * 512 * 9, 512, 512] * 40,
 }
@@ -122,6 +135,40 @@ def test_the_norm_of_a_list_of_several_launches() -> None:
     groups = ascent_groups(len(grads))
     values = [ops.norm(params, grads, groups, backend=backend).item() for backend in ("interpreted", "native")]
     assert values[0] == pytest.approx(values[1], rel=1e-14)
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["SGD", "Adam"])
+def test_a_measured_update_of_several_launches_has_the_bits_of_the_norm(adam: bool) -> None:
+    """Tensors that do not count lie between those that do, and one tensor is cut into many units."""
+    sizes = [*[k % 11 for k in range(2500)], 300_007, *[k % 7 for k in range(500)]]
+    lists = AdamLists(sizes, torch.float32, "cpu")
+    momenta = lists.states[0]
+    groups: list[ops.SGDGroup] | list[ops.AdamGroup]
+    if adam:
+        groups = [adam_groups(n, lr=0.01)[0]._replace(measured=n != 100) for n in (700, 100, 1700, 501)]
+        tensors = lists.params, lists.grads, lists.backups, *lists.states, lists.steps
+        norm = ops.adam_update(*tensors, groups, backend="interpreted")
+    else:
+        groups = [sgd_groups(n, **HYPER)[0]._replace(measured=n != 100) for n in (700, 100, 1700, 501)]
+        norm = ops.sgd_update(lists.params, lists.grads, lists.backups, momenta, groups, backend="interpreted")
+    counted = [*momenta[:700], *[None] * 100, *momenta[800:]]
+    assert norm is not None
+    assert norm.item() == ops.norm(lists.params, counted, ascent_groups(len(sizes)), backend="interpreted").item()
+
+
+def test_means_and_parameters_to_restore_take_several_launches() -> None:
+    sizes, results = [k % 9 for k in range(1300)], []
+    for backend in ("native", "interpreted"):
+        torch.manual_seed(0)
+        params, means, grads = ([torch.randn(n) for n in sizes] for _ in range(3))
+        before, journal = snapshot(params), []
+        ascent = ops.Ascent(params, [torch.ones_like(p) for p in params], ascent_groups(len(sizes)), backend)
+        ascent.perturb(scalar(2.9, "cpu"), journal)
+        assert snapshot(params) != before
+        ops.restore_accumulate(means, grads, [ops.MeanGroup(len(sizes), 1 / 3, False)], journal, backend)
+        assert snapshot(params) == before
+        results.append(snapshot(means))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(

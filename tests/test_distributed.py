@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, bits, small_net
-from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, close, loss_of, pair_of, two_calls, wrapped
+from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, close, joined, loss_of, pair_of, two_calls, wrapped
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -37,12 +37,12 @@ def follows_the_oracle(
     rank, size = dist.get_rank(), dist.get_world_size()
     net, oracle, opt = pair_of(m, **(sam or {}))
     data = [batches(size) for _ in range(5)]
-    if wrap == "plain" and rank > 0:
+    if wrap != "ddp" and rank > 0:
         with torch.no_grad():  # to be replaced by those of rank 0
             for p in net.parameters():
                 p.mul_(2)
     model = wrapped(net, wrap, **WRAP_OPTIONS[wrap_option])
-    data_parallel(model, opt, m_sharpness=m, check_replicas_every=2, bucket_cap_mb=0.0005)
+    joined(model, opt, wrap, m_sharpness=m, check_replicas_every=2, bucket_cap_mb=0.0005)
     seen: list[Tensor] = []
 
     def backward(batch: Batch) -> Tensor:
@@ -82,9 +82,9 @@ def test_options_of_the_ddp(option: str, form: str, pair: Ranks) -> None:
 
 
 @pytest.mark.parametrize("option", SAM_OPTIONS)
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_options_of_sam(option: str, m: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "plain", m, sam=SAM_OPTIONS[option])
+@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
+def test_options_of_sam(wrap: str, option: str, m: str, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, wrap, m, sam=SAM_OPTIONS[option])
 
 
 @pytest.mark.parametrize("form", ["closure", "two calls"])
@@ -176,7 +176,7 @@ def updates_statistics(wrap: str) -> None:
     net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, momentum=0.37), nn.Tanh(), nn.Linear(6, 3)).double()
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap)
-    data_parallel(model, opt, check_replicas_every=1)
+    joined(model, opt, wrap, check_replicas_every=1)
     first_pass_only(net, opt)
 
     def closure(x: Tensor) -> Tensor:

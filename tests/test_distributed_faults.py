@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, bits, closure_for, small_net, snapshot
-from rank_oracle import WRAPS, Oracle, close, loss_of, wrapped
+from rank_oracle import WRAPS, Oracle, close, joined, loss_of, wrapped
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -35,7 +35,7 @@ def overflows(wrap: str, m: str, base: str, failing_pass: int, p: float) -> None
     kind, options = {"sgd": (SGD, HYPER), "adamw": (AdamW, {"lr": 0.013, "fused": True})}[base]
     opt = FusedSAM(net.parameters(), kind, rho=RHO, p=p, **options)
     model = wrapped(net, wrap)
-    data_parallel(model, opt, m_sharpness=m, check_replicas_every=1)
+    joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1)
     scaler = GradScaler("cpu", init_scale=2.0**8)
     scales = []
     for step in range(4):
@@ -67,12 +67,12 @@ def test_an_overflow_where_ranks_share_an_e_or_take_no_norm(pair: Ranks) -> None
     pair.run(overflows, "plain", "rank", "sgd", 2, math.inf)
 
 
-def scales_where_there_is_nothing(m: str) -> None:
+def scales_where_there_is_nothing(wrap: str, m: str) -> None:
     """Under a scaler rank 0 has no gradient in pass 2 and nothing to look at; in the second step the mean overflows."""
     rank = dist.get_rank()
     net = small_net(torch.float32)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
-    data_parallel(net, opt, m_sharpness=m, check_replicas_every=1)
+    joined(net, opt, wrap, m_sharpness=m, check_replicas_every=1)
     scaler = GradScaler("cpu", init_scale=4.0)
     for step in range(2):
         before = snapshot(net.parameters())
@@ -89,8 +89,9 @@ def scales_where_there_is_nothing(m: str) -> None:
         scaler = GradScaler("cpu", init_scale=4.0)
 
 
-def test_a_rank_without_a_second_gradient_under_a_scaler(pair: Ranks) -> None:
-    pair.run(scales_where_there_is_nothing, "rank")
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+def test_a_rank_without_a_second_gradient_under_a_scaler(wrap: str, pair: Ranks) -> None:
+    pair.run(scales_where_there_is_nothing, wrap, "rank")
 
 
 def is_not_finite(wrap: str, failing_pass: int) -> None:
@@ -100,7 +101,7 @@ def is_not_finite(wrap: str, failing_pass: int) -> None:
     oracle = Oracle(net, 1, rho=RHO, **HYPER)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap)
-    data_parallel(model, opt, check_replicas_every=1)
+    joined(model, opt, wrap, check_replicas_every=1)
     calls = [0]
 
     def backward(net: nn.Module, owner: int, batch: Any, number: int) -> Tensor:
@@ -142,7 +143,7 @@ def raises_everywhere(wrap: str, m: str, moment: str) -> None:
     oracle = Oracle(net, size if m == "world" else 1, rho=RHO, **HYPER)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap)
-    data_parallel(model, opt, m_sharpness=m, check_replicas_every=1, bucket_cap_mb=1e-4)
+    joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1, bucket_cap_mb=1e-4)
     seen = 0
 
     def failing(grad: Tensor) -> Tensor:
@@ -176,10 +177,10 @@ def raises_everywhere(wrap: str, m: str, moment: str) -> None:
             close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {step}")
 
 
-@pytest.mark.parametrize("m", ["rank", "world"])
+@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
 @pytest.mark.parametrize("moment", ["after backward", "in backward"])
-def test_an_exception_on_all_ranks(m: str, moment: str, pair: Ranks) -> None:
-    pair.run(raises_everywhere, "plain", m, moment)
+def test_an_exception_on_all_ranks(wrap: str, m: str, moment: str, pair: Ranks) -> None:
+    pair.run(raises_everywhere, wrap, m, moment)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, bits, closure_for, small_net
-from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, Oracle, close, loss_of, pair_of, two_calls, wrapped
+from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, Oracle, close, joined, loss_of, pair_of, two_calls, wrapped
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +25,7 @@ def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") ->
     rank, size, k = dist.get_rank(), dist.get_world_size(), 3
     net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap, **WRAP_OPTIONS[wrap_option])
-    handle = data_parallel(model, opt, m_sharpness=m, check_replicas_every=1)
+    handle = joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1)
 
     def backwards(micro: Sequence[Batch]) -> None:
         for i, batch in enumerate(micro):
@@ -43,7 +43,9 @@ def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") ->
 @pytest.mark.parametrize(
     ("wrap", "silent"),
     # What a DistributedDataParallel has not averaged, nobody does.
-    [(w, s) for w in WRAPS for s in ("none", "all but the last")] + [("plain", "all"), ("plain", "all but the first")],
+    [("ddp", "none"), ("ddp", "all but the last")]
+    + [("plain", s) for s in ("none", "all", "all but the last", "all but the first")]
+    + [("sharded", s) for s in ("all", "all but the last")],
 )
 @pytest.mark.parametrize("m", ["rank", "world"])
 def test_accumulation(wrap: str, m: str, silent: str, pair: Ranks) -> None:
@@ -58,7 +60,7 @@ def steps_with_micro_batches(wrap: str, m: Any) -> None:
     rank, size, k = dist.get_rank(), dist.get_world_size(), 3
     net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap)
-    data_parallel(model, opt, m_sharpness=m, check_replicas_every=1)
+    joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1)
 
     def backward(batch: Batch) -> Tensor:
         loss = loss_of(model, batch)
@@ -96,7 +98,7 @@ def misses_gradients(wrap: str, m: str) -> None:
     oracle = Oracle(net, size if m == "world" else 1, rho=RHO, **HYPER)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap, find_unused_parameters=True) if wrap == "ddp" else net
-    data_parallel(model, opt, m_sharpness=m, check_replicas_every=1, bucket_cap_mb=1e-5)
+    joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1, bucket_cap_mb=1e-5)
     third = copy.deepcopy(list(net.third.parameters()))
 
     def backward(net: nn.Module, x: Tensor, both: bool) -> Tensor:
@@ -120,11 +122,11 @@ def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str, pair: Ranks) -
     pair.run(misses_gradients, wrap, m)
 
 
-def has_nothing_to_learn_from(m: str) -> None:
+def has_nothing_to_learn_from(wrap: str, m: str) -> None:
     """The backward of rank 0 makes no gradient at all, in one pass or both."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net, oracle, opt = pair_of(m)
-    data_parallel(net, opt, m_sharpness=m, check_replicas_every=1)
+    joined(net, opt, wrap, m_sharpness=m, check_replicas_every=1)
     for _ in range(3):
         shards = batches(size)
         oracle.step([[], *([shard] for shard in shards[1:])])
@@ -137,12 +139,12 @@ def has_nothing_to_learn_from(m: str) -> None:
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
 
 
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_a_rank_without_examples(m: str, pair: Ranks) -> None:
-    pair.run(has_nothing_to_learn_from, m)
+@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
+def test_a_rank_without_examples(wrap: str, m: str, pair: Ranks) -> None:
+    pair.run(has_nothing_to_learn_from, wrap, m)
 
 
-def trains_in_two_worlds() -> bytes:
+def trains_in_two_worlds(wrap: str) -> bytes:
     """Ranks 0, 1 and 2, 3 train apart from each other; the latter share an e."""
     rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -150,7 +152,7 @@ def trains_in_two_worlds() -> bytes:
     net = small_net()
     oracle = Oracle(net, 1 if rank < 2 else 2, rho=RHO, **HYPER)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
-    data_parallel(net, opt, process_group=mine, m_sharpness=1 if rank < 2 else 2, check_replicas_every=1)
+    joined(net, opt, wrap, process_group=mine, m_sharpness=1 if rank < 2 else 2, check_replicas_every=1)
     for _ in range(3):
         shards = batches(4)
         first = rank // 2 * 2
@@ -160,8 +162,9 @@ def trains_in_two_worlds() -> bytes:
     return bits(net[0].weight)
 
 
-def test_a_process_group(four: Ranks) -> None:
-    a, b, c, d = four.run(trains_in_two_worlds)
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+def test_a_process_group(wrap: str, four: Ranks) -> None:
+    a, b, c, d = four.run(trains_in_two_worlds, wrap)
     assert a == b
     assert c == d
     assert a != c
@@ -177,7 +180,7 @@ def grows_and_thaws(wrap: str) -> None:
     if rank:
         nn.init.zeros_(head.weight)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
-    data_parallel(net, opt, check_replicas_every=1)
+    joined(net, opt, wrap, check_replicas_every=1)
     opt.add_param_group({"params": head.parameters()})
     for step in range(4):
         for owner in (model, oracle.net):
@@ -188,8 +191,9 @@ def grows_and_thaws(wrap: str) -> None:
         close(list(model.parameters()), list(oracle.net.parameters()), f"w after step {step}")
 
 
-def test_parameters_that_come_and_freeze(pair: Ranks) -> None:
-    pair.run(grows_and_thaws, "plain")
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+def test_parameters_that_come_and_freeze(wrap: str, pair: Ranks) -> None:
+    pair.run(grows_and_thaws, wrap)
 
 
 class Checkpointed(nn.Module):

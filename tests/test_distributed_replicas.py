@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, bits, buffers, small_net
+from rank_oracle import WRAP_OPTIONS, WRAPS, joined, wrapped
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,8 +30,8 @@ def trains(wrap: str, m: Any, dtype: torch.dtype) -> list[bytes]:
     # One tensor is so large that its w is kept in its gradient, the others are of odd sizes.
     net = nn.Sequential(nn.Linear(61, 541), nn.Tanh(), nn.Linear(541, 3)).to(dtype)
     opt = FusedSAM(net.parameters(), rho=RHO, **(HYPER | {"lr": 0.03}))
-    model = net if wrap == "plain" else DistributedDataParallel(net, gradient_as_bucket_view=True)
-    data_parallel(model, opt, m_sharpness=m)
+    model = wrapped(net, wrap, **WRAP_OPTIONS["bucket views" if wrap == "ddp" else "default"])
+    handle = joined(model, opt, wrap, m_sharpness=m)
     start = bits(net[0].weight)
     torch.manual_seed(dist.get_rank())
     for _ in range(STEPS):
@@ -44,18 +45,21 @@ def trains(wrap: str, m: Any, dtype: torch.dtype) -> list[bytes]:
         opt.step(closure)
     assert all(p.isfinite().all() for p in net.parameters())
     assert bits(net[0].weight) != start
+    if wrap == "sharded":
+        handle.remove()
     return [bits(x) for x in [*net.parameters(), *buffers(opt)]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("ddp", "rank")])
+@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("ddp", "rank"), ("sharded", "rank")])
 def test_two_replicas_keep_the_same_bits(wrap: str, m: str, dtype: torch.dtype, pair: Ranks) -> None:
     a, b = pair.run(trains, wrap, m, dtype)
     assert a == b
 
 
-def test_four_replicas_keep_the_same_bits(four: Ranks) -> None:
-    a, *others = four.run(trains, "plain", 2, torch.bfloat16)
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+def test_four_replicas_keep_the_same_bits(wrap: str, four: Ranks) -> None:
+    a, *others = four.run(trains, wrap, 2, torch.bfloat16)
     assert others == [a] * 3
 
 
@@ -264,8 +268,8 @@ def leaves_nothing_behind(wrap: str) -> list[bool]:
     def train() -> list[Any]:
         net = small_net()
         opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
-        model = net if wrap == "plain" else DistributedDataParallel(net)
-        handle = data_parallel(model, opt, check_replicas_every=1)
+        model = wrapped(net, wrap)
+        handle = joined(model, opt, wrap, check_replicas_every=1)
         x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
         def closure() -> Tensor:
@@ -281,7 +285,7 @@ def leaves_nothing_behind(wrap: str) -> list[bool]:
     return [reference() is None for reference in references]
 
 
-@pytest.mark.parametrize("wrap", ["plain", "ddp"])
+@pytest.mark.parametrize("wrap", WRAPS)
 def test_models_and_optimizers_are_collected(wrap: str, pair: Ranks) -> None:
     assert pair.run(leaves_nothing_behind, wrap) == [[True] * 4] * 2
 

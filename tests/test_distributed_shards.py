@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -85,6 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
     "own adam": {"base": "own adam"},
     "clipped": {"max_grad_norm": 0.01},
     "two calls": {"form": "two calls"},
+    "micro-batches": {"form": "micro-batches"},
 }
 
 
@@ -117,9 +119,12 @@ def follows_the_oracle(how: str, form: str = "closure", base: str = "sgd", **opt
             return loss
 
         oracle.backward = lambda x: loss_of(oracle.net, x)
-        oracle.step([[x] for x in xs])
+        others = [torch.randn(4, 5, dtype=torch.float64) for _ in range(groups if form == "micro-batches" else 0)]
+        oracle.step([[x] for x in (*xs, *others)])
         x = example_of(how, xs)
-        if form == "closure":
+        if form == "micro-batches":
+            opt.step([lambda x=x: loss_of(model, x) for x in (x, example_of(how, others))])
+        elif form == "closure":
             opt.step(lambda x=x: loss_of(model, x))
         else:
             loss_of(model, x)
@@ -142,9 +147,33 @@ def test_four_ranks_follow_one_process(how: str, case: str, four: Ranks) -> None
     four.run(follows_the_oracle, how, **CASES[case])
 
 
-@pytest.mark.parametrize("case", ["sam", "p=1", "p=3", "clipped"])
+@pytest.mark.parametrize("case", ["sam", "p=1", "p=3", "clipped", "micro-batches"])
 def test_tensor_parallel_parameters_follow_one_process(case: str, pair: Ranks) -> None:
     pair.run(follows_the_oracle, "tp", **CASES[case])
+
+
+def follows_the_momentum(base: str) -> None:
+    """MSAM: the norm is over all shards, of which a rank's update sees its own."""
+    kind, base_options = BASES[base]
+    exact, size = network(), dist.get_world_size()
+    reference = ReferenceSAM(exact.parameters(), rho=0.3, base=base, **base_options)
+    model = sharded(copy.deepcopy(exact), "fsdp")
+    opt = FusedSAM(model.parameters(), kind, rho=0.3, direction="momentum", **base_options)
+    for step in range(4):
+        xs = [torch.randn(4, 5, dtype=torch.float64) for _ in range(size)]
+        reference.first_step_along_momentum()
+        exact.zero_grad()
+        for x in xs:
+            ((exact(x) - x[:, :3]).square().mean() / size).backward()
+        reference.second_step()
+        x = xs[dist.get_rank()]
+        opt.step(lambda x=x: (model(x) - x[:, :3]).square().mean().backward())
+        close(whole(model.parameters()), list(exact.parameters()), f"w after step {step}")
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_along_the_momentum_of_all_shards(base: str, pair: Ranks) -> None:
+    pair.run(follows_the_momentum, base)
 
 
 def sums_what_is_partial(p: float) -> None:

@@ -264,3 +264,56 @@ def test_what_cannot_work_is_refused(backend: str, device: str) -> None:
     with pytest.raises(ValueError, match=r"Invalid list of 2 closures with reuse=0\.3"):
         opt.step([quadratic(params), quadratic(params)])
     opt.step([quadratic(params)])
+
+
+def test_an_expanded_gradient_is_used_like_any_other(backend: str, device: str) -> None:
+    params = leaves(9, 67, device=device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    opts = [FusedSAM(x, rho=RHO, interval=2, reuse=ALPHA, backend=backend, **HYPER) for x in (params, twins)]
+    for _ in range(4):
+        while True:
+            for p, q in zip(params, twins, strict=True):
+                p.grad = torch.randn(1).to(device).expand(p.shape)
+                q.grad = p.grad.clone(memory_format=torch.contiguous_format)
+            if not opts[0].perturb_next:
+                break
+            for opt in opts:
+                opt.first_step()
+        for opt in opts:
+            opt.step()
+        assert_same_bits(params, twins)
+        assert_same_bits([p.grad for p in params], [q.grad for q in twins], "gradient")
+
+
+FREED = torch.randn(67)
+FREED.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        torch.randn(66),
+        torch.randn(67).double(),
+        torch.randn(67).to_sparse(),
+        FREED,
+        0.5,
+        torch.empty(67, device="meta"),
+    ],
+    ids=["short", "float64", "sparse", "freed", "number", "meta"],
+)
+@pytest.mark.parametrize("perturbed", [True, False])
+def test_a_part_that_was_edited_is_refused_by_name(edited: Any, perturbed: bool, backend: str, device: str) -> None:
+    """A freed one ended the process: nobody looked at what was mixed with the new part."""
+    params = leaves(9, 67, device=device)
+    names = [("absent", params[0]), ("culprit", params[1])]
+    opt = FusedSAM(names, rho=RHO, interval=2, reuse=ALPHA, backend=backend, **HYPER)
+    for _ in range(2 if perturbed else 1):
+        opt.step(quadratic(params[1:]))
+    assert opt.perturb_next == perturbed
+    w, momentum = snapshot(params), snapshot([opt.state[params[1]]["momentum_buffer"]])
+    opt.state[params[1]][KEY] = edited
+    with pytest.raises((ValueError, TypeError), match="culprit"):
+        opt.step(quadratic(params[1:]))
+    assert snapshot(params) == w
+    assert snapshot([opt.state[params[1]]["momentum_buffer"]]) == momentum
+    assert not opt.perturbed

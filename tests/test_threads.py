@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,12 +36,35 @@ from helpers import (
     sgd_groups,
     snapshot,
 )
+from modes import MODES, dtype_of, optimizer_of
 
 from fused_sam import FusedSAM, backends, ops
+from fused_sam.ops import AscentGroup
 
 ISAS = ["avx512", "avx2", "portable"]
 SIZES = [*FEW_SIZES, 7, 33, 3 * BLOCK + 77]
 needs_native = pytest.mark.skipif(backends.available().get("native") != "ok", reason="the native backend is not built")
+
+
+def master_step(x: Lists, base: str, wide: bool, backend: str) -> list[list[torch.Tensor]]:
+    """What a step on fp32 masters writes: w + e and w again, then all that an update does."""
+    masters = [p.float() + 1e-6 for p in x.params]
+    grads = [g.float() / 3 for g in x.grads] if wide else x.grads
+    states = [[m.float().abs() for m in x.momentum] for _ in range(3)]
+    journal: ops.Journal = []
+    groups = ascent_groups(len(SIZES), adaptive=True)
+    ascent = ops.Ascent(x.params, grads, groups, backend, 1.5 if wide else 2.0, masters)
+    ascent.perturb(ascent.norm(), journal)
+    seen = [[p.clone() for p in x.params]]
+    ops.undo(journal)
+    seen.append([p.clone() for p in x.params])
+    if base == "sgd":
+        config = sgd_groups(len(SIZES), **SGD_CONFIGS["nesterov-decay"])
+        ops.sgd_update(x.params, grads, None, states[0], config, backend=backend, masters=masters)
+    else:
+        steps, config_ = [torch.tensor(6.0) for _ in SIZES], adam_groups(len(SIZES), **ADAM_CONFIGS["all-decoupled"])
+        ops.adam_update(x.params, grads, None, *states, steps, config_, backend=backend, masters=masters)
+    return [*seen, x.params, masters, *states]
 
 
 def digests(threads: int, backend: str = "native") -> dict[str, str]:
@@ -71,18 +97,25 @@ def digests(threads: int, backend: str = "native") -> dict[str, str]:
                 x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
                 ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
                 add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
+        x, groups = fresh(), [sgd_groups(len(SIZES), **SGD_CONFIGS["momentum-decay"])[0]._replace(measured=True)]
+        measured: Any = ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, backend=backend)
+        add(f"sgd_update {dtype} measured", x.params, x.momentum, [measured])
+        for weight, first in ((1 / 3, False), (0.5, False), (0.25, True)):
+            x = fresh()
+            ops.restore_accumulate(x.params, x.grads, [ops.MeanGroup(len(SIZES), weight, first)], backend=backend)
+            add(f"restore_accumulate {dtype} {weight}", x.params)
+        for p in (1.0, 1.5, 2.0, math.inf):
+            x, groups = fresh(), [AscentGroup(len(SIZES), RHO, True, 0.03, 0.37)]
+            norm = ops.norm(x.params, x.grads, groups, backend, p)
+            ops.perturb(x.params, x.grads, x.backups, norm, groups, backend, p=p)
+            add(f"perturb {dtype} p={p} eta decay", x.params, x.backups, [] if norm is None else [norm])
         if dtype in SIXTEEN_BIT:
-            x, masters = fresh(), [p.float() + 1e-6 for p in fresh().params]
-            buffers = [m.float() for m in x.momentum]
-            journal: ops.Journal = []
-            ascent = ops.Ascent(x.params, x.grads, ascent_groups(len(SIZES), adaptive=True), backend, masters=masters)
-            ascent.perturb(ascent.norm(), journal)
-            add(f"perturb {dtype} masters", x.params)
-            ops.undo(journal)
-            add(f"restore {dtype} masters", x.params)
-            groups = sgd_groups(len(SIZES), **SGD_CONFIGS["nesterov-decay"])
-            ops.sgd_update(x.params, x.grads, None, buffers, groups, backend=backend, masters=masters)
-            add(f"sgd_update {dtype} masters", x.params, masters, buffers)
+            for base, wide in itertools.product(("sgd", "adam"), (False, True)):
+                add(f"{base} {dtype} masters, fp32 gradients: {wide}", *master_step(fresh(), base, wide, backend))
+            x = fresh()
+            grads, groups = [g.float() / 3 for g in x.grads], sgd_groups(len(SIZES), **SGD_CONFIGS["nesterov-decay"])
+            ops.sgd_update(x.params, grads, x.backups, x.momentum, groups, torch.tensor(3.0), backend=backend)
+            add(f"sgd_update {dtype} fp32 gradients", x.params, x.momentum, grads)
         for name in ("all", "decoupled"):
             y = AdamLists(SIZES, dtype, "cpu")
             y.states[1][-1][5] = y.states[2][-1][40] = float("nan")
@@ -142,19 +175,30 @@ def test_norm_is_the_same_for_any_thread_count(backend: str, device: str) -> Non
     assert len(found) == 1
 
 
-def test_run_to_run_and_across_thread_counts_a_trajectory_keeps_its_bits(backend: str, device: str) -> None:
-    start = [torch.randn(n, device=device) for n in SIZES]
-    stream = gradient_stream([p.shape for p in start], 3, torch.float32)
+@pytest.mark.parametrize("base", ["SGD", "Adam"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "second order"])  # whose norm torch takes
+def test_run_to_run_and_across_thread_counts_a_trajectory_keeps_its_bits(
+    mode: str, base: str, backend: str, device: str
+) -> None:
+    # In fp64, where no rounding hides the order of a sum.
+    dtype = dtype_of(mode, torch.float32 if mode == "plain" else torch.float64)
+    start = [torch.randn(n).to(device, dtype) for n in SIZES]
+    stream = gradient_stream([p.shape for p in start], 3 * MODES[mode].get("ascent_steps", 1), dtype)
     results = []
-    for threads in (1, 2, 2, 2):
+    for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         params = [p.clone() for p in start]
-        opt = FusedSAM(params, rho=RHO, backend=backend, **SGD_CONFIGS["nesterov-decay"])
-        for first, second in stream:
-            set_grads(params, first)
-            opt.first_step(zero_grad=True)
-            set_grads(params, second)
+        opt = optimizer_of(params, mode, base, backend)
+        gradients = (x for pair in stream for x in pair)
+        for _ in range(3):
+            while True:
+                set_grads(params, next(gradients))
+                if not opt.perturb_next:
+                    break
+                opt.first_step(zero_grad=True)
             opt.step()
+        if opt.reuse is None:
+            opt.step([functools.partial(set_grads, params, stream[i][0]) for i in (2, 0)])  # two batches
         results.append(snapshot(params))
     assert all(r == results[0] for r in results)
 

@@ -45,13 +45,16 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 
 SUITES = {
     "ops": ("test_ops.py test_ops_update.py", "not thousand"),
+    "means": ("test_ops_means.py test_microbatch.py", "test_ops_means or bits or reference and 3 or None"),
+    "measured": ("test_kept_norm.py", "not trajectory or trajectory and float32 and SGD"),
     "adam": (
         "test_ops_adam.py test_adam.py",
         "ops_adam and (not closed_form or float32 or all) or strided or network and all or own_step or leaves_no_trace "
         "or malformed and exp_avg_sq or 16_bit or tensor",
     ),
     "operands": (
-        "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py",
+        "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py "
+        "test_triton_chunks.py",
         "",
     ),
     "p-norms": (
@@ -204,12 +207,14 @@ def test_what_was_moved_comes_back_if_a_launch_is_interrupted(
 
 F32, F64, BF16, F16 = "fp32", "fp64", "bf16", "fp16"
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (BF16, F32), (F32, BF16)]
-PER_CHUNK = ["norm_partials", "perturb", "restore", "sgd_update", "adam_update"]
+PER_CHUNK = ["norm_partials", "perturb", "restore", "restore_accumulate", "sgd_update", "adam_update"]
 BY_POWERS = ["peak_partials", "power_partials", "perturb_by_powers"]
 KERNELS = [*PER_CHUNK, *BY_POWERS, "norm_total", "peak_total", "power_total"]
 
 
-def assembly(name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], amp: bool = False) -> dict[str, Any]:
+def assembly(
+    name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], amp: bool = False, measured: bool = False
+) -> dict[str, Any]:
     """What a kernel compiles to for a target that need not be here: {"ttgir": ..., "ptx": ...}."""
     import triton
     import triton.language as tl
@@ -223,11 +228,13 @@ def assembly(name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], a
     constants = {"P": param, "G": grad, "C": tl.float64 if param == tl.float64 else tl.float32}
     kernel = getattr(kernels, name)
     total = name.endswith("_total")
-    constants |= {"CHUNK": kernels.CHUNK, "PEAK": False, **kernels.tiles_of(kernel)}
+    constants |= {"CHUNK": kernels.CHUNK, "PEAK": False, "NORM_TILE": kernels.TILES["TILE"], **kernels.tiles_of(kernel)}
     if total:
         constants["TILE"] = kernels.PEAK_TOTAL_TILE if name == "peak_total" else kernels.TOTAL_TILE
     if not amp:
         constants |= {"grad_scale": None, "found_inf": None}
+    if name.endswith("_update") and not measured:
+        constants |= {"places": None, "partials": None}
     kinds_of = {"first": "i32", "last": "i32", "count": "i32", "norm": "*fp64", "partials": "*fp64", "out": "*fp64"}
     kinds_of |= {"grad_scale": "*fp32", "found_inf": "*fp32", "peak": "*fp64"}
     constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
@@ -258,7 +265,13 @@ def vectors(ptx: str, op: str) -> int:
 @every_target
 @pytest.mark.parametrize(
     ("name", "operands", "written"),
-    [("perturb", 2, 2), ("sgd_update", 3, 2), ("adam_update", 5, 4), ("perturb_by_powers", 2, 2)],
+    [
+        ("perturb", 2, 2),
+        ("restore_accumulate", 2, 1),
+        ("sgd_update", 3, 2),
+        ("adam_update", 5, 4),
+        ("perturb_by_powers", 2, 2),
+    ],
 )
 def test_memory_is_read_and_written_in_vectors(
     name: str, operands: int, written: int, dtypes: tuple[str, str], arch: int
@@ -300,6 +313,27 @@ def test_the_update_computes_nothing_in_fp64(dtypes: tuple[str, str], amp: bool,
     assert ".ftz" not in ptx
 
 
+@needs_triton
+@compiled
+@every_target
+@pytest.mark.parametrize("name", ["sgd_update", "adam_update"])
+def test_a_measured_update_reads_the_momentum_once_more_in_vectors(
+    name: str, dtypes: tuple[str, str], arch: int
+) -> None:
+    """Behind a barrier: threads read what others have written. Its squares are added in fp64."""
+    from fused_sam.backends.triton import kernels
+
+    plain = ptx_of(name, dtypes, arch)
+    ptx = assembly(name, dtypes, ("cuda", arch, 32), measured=True)["ptx"]
+    per_thread = kernels.TILES["TILE"] // (32 * kernels.OPTIONS["num_warps"])
+    size = {F32: 4, F64: 8, BF16: 2, F16: 2}[dtypes[0]]
+    assert vectors(ptx, "ld") == vectors(plain, "ld") + size * per_thread // 16
+    assert vectors(ptx, "st") == vectors(plain, "st")
+    assert "bar.sync" in ptx
+    assert "fma.rn.f64" in ptx
+    assert ".local" not in ptx
+
+
 def loops(ptx: str) -> list[str]:
     """The code between each label and the branch back to it."""
     labels = {m[1]: m.start() for m in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
@@ -326,7 +360,9 @@ def test_elements_of_adam_are_computed_in_fp32(dtypes: tuple[str, str], amp: boo
 
 @needs_triton
 @compiled
-@pytest.mark.parametrize("name", ["perturb", "sgd_update", "restore", "adam_update", "perturb_by_powers"])
+@pytest.mark.parametrize(
+    "name", ["perturb", "sgd_update", "restore", "restore_accumulate", "adam_update", "perturb_by_powers"]
+)
 @pytest.mark.parametrize("dtypes", PAIRS[:4], ids="-".join)
 def test_a_thread_writes_the_elements_that_it_has_read(name: str, dtypes: tuple[str, str]) -> None:
     """In the swap the backup is written where the gradient was read; another thread might not have read it yet."""
@@ -343,10 +379,20 @@ def test_a_thread_writes_the_elements_that_it_has_read(name: str, dtypes: tuple[
 )
 def test_it_compiles_for_amd(name: str, dtypes: tuple[str, str], arch: str) -> None:
     code = assembly(name, dtypes, ("hip", arch, 64 if arch.startswith("gfx9") else 32), amp=True)["amdgcn"]
-    if name in ("perturb", "restore", "sgd_update", "adam_update", "perturb_by_powers"):
+    if name in ("perturb", "restore", "restore_accumulate", "sgd_update", "adam_update", "perturb_by_powers"):
         # Half a tile of bf16 is 8 bytes for each of 256 threads.
         narrow = "x2" if name in ("adam_update", "perturb_by_powers") and arch == "gfx942" and BF16 in dtypes else "x4"
         assert re.search(rf"store_(dword{narrow}|b128)", code)
+    assert re.search(r"scratch_(load|store)", code) is None
+
+
+@needs_triton
+@compiled
+@pytest.mark.parametrize("name", ["sgd_update", "adam_update"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_measured_updates_compile_for_amd(name: str, arch: str) -> None:
+    warp = 64 if arch.startswith("gfx9") else 32
+    code = assembly(name, PAIRS[0], ("hip", arch, warp), amp=True, measured=True)["amdgcn"]
     assert re.search(r"scratch_(load|store)", code) is None
 
 
@@ -417,6 +463,21 @@ adam.param_groups[1]["params"] = params[-1:]
 step(sgd)
 step(adam)
 print(before, variants())
+
+def closure():
+    for p in params:
+        p.grad = torch.randn_like(p)
+
+options.pop("adaptive")
+for msam in (FusedSAM(params, momentum=0.9, direction="momentum", **options),
+             FusedSAM(params, torch.optim.AdamW, direction="momentum", **options)):
+    msam.step(closure)
+    launches.clear()
+    msam.step(closure)
+    print(*launches)
+launches.clear()
+sgd.step([closure] * 3)
+print(*launches)
 """
 
 
@@ -426,13 +487,17 @@ def test_few_launches_and_nothing_compiled_anew() -> None:
     """Whatever changes: lr, rho, p, step, flags, sizes, how many tensors, the addresses and alignment of gradients."""
     done = subprocess.run([sys.executable, "-c", COUNTING], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    *steps, variants = done.stdout.splitlines()
+    *steps, variants, msam, msam_adam, micro_batches = done.stdout.splitlines()
     assert len(steps) == 18
     assert set(steps) == {
         "norm_partials norm_total perturb sgd_update",
         "peak_partials peak_total power_partials power_total perturb_by_powers adam_update",
     }
     assert variants == "10 10"
+    assert msam == "perturb sgd_update norm_total"
+    assert msam_adam == "perturb adam_update norm_total"
+    once = "norm_partials norm_total perturb restore_accumulate"
+    assert micro_batches == f"{once} {once} {once} sgd_update"
 
 
 @needs_triton

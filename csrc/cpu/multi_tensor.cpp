@@ -201,25 +201,71 @@ static void restore_ungraded(const Tensor* tensors, size_t count, int threads) {
   if (!restored.empty()) restore(restored.data(), restored.size(), threads);
 }
 
-void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads) {
+void restore_accumulate(const Tensor* tensors, size_t count, const MeanGroup* groups, int threads) {
+  const Partition partition(tensors, count, [](const Tensor& t) { return has_grad(t) || t.backup != nullptr; });
+  const bool stream = exceeds_cache(partition.bytes());
+  const auto restore_block = block_kernels().restore;
+  const auto accumulate_block = block_kernels().accumulate;
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
+    if (has_grad(t)) {
+      accumulate_block(t, begin, n, groups[t.group], stream);
+    } else {
+      restore_block(t, begin, n, stream);
+    }
+  });
+}
+
+namespace {
+
+// ||m||_2 of what an update leaves of the momentum, from the sums that its blocks leave.
+class MomentumNorm {
+ public:
+  MomentumNorm(double* norm, const Partition& partition)
+      : norm_(norm), squares_(norm == nullptr ? 0 : static_cast<size_t>(partition.blocks()), 0.0) {}
+
+  template <class Group>
+  double* of(const Group& group, int64_t block) {
+    return norm_ != nullptr && group.measured ? &squares_[static_cast<size_t>(block)] : nullptr;
+  }
+  // In the order of two_norm; the zeros of other blocks change no bit.
+  void finish() const {
+    if (norm_ != nullptr) *norm_ = std::sqrt(std::accumulate(squares_.begin(), squares_.end(), 0.0));
+  }
+
+ private:
+  double* norm_;
+  std::vector<double> squares_;
+};
+
+}  // namespace
+
+void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads,
+                double* momentum_norm) {
   restore_ungraded(tensors, count, threads);
   const Partition partition(tensors, count, has_grad);
   const bool stream = exceeds_cache(partition.bytes());
   const auto kernel = block_kernels().sgd_update;
-  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
-    kernel(t, begin, n, SgdScalars{groups[t.group], grad_multiplier}, stream);
+  MomentumNorm norm(momentum_norm, partition);
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
+    const SgdGroup& group = groups[t.group];
+    kernel(t, begin, n, SgdScalars{group, grad_multiplier}, stream, norm.of(group, block));
   });
+  norm.finish();
 }
 
-void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads) {
+void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads,
+                 double* momentum_norm) {
   restore_ungraded(tensors, count, threads);
   const Partition partition(tensors, count, has_grad);
   const bool stream = exceeds_cache(partition.bytes());
   const auto kernel = block_kernels().adam_update;
-  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
+  MomentumNorm norm(momentum_norm, partition);
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
     const AdamGroup& group = groups[t.group];
-    kernel(t, begin, n, AdamTerms{adam_scalars(group, group.lr, t.step), grad_multiplier}, stream);
+    const AdamTerms terms{adam_scalars(group, group.lr, t.step), grad_multiplier};
+    kernel(t, begin, n, terms, stream, norm.of(group, block));
   });
+  norm.finish();
 }
 
 void stream_copy(void* dst, const void* src, int64_t bytes, int threads) {

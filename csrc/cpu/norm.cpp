@@ -1,13 +1,8 @@
 // Sum of squares of one block in fp64.
 #include "block_kernels.h"
-#include "simd.h"
+#include "square_sum.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
-
-// Element i of a block is added to lane i % kLanes, whatever the vector width, and the lanes are added pairwise:
-// every instruction set performs the same additions in the same order.
-constexpr int kLanes = 32;
-constexpr int kVectors = kLanes / VecD::width;
 
 // x of one vector of elements. With `kWeighted` it depends on w, which is not read otherwise.
 struct Scaling {
@@ -32,17 +27,13 @@ struct Scaling {
 
 template <class T, class G, bool kWeighted>
 static double sum_of_squares(const G* g, const T* w, int64_t count, const AscentGroup& group) {
+  constexpr int kLanes = SquareSum::kLanes;
   const Scaling scaling(group);
-  VecD sum[kVectors];
-  for (VecD& s : sum) s = VecD::set(0.0);
+  SquareSum sum;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    for (int k = 0; k < kVectors; ++k) {
-      const VecD x = scaling.template operator()<kWeighted>(w + i + k * VecD::width, g + i + k * VecD::width);
-      sum[k] = fma(x, x, sum[k]);
-    }
+    sum.add([&](int k) { return scaling.template operator()<kWeighted>(w + i + k, g + i + k); });
   }
-  alignas(64) double lanes[kLanes];
   if (i < count) {
     G g_tail[kLanes] = {};
     T w_tail[kLanes] = {};
@@ -50,16 +41,9 @@ static double sum_of_squares(const G* g, const T* w, int64_t count, const Ascent
       g_tail[k] = g[i + k];
       if (kWeighted) w_tail[k] = w[i + k];
     }
-    for (int k = 0; k < kVectors; ++k) {
-      const VecD x = scaling.template operator()<kWeighted>(w_tail + k * VecD::width, g_tail + k * VecD::width);
-      sum[k] = fma(x, x, sum[k]);
-    }
+    sum.add([&](int k) { return scaling.template operator()<kWeighted>(w_tail + k, g_tail + k); });
   }
-  for (int k = 0; k < kVectors; ++k) sum[k].store(lanes + k * VecD::width);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  }
-  return lanes[0];
+  return sum.total();
 }
 
 template <class T, class G>

@@ -43,6 +43,15 @@ void power_perturb(const Target&, const Slice<AscentTerms>&, int, const PerturbT
 void perturb(const Target&, const Slice<AscentTerms>&, int, const PerturbTerms&) {
   refuse();
 }
+void accumulate(const Target&, const Slice<MeanTerms>&, int, const MeanUnits&) {
+  refuse();
+}
+void measured_sgd_update(const Target&, const Slice<SgdTerms>&, int, const MeasuredTerms&) {
+  refuse();
+}
+void measured_adam_update(const Target&, const Slice<AdamTerms>&, int, const MeasuredTerms&) {
+  refuse();
+}
 void sgd_update(const Target&, const Slice<SgdTerms>&, int, const UpdateTerms&) {
   refuse();
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "unit_kernels.h"
+#include "unit_mean.h"
 
 namespace fused_sam::cuda {
 
@@ -44,6 +45,14 @@ struct UpdateTerms {
   FUSED_SAM_HD float multiplier() const { return grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale; }
   FUSED_SAM_HD bool skip() const { return found_inf != nullptr && *found_inf != 0.0f; }
 };
+
+// Of an update that also measures the momentum of all its tensors.
+struct MeasuredTerms {
+  UpdateTerms update;
+  NormTerms norm;
+};
+// All that `restore_accumulate` is told is in the groups.
+struct MeanUnits {};
 
 // Lanes of a full tree: lane k takes in lane k + half, for every half. Shuffles on the device do the same additions.
 inline double add_pairwise(double* lanes, int count) {

@@ -263,9 +263,8 @@ void Batch::make_backups(bool owned) {
   };
   char* pool = nullptr;
   if (pool_bytes > 0) {
-    const py::object device = py::str(device_.cuda ? "cuda:" + std::to_string(device_.index) : "cpu");
     pool = static_cast<char*>(
-        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"), py::arg("device") = device)));
+        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"), py::arg("device") = device_name())));
   }
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];

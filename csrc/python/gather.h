@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -32,6 +33,9 @@ class Batch {
         const pybind11::tuple& states, const pybind11::object& masters, int cuda_index);
 
   Device device() const { return device_; }
+
+  // As torch names it.
+  std::string device_name() const { return device_.cuda ? "cuda:" + std::to_string(device_.index) : "cpu"; }
 
   // Indices of the tensors that take part in the op but that the kernels cannot take as they lie in memory.
   const std::vector<Py_ssize_t>& odd() const { return odd_; }
@@ -94,11 +98,13 @@ inline void require_backups(const std::vector<Tensor>& tensors) {
   }
 }
 
-// Throws ValueError unless every tensor with a gradient has a buffer in groups for which momentum_of(group) != 0.
-template <class MomentumOf>
-void require_momentum(const std::vector<Tensor>& tensors, const MomentumOf& momentum_of) {
+// Throws ValueError unless every tensor with a gradient has a buffer in groups that use one.
+template <class GroupOf>
+void require_momentum(const std::vector<Tensor>& tensors, const GroupOf& group_of) {
   for (const Tensor& t : tensors) {
-    if (t.grad != nullptr && t.state[0] == nullptr && momentum_of(static_cast<size_t>(t.group)) != 0.0) {
+    if (t.grad == nullptr || t.state[0] != nullptr) continue;
+    const SgdGroup& group = group_of(static_cast<size_t>(t.group));
+    if (group.momentum != 0.0 || group.measured) {
       throw pybind11::value_error("Invalid momentum_buffers. A group with momentum must have one for every gradient.");
     }
   }

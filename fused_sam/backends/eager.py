@@ -6,15 +6,19 @@ returns are the ops.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fused_sam.memory import overlaps_itself
+
 if TYPE_CHECKING:
-    from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
     from fused_sam.routing import TensorList
 
 # Whether tensors of other layouts than dense ones must be replaced by contiguous stand-ins.
@@ -103,8 +107,7 @@ class Batch:
             zeros = torch.zeros(3, dtype=torch.float64, device=self.params[0].device)
             return zeros if q == math.inf else zeros[0]
         if q == 2:
-            norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for _, x in members]
-            return torch.linalg.vector_norm(torch.stack(norms))
+            return _two_norm([x for _, x in members])
         peaks = torch.stack([x.abs().amax().double() for _, x in members])
         if q == math.inf:
             first = peaks.argmax()  # of NaN and of equal ones the first
@@ -113,7 +116,7 @@ class Batch:
             elements = torch.stack([x.abs().flatten().argmax() for _, x in members])
             return torch.stack([peaks[first], numbers[first], elements[first].double()])
         peak = peaks.amax()
-        powers = torch.stack([((x.abs().double() / peak) ** q).sum() for _, x in members])
+        powers = torch.stack([ordered_sum((x.abs().double() / peak) ** q) for _, x in members])
         usable = torch.isfinite(peak) & (peak > 0)
         return torch.where(usable, peak * powers.sum() ** (1 / q), peak)
 
@@ -159,15 +162,26 @@ class Batch:
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [b for _, b in pairs])
 
+    def restore_accumulate(self, restored: Batch | None, groups: list[MeanGroup], journal: Journal) -> None:
+        """The parameters of this batch are the means; those to restore are ``restored``'s, an ascent's, if any."""
+        members = itertools.groupby(self._members(groups), operator.itemgetter(1))
+        for group, run in members:
+            _accumulate([(self.params[i], self.grads[i]) for i, _ in run], group)
+        if restored is not None:
+            restored.restore()
+        journal.clear()
+
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> None:
+    ) -> Tensor | None:
+        """The norm of the momentum, too, if a group counts in it."""
         self.restore()
         for i, group in self._members(groups):
             buffer = self._state(0, i) if group.momentum != 0 else None
             _sgd_tensor(self.weights[i], self.grads[i], buffer, group, grad_scale, found_inf)
             self._round(i)
         journal.clear()
+        return self._momentum_norm(groups)
 
     def adam_update(
         self,
@@ -176,7 +190,7 @@ class Batch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> None:
+    ) -> Tensor | None:
         """``steps`` done before are read where the groups do not hold the corrections; None if none is."""
         self.restore()
         for i, group in self._members(groups):
@@ -185,6 +199,12 @@ class Batch:
             _adam_tensor(self.weights[i], self.grads[i], *state, step, group, grad_scale, found_inf)
             self._round(i)
         journal.clear()
+        return self._momentum_norm(groups)
+
+    def _momentum_norm(self, groups: list[Any]) -> Tensor | None:
+        """`norm` for q = 2 of the momentum that counts, if any does."""
+        momenta = [self._state(0, i) for i, group in self._members(groups) if group.measured and self.grads[i].numel()]
+        return _two_norm(momenta) if momenta else None
 
     def _round(self, index: int) -> None:
         """The parameter from its master."""
@@ -208,6 +228,24 @@ class Batch:
 batch = Batch
 
 
+def _two_norm(tensors: TensorList) -> Tensor:
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _accumulate(pairs: list[tuple[Tensor, Tensor]], group: MeanGroup) -> None:
+    """mean + weight * (g - mean), or weight * g, for (mean, g) of one group."""
+    alike = [(mean, g) for mean, g in pairs if mean.dtype == g.dtype]
+    if alike and group.first:
+        torch._foreach_copy_([m for m, _ in alike], torch._foreach_mul([g for _, g in alike], group.weight))
+    elif alike:
+        torch._foreach_lerp_([m for m, _ in alike], [g for _, g in alike], group.weight)
+    for mean, g in pairs:
+        if mean.dtype != g.dtype:
+            x = wide(g)
+            mean.copy_(x * group.weight if group.first else wide(mean).lerp(x, group.weight))
+
+
 def _neighbourhood(w: Tensor, group: AscentGroup) -> Tensor:
     """T, by which gradient and displacement are scaled."""
     return w.abs() + group.eta if group.adaptive else torch.ones_like(w)
@@ -229,6 +267,18 @@ def _decayed(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """fp32 for 16-bit tensors, others as they are: a factor in a tensor would be rounded to their 16 bits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum in fp64, of shape [], in an order by index alone: torch deals a long one out to its threads."""
+    x = x.double().flatten()
+    while x.numel() > _ROW:
+        whole = x.numel() // _ROW * _ROW
+        x = torch.cat([x[:whole].view(-1, _ROW).sum(1), x[whole:].sum().reshape(1)])
+    return x.sum()
+
+
+_ROW = 4096  # far fewer than torch adds up with several threads
 
 
 def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,12 +360,13 @@ def _adam_tensor(
 
 
 def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient as the base step takes it, after unscaling it in place."""
+    """The gradient as the base step takes it, after unscaling it in place; an expanded one cannot be written."""
     g = wide(grad)
     if grad_scale is not None:
         # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.
         g = g * grad_scale.double().reciprocal().float()
-        grad.copy_(g)
+        if not overlaps_itself(grad):
+            grad.copy_(g)
     return -g if maximize else g
 
 

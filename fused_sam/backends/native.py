@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_sam import _native
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
     from fused_sam.routing import TensorList
 
 NEEDS_DENSE = True
@@ -102,11 +102,17 @@ class CPUBatch:
     def restore(self) -> None:
         self._batch.restore(len(self.params), torch.get_num_threads())
 
+    def restore_accumulate(self, restored: CPUBatch | None, groups: list[MeanGroup], journal: Journal) -> None:
+        moved, size = _moved(restored)
+        _native.restore_accumulate(self._batch, moved, size, groups, torch.get_num_threads(), journal)
+
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> None:
-        if not self._skips(found_inf, journal):
-            self._batch.sgd_update(groups, _multiplier(grad_scale), torch.get_num_threads(), journal)
+    ) -> Tensor | None:
+        if self._skips(found_inf, journal):
+            return None
+        norm = self._batch.sgd_update(groups, _multiplier(grad_scale), torch.get_num_threads(), journal)
+        return None if norm is None else torch.scalar_tensor(norm, dtype=torch.float64)
 
     def adam_update(
         self,
@@ -115,9 +121,11 @@ class CPUBatch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> None:
-        if not self._skips(found_inf, journal):
-            self._batch.adam_update(groups, steps, _multiplier(grad_scale), torch.get_num_threads(), journal)
+    ) -> Tensor | None:
+        if self._skips(found_inf, journal):
+            return None
+        norm = self._batch.adam_update(groups, steps, _multiplier(grad_scale), torch.get_num_threads(), journal)
+        return None if norm is None else torch.scalar_tensor(norm, dtype=torch.float64)
 
     def _skips(self, found_inf: Tensor | None, journal: Journal) -> bool:
         """Whether there is only to restore, which is done then."""
@@ -131,6 +139,11 @@ class CPUBatch:
 def _multiplier(grad_scale: Tensor | None) -> float:
     """The reciprocal in fp64, rounded once, is what torch.amp.GradScaler multiplies by."""
     return 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
+
+
+def _moved(restored: CPUBatch | None) -> tuple[_native.Batch | None, int]:
+    """The core's view of an ascent, and of how many parameters it is."""
+    return (None, 0) if restored is None else (restored._batch, len(restored.params))
 
 
 def _numbers(norm: Tensor) -> list[float]:
@@ -162,12 +175,18 @@ class CUDABatch(CPUBatch):
         with self._launching() as stream:
             _native.cuda.restore(self._batch, len(self.params), stream)
 
+    def restore_accumulate(self, restored: CPUBatch | None, groups: list[MeanGroup], journal: Journal) -> None:
+        moved, size = _moved(restored)
+        with self._launching() as stream:
+            _native.cuda.restore_accumulate(self._batch, moved, size, groups, stream, journal)
+
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> None:
+    ) -> Tensor | None:
         scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
         with self._launching() as stream:
-            _native.cuda.sgd_update(self._batch, groups, scale, skip, stream, journal)
+            norm = _native.cuda.sgd_update(self._batch, groups, scale, skip, stream, journal)
+        return None if norm is None else norm[0]
 
     def adam_update(
         self,
@@ -176,10 +195,11 @@ class CUDABatch(CPUBatch):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> None:
+    ) -> Tensor | None:
         scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
         with self._launching() as stream:
-            _native.cuda.adam_update(self._batch, groups, steps, scale, skip, stream, journal)
+            norm = _native.cuda.adam_update(self._batch, groups, steps, scale, skip, stream, journal)
+        return None if norm is None else norm[0]
 
     def _launching(self) -> _Launching:
         return _Launching(self.device)

@@ -5,8 +5,12 @@ peers.py          what the optimizer asks of the other ranks
 alone.py          a process that has been told of none
 replicas.py       ranks that have the whole model: averaging, overflow, comparison of the weights
 ddp.py            first passes of a DistributedDataParallel that stay on their rank
+sharded_state.py  replicas of which each updates a part of the weights, and has that part of the state alone
+state_slices.py   state cut into these parts, and put together for a checkpoint
 overlap.py        second gradients averaged during backward, without a DistributedDataParallel
 buckets.py        gradients in flat buckets, one all-reduce each
+slices.py         gradients in flat buckets, one reduce-scatter each
+collectives.py    reduce-scatter and all-gather, by the names they have in this torch
 scopes.py         which ranks share one e
 agreement.py      that all ranks have the same parameters
 shards.py         DTensor parameters: FSDP2, tensor parallelism

@@ -3,76 +3,95 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_sam.routing import is_dense
+from fused_sam.memory import is_dense
 
 ALIGNMENT = 16  # bytes, of every gradient in a bucket: what the widest loads of the kernels want
 
 
-class Bucket:
-    """Gradients of one dtype and device, one behind the other, and a flag for each that says whether there is one.
-
-    The flags make None everywhere stay None, and None on some ranks count as zero. They travel with the gradients, so
-    that they cost no collective, and only a rank that misses a gradient waits to read them.
-    """
+class Flat:
+    """Where tensors of the kinds of some parameters stand in one flat tensor, one behind the other."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
         self.params: list[Tensor] = []
-        self._offsets: list[int] = []
-        self._flags = 0  # where they begin
+        self.offsets: list[int] = []
+        self.used = 0  # elements, with the padding between
 
     @property
     def nbytes(self) -> int:
         """Of the gradients alone."""
-        return self._flags * self.dtype.itemsize
+        return self.used * self.dtype.itemsize
 
     def add(self, param: Tensor) -> None:
-        """Make room for the gradient of one more parameter."""
-        step = max(ALIGNMENT // self.dtype.itemsize, 1)
+        """Make room for one more parameter."""
         self.params.append(param)
-        self._offsets.append(self._flags)
-        self._flags += -(-param.numel() // step) * step
+        self.offsets.append(self.used)
+        self.used += aligned(param.numel(), self.dtype)
 
-    def pack(self) -> Tensor:
-        """The gradients there are now, in new memory, with 0 for those that there are not.
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A place for each parameter, with its strides where it has no gaps."""
+        views = []
+        for p, offset in zip(self.params, self.offsets):
+            piece = flat[offset : offset + p.numel()]
+            views.append(piece.as_strided(p.shape, p.stride()) if is_dense(p) else piece.view(p.shape))
+        return views
+
+    def packed(self, grads: list[Any], size: int) -> Tensor:
+        """The gradients in new memory of ``size`` elements, with 0 for those that there are not.
 
         Raises:
             ValueError: for a sparse gradient.
         """
-        flat = torch.zeros(self._flags + len(self.params), dtype=self.dtype, device=self.device)
-        present = [(view, p.grad) for view, p in zip(self._views(flat), self.params) if p.grad is not None]
+        flat = torch.zeros(size, dtype=self.dtype, device=self.device)
+        present = [(view, g.detach()) for view, g in zip(self.views(flat), grads) if g is not None]
         for _, g in present:
             if g.layout != torch.strided:
                 raise ValueError(f"Invalid gradient of layout {g.layout}, shape {list(g.shape)}. Must be strided.")
-        flat[self._flags :].fill_(1.0)
+        if present:
+            torch._foreach_copy_([view for view, _ in present], [g for _, g in present])
+        return flat
+
+
+def aligned(count: int, dtype: torch.dtype) -> int:
+    """The number of elements, rounded up to whole blocks of memory."""
+    step = max(ALIGNMENT // dtype.itemsize, 1)
+    return -(-count // step) * step
+
+
+class Bucket(Flat):
+    """Gradients, and a flag for each behind them that says whether there is one.
+
+    The flags make None everywhere stay None, and None on some ranks count as zero. They travel with the gradients, so
+    that they cost no collective, and only a rank that misses a gradient waits to read them.
+    """
+
+    def pack(self) -> Tensor:
+        """The gradients there are now, in new memory.
+
+        Raises:
+            ValueError: for a sparse gradient.
+        """
+        flat = self.packed([p.grad for p in self.params], self.used + len(self.params))
+        flat[self.used :].fill_(1.0)
         for i, p in enumerate(self.params):
             if p.grad is None:
-                flat[self._flags + i].zero_()
-        if present:
-            torch._foreach_copy_([v for v, _ in present], [g.detach() for _, g in present])
+                flat[self.used + i].zero_()
         return flat
 
     def unpack(self, flat: Tensor) -> None:
         """p.grad = a view of what `pack` made. Gradients that there were are not written: others may hold them."""
         missing = any(p.grad is None for p in self.params)
-        flags = flat[self._flags :].tolist() if missing else [1.0] * len(self.params)
-        for p, view, flag in zip(self.params, self._views(flat), flags):
+        flags = flat[self.used :].tolist() if missing else [1.0] * len(self.params)
+        for p, view, flag in zip(self.params, self.views(flat), flags):
             p.grad = view if flag > 0 else None
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        """A place for each gradient, with the strides of its parameter where it has no gaps."""
-        views = []
-        for p, offset in zip(self.params, self._offsets):
-            piece = flat[offset : offset + p.numel()]
-            views.append(piece.as_strided(p.shape, p.stride()) if is_dense(p) else piece.view(p.shape))
-        return views
 
 
 class Layout:
@@ -88,31 +107,44 @@ class Layout:
         trained = [p for p in params if p.requires_grad]
         identities = list(map(id, trained))
         if identities != self._for:
-            self._buckets, self._for = make_buckets(trained, self._cap_bytes), identities
+            self._buckets = make_buckets(trained, self._cap_bytes, lambda p: Bucket(grad_dtype(p), p.device))
+            self._for = identities
         return self._buckets
 
 
-def make_buckets(params: list[Tensor], cap_bytes: float) -> list[Bucket]:
-    """Last parameters first, since backward comes to them first; cut at the cap."""
-    buckets: list[Bucket] = []
-    filling: dict[tuple[torch.dtype, torch.device], Bucket] = {}
+F = TypeVar("F", bound=Flat)
+
+
+def make_buckets(params: list[Tensor], cap_bytes: float, make: Callable[[Tensor], F]) -> list[F]:
+    """Last parameters first, since backward comes to them first; cut at the cap. Of one bucket are those of one kind:
+    the same dtypes, on the same device.
+
+    ``make`` is called for the first parameter of a bucket.
+    """
+    buckets: list[F] = []
+    filling: dict[tuple[Any, ...], F] = {}
     for p in reversed(params):
-        kind = getattr(p, "grad_dtype", None) or p.dtype, p.device
+        kind = grad_dtype(p), p.dtype, p.device
         bucket = filling.get(kind)
         if bucket is None or bucket.nbytes >= cap_bytes:
-            bucket = filling[kind] = Bucket(*kind)
+            bucket = filling[kind] = make(p)
             buckets.append(bucket)
         bucket.add(p)
     return buckets
 
 
+def grad_dtype(p: Tensor) -> torch.dtype:
+    """Of the gradient that a parameter has, or will have."""
+    return getattr(p, "grad_dtype", None) or p.dtype
+
+
 class Mean:
     """One averaging over the ranks of a group. Buckets are sent in their order, which is the same on all ranks."""
 
-    def __init__(self, buckets: list[Bucket], group: dist.ProcessGroup) -> None:
+    def __init__(self, buckets: Sequence[Any], group: dist.ProcessGroup) -> None:
         self.buckets = buckets
-        self._group = group
-        self._sent: list[tuple[Tensor, Any]] = []
+        self.group = group
+        self._sent: list[tuple[Any, Any]] = []
 
     @property
     def sent(self) -> int:
@@ -120,10 +152,8 @@ class Mean:
         return len(self._sent)
 
     def send(self) -> None:
-        """Pack the next bucket and start its all-reduce."""
-        # Divided first, as DistributedDataParallel does: a sum of 16-bit numbers overflows.
-        flat = self.buckets[self.sent].pack().div_(dist.get_world_size(self._group))
-        self._sent.append((flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+        """Pack the next bucket and start its collective."""
+        self._sent.append(self.start(self.buckets[self.sent]))
 
     def finish(self) -> None:
         """Send what has not been sent, wait for all of it (on a GPU the current stream does), and hand it out."""
@@ -131,8 +161,33 @@ class Mean:
             self.send()
         for _, work in self._sent:
             work.wait()
-        for bucket, (flat, _) in zip(self.buckets, self._sent):
+        self.hand_out([sent for sent, _ in self._sent])
+
+    def start(self, bucket: Any) -> tuple[Any, Any]:
+        """What `hand_out` will need of a bucket, and the collective that makes it."""
+        # Divided first, as DistributedDataParallel does: a sum of 16-bit numbers overflows.
+        flat = bucket.pack().div_(dist.get_world_size(self.group))
+        return flat, dist.all_reduce(flat, group=self.group, async_op=True)
+
+    def hand_out(self, sent: list[Any]) -> None:
+        """p.grad = what has arrived."""
+        for bucket, flat in zip(self.buckets, sent):
             bucket.unpack(flat)
+
+
+class AllReduce:
+    """How gradients are averaged where every rank is to have all of the mean."""
+
+    def __init__(self, cap_bytes: float, group: dist.ProcessGroup) -> None:
+        self._layout = Layout(cap_bytes)
+        self._group = group
+
+    def begin(self, params: list[Tensor]) -> Mean:
+        """One averaging of the gradients of those parameters that take one now."""
+        return Mean(self._layout.of(params), self._group)
+
+    def reset(self) -> None:
+        """A step has ended."""
 
 
 def cap_in_bytes(bucket_cap_mb: float) -> float:

@@ -13,10 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam.distributed import agreement, scopes
 from fused_sam.distributed.alone import Alone
-from fused_sam.distributed.buckets import cap_in_bytes
+from fused_sam.distributed.buckets import AllReduce, cap_in_bytes
 from fused_sam.distributed.ddp import LocalFirstPass
 from fused_sam.distributed.overlap import Overlap
 from fused_sam.distributed.replicas import Replicas, require_members
+from fused_sam.distributed.sharded_state import ShardedState, require_sliceable
+from fused_sam.distributed.slices import ReduceScatter, SlicedLayout
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -39,8 +41,32 @@ class DataParallel:
         """For gradient accumulation: backwards inside communicate nothing. Around all but the last of a pass."""
         return self._averager.skipped() if isinstance(self._averager, Overlap) else self._averager.no_sync()
 
+    def consolidate_state_dict(self, to: int | None = 0) -> dict[str, Any] | None:
+        """The optimizer's ``state_dict()`` as it is without ``shard_state``: any number of ranks loads it.
+
+        To be called on all ranks; the state goes through their CPUs.
+
+        Args:
+            to: rank of the process group that gets it, the others get None; None: all get it.
+
+        Raises:
+            ValueError: if there is no such rank.
+            RuntimeError: while the weights are perturbed, or without ``shard_state``: every rank has it then.
+        """
+        peers = self._optimizer._peers
+        if not isinstance(peers, ShardedState):
+            raise RuntimeError("consolidate_state_dict() without shard_state=True. Call the optimizer's state_dict().")
+        return peers.consolidate(self._optimizer, to)
+
     def remove(self) -> None:
-        """Take the hooks off; the optimizer is on its own again."""
+        """Take the hooks off; the optimizer is on its own again. With ``shard_state``, to be called on all ranks: each
+        gets the whole state.
+
+        Raises:
+            RuntimeError: with ``shard_state``, while the weights are perturbed.
+        """
+        if isinstance(peers := self._optimizer._peers, ShardedState):
+            peers.make_whole(self._optimizer)
         for hooks in (self._averager, self._local_first):
             if isinstance(hooks, Overlap | LocalFirstPass):
                 hooks.remove()
@@ -55,6 +81,7 @@ def data_parallel(
     process_group: dist.ProcessGroup | None = None,
     bucket_cap_mb: float = 25.0,
     check_replicas_every: int = 0,
+    shard_state: bool = False,
     timeout: timedelta | None = None,
 ) -> DataParallel:
     r"""m-sharpness over the ranks of a process group (Foret et al. 2021, section 4.1).
@@ -85,6 +112,10 @@ def data_parallel(
         process_group: the ranks; None for all, or for those of the DistributedDataParallel.
         bucket_cap_mb: size in MiB from which on a bucket is full.
         check_replicas_every: compare the weights of all ranks after every so many steps; the host waits then. 0: never.
+        shard_state: keep on each rank the R-th part of the base optimizer's state (momentum, averages of Adam) and
+            let it update that part of the weights (ZeRO stage 1, Rajbhandari et al. 2020). ``p.grad`` is then the mean
+            in this rank's part, and 0 elsewhere; checkpoints come from ``consolidate_state_dict`` of the handle. For
+            SGD, Adam and AdamW, and not with a DistributedDataParallel.
         timeout: of the groups made for a number k of ranks; None for that of the backend.
 
     Raises:
@@ -97,11 +128,15 @@ def data_parallel(
     _require_ready(optimizer)
     if not isinstance(check_replicas_every, numbers.Integral) or check_replicas_every < 0:
         raise ValueError(f"Invalid {check_replicas_every=}. Must be an integer >= 0.")
+    if not isinstance(shard_state, bool):
+        raise ValueError(f"Invalid {shard_state=}. Must be True or False.")
     cap_bytes = cap_in_bytes(bucket_cap_mb)
     ddp = model if isinstance(model, DistributedDataParallel) else None
     group = _group(ddp, process_group)
     world_size = dist.get_world_size(group)
     size = scopes.ranks_per_e(m_sharpness, world_size)
+    if shard_state and ddp is not None:
+        raise ValueError(f"Invalid {shard_state=} with a DistributedDataParallel, which averages whole gradients.")
     if optimizer.second_order:
         raise ValueError("Invalid optimizer with second_order=True. The averaging of gradients cuts their graph.")
     if optimizer.reuse is not None and size != world_size:
@@ -110,21 +145,27 @@ def data_parallel(
             "all ranks."
         )
     names = _names(model if ddp is None else ddp.module, optimizer)
-    mine: list[Any] = [f"m_sharpness={size}", *agreement.entries((name, p) for p, name in names.items())]
+    if shard_state:
+        require_sliceable(optimizer, names)
+    first = f"m_sharpness={size}" + (", shard_state=True" if shard_state else "")
+    mine: list[Any] = [first, *agreement.entries((name, p) for p, name in names.items())]
     agreement.require_same(mine, "parameters", group)
     if ddp is not None:
         require_members(names, ddp)
     ddp_averages_first = ddp is not None and size == world_size
     scope = scopes.scope_of_this_rank(size, group, timeout) if size > 1 and not ddp_averages_first else None
-    averager: Overlap | DistributedDataParallel
-    local_first = None
-    if ddp is None:
-        agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
-        averager = Overlap(list(names), group, cap_bytes, lambda: not optimizer.perturb_next)
-    else:
-        averager, local_first = ddp, None if ddp_averages_first else LocalFirstPass(ddp, optimizer)
-    optimizer._peers = Replicas(names, group, scope, cap_bytes, averager, int(check_replicas_every))
-    return DataParallel(optimizer, averager, local_first)
+    common: Any = names, group, scope, cap_bytes, int(check_replicas_every)
+    if ddp is not None:
+        optimizer._peers = Replicas(*common, ddp)
+        return DataParallel(optimizer, ddp, None if ddp_averages_first else LocalFirstPass(ddp, optimizer))
+    agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
+    layout = SlicedLayout(list(names), cap_bytes, group) if shard_state else None
+    averaging = AllReduce(cap_bytes, group) if layout is None else ReduceScatter(layout)
+    averager = Overlap(list(names), averaging, lambda: not optimizer.perturb_next)
+    peers = Replicas(*common, averager) if layout is None else ShardedState(*common, averager, layout)
+    peers.loaded(optimizer)
+    optimizer._peers = peers
+    return DataParallel(optimizer, averager, None)
 
 
 def _require_ready(optimizer: FusedSAM) -> None:

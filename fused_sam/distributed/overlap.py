@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 
-from fused_sam.distributed.buckets import Layout, Mean
+from fused_sam.distributed.buckets import Mean
+
+
+class Averaging(Protocol):
+    """Which collective averages, and what of the mean a rank gets."""
+
+    def begin(self, params: list[Tensor]) -> Mean:
+        """One averaging of the gradients of those parameters that take one now."""
+
+    def reset(self) -> None:
+        """A step has ended."""
 
 
 class Overlap:
@@ -22,16 +31,12 @@ class Overlap:
 
     Args:
         params: of which gradients are averaged.
-        group: over whose ranks.
-        cap_bytes: size of a bucket.
+        averaging: how.
         wanted: whether a backward that runs now is to be averaged.
     """
 
-    def __init__(
-        self, params: list[Tensor], group: dist.ProcessGroup, cap_bytes: float, wanted: Callable[[], bool]
-    ) -> None:
-        self._group = group
-        self._layout = Layout(cap_bytes)
+    def __init__(self, params: list[Tensor], averaging: Averaging, wanted: Callable[[], bool]) -> None:
+        self._averaging = averaging
         self._wanted = wanted
         self._params: list[Tensor] = []
         self._hooks: list[Any] = []
@@ -68,6 +73,7 @@ class Overlap:
         """For the next step: its gradients are new."""
         self._mean = None
         self.pending = True
+        self._averaging.reset()
 
     def remove(self) -> None:
         """Take the hooks off the parameters."""
@@ -94,10 +100,12 @@ class Overlap:
             self._mean.send()
 
     def _begun(self) -> Mean:
-        buckets = self._layout.of(self._params)
-        self._place = {p: i for i, bucket in enumerate(buckets) for p in bucket.params}
-        self._left = [len(bucket.params) for bucket in buckets]
-        return Mean(buckets, self._group)
+        mean = self._averaging.begin(self._params)
+        self._place = {p: i for i, bucket in enumerate(mean.buckets) for p in bucket.params if p.requires_grad}
+        self._left = [0] * len(mean.buckets)
+        for place in self._place.values():
+            self._left[place] += 1
+        return mean
 
 
 def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ class Peers:
     They are called on all ranks in the same order, and none of them waits for the device where a subclass does not say
     so.
     """
+
+    # Whether this rank has all of each tensor: a norm of what it has is the norm then.
+    has_whole_tensors = True
 
     def adopt(self, params: list[Tensor]) -> Peers:
         """Parameters have come to the optimizer: the peers to go on with."""
@@ -42,6 +45,9 @@ class Peers:
         """What this rank has of each tensor."""
         return tensors
 
+    def place_grads(self, optimizer: FusedSAM) -> None:
+        """p.grad = itself, laid out over the ranks as p is."""
+
     def average_first(self, optimizer: FusedSAM) -> None:
         """p.grad = its mean over those ranks that share one e. Before the norm."""
 
@@ -56,6 +62,24 @@ class Peers:
         """The flag of a GradScaler, nonzero if it is on any rank."""
         return found_inf
 
+    def grad_norm(self, optimizer: FusedSAM) -> Tensor:
+        """||g||_2 over the second gradients, fp64, shape [].
+
+        Raises:
+            InvalidTensor: as `ops.norm`.
+        """
+        params = optimizer._flat_params()
+        grads = optimizer._host().get_grads(params)
+        groups = [ops.AscentGroup(len(params), 0.0, False)]
+        norm: Any = self.norm(ops.Ascent(self.local(params), self.local(grads), groups, optimizer.backend), params)
+        return norm
+
+    def base_step(
+        self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Back to w as the journal says, and the step of the base optimizer."""
+        optimizer._base.step(optimizer, journal, grad_scale, found_inf)
+
     def deferred(self) -> contextlib.AbstractContextManager[None]:
         """While several second gradients are summed: a context in which none is averaged, if that can wait."""
         return contextlib.nullcontext()
@@ -65,6 +89,23 @@ class Peers:
 
     def reset(self) -> None:
         """Forget what was begun in a step that has ended, whichever way."""
+
+    def loaded(self, optimizer: FusedSAM) -> None:
+        """The optimizer has loaded a checkpoint."""
+
+    def require_whole_state(self, what: str) -> None:
+        """Refuse what cannot be done with the state that one rank has.
+
+        Raises:
+            RuntimeError: saying what to do instead.
+        """
+
+
+def gathered(norm: Tensor, group: dist.ProcessGroup, q: float) -> Tensor:
+    """The joint norm of the ranks of a group, in one order on all of them: no power overflows."""
+    norms = [torch.empty_like(norm) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(norms, norm.contiguous(), group=group)
+    return ops.joint_norm(norms, q)
 
 
 def any_of(flag: Tensor | None, device: torch.device, group: dist.ProcessGroup) -> Tensor:

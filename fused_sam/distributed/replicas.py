@@ -28,8 +28,8 @@ class Replicas(Peers):
         group: all ranks.
         scope: those whose first gradients are averaged by us; None if theirs are not.
         cap_bytes: size of a bucket.
-        averager: what averages the second gradients.
         check_every: compare the weights of all ranks after every so many steps; 0 for never.
+        averager: what averages the second gradients.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Replicas(Peers):
         group: dist.ProcessGroup,
         scope: dist.ProcessGroup | None,
         cap_bytes: float,
-        averager: Overlap | DistributedDataParallel,
         check_every: int,
+        averager: Overlap | DistributedDataParallel,
     ) -> None:
         self._names = names
         self._group = group

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_sam import ops
-from fused_sam.distributed.peers import Peers, any_of
+from fused_sam.distributed.peers import Peers, any_of, gathered
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -44,6 +44,8 @@ def _local(x: Any) -> Tensor:
 class Shards(Peers):
     """Some of the parameters are DTensors. The others are taken to be the same on all ranks."""
 
+    has_whole_tensors = False
+
     def local(self, tensors: TensorList) -> TensorList:
         return local_parts(tensors)
 
@@ -62,14 +64,13 @@ class Shards(Peers):
                 "MixedPrecisionPolicy(param_dtype=...)."
             )
 
-    def average_first(self, optimizer: FusedSAM) -> None:
+    def place_grads(self, optimizer: FusedSAM) -> None:
         _place_grads(optimizer._flat_params())
 
-    def average_second(self, optimizer: FusedSAM) -> None:
-        _place_grads(optimizer._flat_params())
+    average_first = average_second = place_grads
 
     def norm(self, ascent: ops.Ascent, params: list[Tensor]) -> Tensor | None:
-        """The norms of all ranks are gathered, one fp64 number each, and joined in one order: no power overflows."""
+        """The norms of all ranks are gathered, one fp64 number each."""
         if ascent.q == 1:
             return None
         members: dict[Sharding, set[int]] = {}
@@ -117,8 +118,5 @@ def _owned(norm: Tensor) -> Tensor:
 def _gathered(norm: Tensor, mesh: Any, dims: tuple[int, ...], q: float) -> Tensor:
     """The joint norm of the ranks along some dimensions of a mesh."""
     for dim in dims:
-        group = mesh.get_group(dim)
-        norms = [torch.empty_like(norm) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(norms, norm.contiguous(), group=group)
-        norm = ops.joint_norm(norms, q)
+        norm = gathered(norm, mesh.get_group(dim), q)
     return norm

@@ -8,6 +8,7 @@ means that there is none. Groups cover the lists in order, ``size`` tensors each
                 rho_k T^2 g / ||T g||_2 for p = 2                                            (Foret et al. 2021, eq. 2)
                 Both take g + decay_k w for g in groups that say so.
     restore     w = backup
+    restore_accumulate  w = backup, and a running mean of gradients beside it
     sgd_update  w = backup, then SGD with momentum at w with the gradient taken at w + e     (Algorithm 1)
     adam_update w = backup, then Adam or AdamW likewise
 
@@ -15,21 +16,24 @@ fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm 
 """
 
 from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
-from fused_sam.ops.descent import adam_update, restore, sgd_update
-from fused_sam.ops.groups import AdamGroup, AscentGroup, SGDGroup, dual_exponent, host_number, is_capturing
-from fused_sam.ops.journal import Journal, NewState, all_present, one_batch, undo
+from fused_sam.ops.descent import adam_update, restore, restore_accumulate, sgd_update
+from fused_sam.ops.groups import AdamGroup, AscentGroup, MeanGroup, SGDGroup, dual_exponent, host_number, is_capturing
+from fused_sam.ops.journal import Done, Journal, NewState, all_present, bring_back, one_batch, undo
 from fused_sam.routing import InvalidTensor
 
 __all__ = [
     "AdamGroup",
     "Ascent",
     "AscentGroup",
+    "Done",
     "InvalidTensor",
     "Journal",
+    "MeanGroup",
     "NewState",
     "SGDGroup",
     "adam_update",
     "all_present",
+    "bring_back",
     "dual_exponent",
     "host_number",
     "is_capturing",
@@ -38,6 +42,7 @@ __all__ = [
     "one_batch",
     "perturb",
     "restore",
+    "restore_accumulate",
     "sgd_update",
     "undo",
 ]

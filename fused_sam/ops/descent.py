@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_sam.ops.groups import AdamGroup, SGDGroup, require_sizes
-from fused_sam.ops.journal import Counted, Journal, all_present, bump_versions, copy
-from fused_sam.routing import Part, TensorList, make_batch, route, stand_ins
+from fused_sam.ops.groups import AdamGroup, MeanGroup, SGDGroup, require_sizes
+from fused_sam.ops.journal import Counted, Journal, all_present, bump_versions, copy, undo
+from fused_sam.routing import Part, TensorList, contiguous, make_batch, route, stand_ins
 
 G = TypeVar("G", bound=Any)  # a group of one of the ops
 
@@ -30,6 +30,51 @@ def restore(params: TensorList, backups: TensorList, backend: str | None = None)
     bump_versions(params, backups)
 
 
+def restore_accumulate(
+    means: TensorList,
+    grads: TensorList,
+    groups: list[MeanGroup],
+    journal: Journal | None = None,
+    backend: str | None = None,
+) -> None:
+    """w = backup wherever the journal says that w is displaced, and a running mean of gradients, in one pass:
+
+        mean = mean + weight * (g - mean)        weight * g in groups that say ``first``, where g may be the mean itself
+
+    computed as torch's lerp, 16-bit means in fp32. A mean without a gradient stays. The journal is cleared as soon as
+    there is nothing left to undo.
+
+    Raises:
+        InvalidTensor, ValueError: for a gradient that does not match its mean in device and shape, or in dtype as far
+            as the two cannot mix, and for means that overlap; nothing has been changed then.
+    """
+    require_sizes(means, groups)
+    journal = [] if journal is None else journal
+    parts = route(backend, means, grads)
+    restored: Any = journal[0] if len(journal) == 1 and _joins(journal[0], parts) else None
+    if restored is None:
+        undo(journal)
+    for part in parts:
+        mine = part.regroup(groups)
+        if part.batch is not None:
+            part.batch.restore_accumulate(restored, mine, journal)
+            continue
+        with stand_ins(part.take(means)) as means_:
+            batch = make_batch(part.backend, means_, contiguous(part.take(grads)), masters=None)
+            batch.restore_accumulate(None, mine, [])
+    if restored is not None:
+        bump_versions(restored.params, restored)
+    bump_versions(means, grads)
+
+
+def _joins(entry: Any, parts: list[Part]) -> bool:
+    """Whether one call can restore what a journal entry says, and do the parts."""
+    if len(parts) != 1 or parts[0].index is not None or parts[0].batch is None:
+        return False
+    alike = type(entry) is type(parts[0].batch) and entry.joins_update
+    return alike and entry.params[0].device == parts[0].device
+
+
 def sgd_update(
     params: TensorList,
     grads: TensorList,
@@ -41,7 +86,7 @@ def sgd_update(
     backend: str | None = None,
     journal: Journal | None = None,
     masters: TensorList | None = None,
-) -> None:
+) -> Tensor | None:
     """w = backup (w itself where there is none), then one step of SGD with the gradients given, in one pass.
 
         d = (-g if maximize else g) + weight_decay * w
@@ -54,18 +99,24 @@ def sgd_update(
     soon as there is nothing left to undo. For a parameter that has a master w is that, and state is fp32 as it is;
     the parameter becomes the master, rounded.
 
+    Returns:
+        ||m||_2 of the new buffers of the groups that are ``measured``, with the bits of `norm` of them: float64, shape
+        []. None where no group is, or where it took more than one call, or the host knew of a nonzero ``found_inf``.
+
     Raises:
         InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched momentum buffer; nothing has been
             changed then.
     """
     require_sizes(params, groups)
-    _require_state("momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0)
+    _require_state(
+        "momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0 or group.measured
+    )
 
-    def update(part: Part, batch: Any, *scalars: Any) -> None:
-        batch.sgd_update(part.regroup(groups), *scalars)
+    def update(part: Part, batch: Any, *scalars: Any) -> Any:
+        return batch.sgd_update(part.regroup(groups), *scalars)
 
     states = (momentum_buffers,)
-    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
+    return _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
 
 
 def adam_update(
@@ -83,7 +134,7 @@ def adam_update(
     journal: Journal | None = None,
     capturable: bool = False,
     masters: TensorList | None = None,
-) -> None:
+) -> Tensor | None:
     """w = backup (w itself where there is none), then step t of Adam with the gradients given, in one pass.
 
         g = -g if maximize else g
@@ -97,6 +148,9 @@ def adam_update(
     and are written in place. ``steps`` hold t - 1 for every parameter, a tensor of one element each, and then t. They
     are read by the host, which also waits for ``found_inf`` then; with ``capturable`` they are float32, on the device
     of their parameters, and nothing waits. Otherwise as `sgd_update`.
+
+    Returns:
+        As `sgd_update`, of the new exp_avgs.
 
     Raises:
         InvalidTensor, ValueError: as `sgd_update`; nothing has been changed then.
@@ -121,18 +175,19 @@ def adam_update(
         if not skipped:
             counted = Counted([t for t, _ in advanced], [t for t in before if t is not None])
 
-    def update(part: Part, batch: Any, *scalars: Any) -> None:
+    def update(part: Part, batch: Any, *scalars: Any) -> Any:
         on_device = part.take(steps) if capturable else None
-        batch.adam_update(part.regroup(groups), on_device, *scalars)
+        norm = batch.adam_update(part.regroup(groups), on_device, *scalars)
         if on_device is not None:
             _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
+        return norm
 
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     try:
         if counted is not None:
             journal.append(counted)
             _advance(counted.counts, None)
-        _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
+        return _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
     except BaseException:
         if counted is not None and counted in journal:
             counted.restore()
@@ -176,14 +231,17 @@ def _descend(
     grads: TensorList,
     backups: TensorList | Any | None,
     states: Sequence[TensorList | None],
-    update: Callable[..., None],
+    update: Callable[..., Any],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     backend: str | None,
     journal: Journal | None,
     masters: TensorList | None,
-) -> None:
-    """A base step: the restore, and ``update(part, batch, grad_scale, found_inf, journal)`` for every part."""
+) -> Any:
+    """A base step: the restore, and ``update(part, batch, grad_scale, found_inf, journal)`` for every part.
+
+    Returns what the update did, if that was a single call.
+    """
     journal = [] if journal is None else journal
     parts = route(backend, params, grads, backups, states, masters)
     at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
@@ -197,12 +255,13 @@ def _descend(
             bump_versions(params, backups)
         written = [grads]
         parts = route(backend, params, grads, None, states, masters)
+    result = None
     for part in parts:
         scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
         # Of several calls none may say that there is nothing left to undo.
         done = journal if at_once else []
         if part.batch is not None:
-            update(part, part.batch, *scalars, done)
+            result = update(part, part.batch, *scalars, done)
             continue
         with contextlib.ExitStack() as stack:
             lists = [part.take_any(x) for x in (masters, params, grads, *states)]
@@ -211,6 +270,7 @@ def _descend(
     if not at_once:
         journal.clear()
     bump_versions(params, *written)
+    return result if at_once else None
 
 
 def _require_state(

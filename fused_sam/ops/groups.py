@@ -40,7 +40,8 @@ class AscentGroup(NamedTuple):
 class SGDGroup(NamedTuple):
     """torch.optim.SGD's hyperparameters for the next ``size`` tensors; ``first``: their buffers hold nothing yet.
 
-    ``lr`` may be a tensor of one element, read on the device.
+    ``lr`` may be a tensor of one element, read on the device. ``measured``: the new buffers count in the norm that
+    `sgd_update` returns.
     """
 
     size: int
@@ -51,6 +52,7 @@ class SGDGroup(NamedTuple):
     nesterov: bool
     maximize: bool
     first: bool
+    measured: bool = False
 
     def on(self, device: torch.device, size: int) -> SGDGroup:
         """The same for ``size`` tensors on a device."""
@@ -64,6 +66,7 @@ class AdamGroup(NamedTuple):
 
     ``lr`` may be a tensor of one element, read on the device. ``decoupled``: weight decay as in AdamW. The corrections,
     1 - beta1^t and sqrt(1 - beta2^t) at step t, are `adam_update`'s to fill in; 0 where the device reads the step.
+    ``measured``: the new exp_avgs count in the norm that it returns.
     """
 
     size: int
@@ -78,6 +81,7 @@ class AdamGroup(NamedTuple):
     first: bool
     correction1: float = 0.0
     correction2_root: float = 0.0
+    measured: bool = False
 
     def on(self, device: torch.device, size: int) -> AdamGroup:
         """The same for ``size`` tensors on a device."""
@@ -89,6 +93,18 @@ class AdamGroup(NamedTuple):
         """The same for ``size`` tensors at a step, with the corrections as torch.optim.Adam computes them."""
         root = (1 - self.beta2**step) ** 0.5
         return self._replace(size=size, correction1=1 - self.beta1**step, correction2_root=root)
+
+
+class MeanGroup(NamedTuple):
+    """How much of the next ``size`` gradients their running means take in; ``first``: the means hold nothing yet."""
+
+    size: int
+    weight: float
+    first: bool
+
+    def on(self, device: torch.device, size: int) -> MeanGroup:
+        """The same for ``size`` tensors."""
+        return self._replace(size=size)
 
 
 def _scalar_on(device: torch.device, value: float | Tensor) -> float | Tensor:

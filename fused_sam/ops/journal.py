@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,14 +38,22 @@ class Copies:
         copy(self.backups, self.params)
 
 
-class NewState:
-    """A journal entry for state that comes into being with the first update. Until then it holds nothing."""
+class Done:
+    """A journal entry for something done to state, and for no weight. Entered before it is done."""
 
     joins_update = False
+    params: ClassVar[TensorList] = []
+    kept: ClassVar[TensorList] = []
+
+    def restore(self) -> None:
+        """Take it back."""
+        raise NotImplementedError
+
+
+class NewState(Done):
+    """A journal entry for state that comes into being with the first update. Until then it holds nothing."""
 
     def __init__(self, state: dict[Tensor, dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
-        self.params: TensorList = []
-        self.kept: TensorList = []
         self.state = state
         self.entries = entries
 
@@ -73,14 +81,10 @@ class NewState:
                 self.state.pop(param, None)
 
 
-class Counted:
+class Counted(Done):
     """A journal entry for counts of steps on the host, tensors of one element, that have been advanced."""
 
-    joins_update = False
-
     def __init__(self, counts: list[Tensor], before: list[float]) -> None:
-        self.params: TensorList = []
-        self.kept: TensorList = []
         self.counts = counts
         self.before = before
 
@@ -104,19 +108,31 @@ def all_present(tensors: TensorList) -> bool:
 
 def one_batch(journal: Journal, count: int) -> Any | None:
     """The backups that `sgd_update` of ``count`` parameters can restore in its own pass; where several calls moved the
-    weights, or one that was not given all of them, undoes them."""
-    if len(journal) == 1 and journal[0].joins_update and len(journal[0].params) == count:
-        return journal[0]
-    undo(journal)
+    weights, or one that was not given all of them, they are brought back."""
+    moves = [entry for entry in journal if entry.params]
+    if len(moves) == 1 and moves[0].joins_update and len(moves[0].params) == count:
+        return moves[0]
+    bring_back(journal)
     return None
 
 
+def bring_back(journal: Journal) -> None:
+    """Bring back w wherever the journal says that it is displaced; what has been done to state stays entered."""
+    for entry in [entry for entry in journal if entry.params]:
+        _undo_one(entry)
+        journal.remove(entry)
+
+
 def undo(journal: Journal) -> None:
-    """Bring back w wherever the journal says that it is displaced."""
+    """Undo all that the journal says has been done."""
     for entry in journal:
-        entry.restore()
-        bump_versions(entry.params, entry)
+        _undo_one(entry)
     journal.clear()
+
+
+def _undo_one(entry: Any) -> None:
+    entry.restore()
+    bump_versions(entry.params, entry)
 
 
 def bump_versions(params: TensorList, *touched: TensorList | Any | None) -> None:

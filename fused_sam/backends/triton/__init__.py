@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 
-from fused_sam.backends.triton import kernels, tables
+from fused_sam.backends.triton import kernels, launches, tables
 from fused_sam.backends.triton.operands import Seen, is_param, is_sole_owner, look, matches, require_disjoint
 
 try:
@@ -30,7 +30,7 @@ except ImportError:
     from fused_sam.backends.eager import clear_grads, get_grads, lookup
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AdamGroup, AscentGroup, Journal, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
     from fused_sam.routing import TensorList
 
 __all__ = [
@@ -53,12 +53,6 @@ TAKES_MASTERS = False
 SMALL_BYTES = 4096
 ALIGNMENT = 64
 
-_LANGUAGE = {
-    torch.float32: triton.language.float32,
-    torch.float64: triton.language.float64,
-    torch.bfloat16: triton.language.bfloat16,
-    torch.float16: triton.language.float16,
-}
 _columns = tables.Columns()
 
 
@@ -163,39 +157,9 @@ class Batch:
             table = tables.ascent_table(groups, q)
             columns = self._columns(plan, plan.groups, _addresses(self._p), _addresses(self._g), table)
             if q == 2:
-                return self._sum_of_squares(plan, columns)
-            peak = self._peak(plan, columns)
-            return peak if q == math.inf else self._sum_of_powers(plan, columns, peak)
-
-    def _sum_of_squares(self, plan: tables.Plan, columns: list[Tensor]) -> Tensor:
-        partials, result = self._float64(plan.total), self._float64()
-        for x in plan.launches:
-            _launch(kernels.norm_partials, x, *columns, partials, x.first)
-        kernels.norm_total[(1,)](partials, result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
-        return result
-
-    def _peak(self, plan: tables.Plan, columns: list[Tensor]) -> Tensor:
-        """The largest |T g|, the number of its tensor, and its place in that tensor."""
-        peaks, elements = torch.empty(2, plan.total, dtype=torch.int64, device=self._device)
-        result = self._float64(3)
-        for x in plan.launches:
-            _launch(kernels.peak_partials, x, *columns, peaks, elements, x.first)
-        kernels.peak_total[(1,)](
-            columns[0], peaks, elements, result, plan.total, TILE=kernels.PEAK_TOTAL_TILE, **kernels.TOTAL_OPTIONS
-        )
-        return result
-
-    def _sum_of_powers(self, plan: tables.Plan, columns: list[Tensor], peak: Tensor) -> Tensor:
-        partials, result = self._float64(plan.total), self._float64()
-        for x in plan.launches:
-            _launch(kernels.power_partials, x, *columns, peak, partials, x.first)
-        kernels.power_total[(1,)](
-            partials, peak, columns[-1], result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS
-        )
-        return result
-
-    def _float64(self, *size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float64, device=self._device)
+                return launches.sum_of_squares(plan, columns)
+            peak = launches.peak(plan, columns)
+            return peak if q == math.inf else launches.sum_of_powers(plan, columns, peak)
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         groups = [group._replace(rho=tables.readable(group.rho)) for group in groups]
@@ -224,32 +188,56 @@ class Batch:
         journal.append(self)
         try:
             for x in plan.launches:
-                _launch(kernel, x, *columns, norm, x.first + x.programs - 1, **how)
+                launches.launch(kernel, x, *columns, norm, x.first + x.programs - 1, **how)
         except BaseException:
             if not moved.any():
                 journal.remove(self)
             raise
 
     def restore(self) -> None:
+        self._look_again()
+        plan = self._plan([len(self.params)], self._pairs_of_backups())
+        self._require_disjoint()
+        with tables.on_device(self._device):
+            columns = self._columns(plan, _addresses(self._p), self._kept_at())
+            for x in plan.launches:
+                launches.launch(kernels.restore, x, *columns, x.first)
+
+    def _look_again(self) -> None:
+        """Between two calls the parameters may have been given other memory."""
         now = look(self.params)
         for i, address in enumerate(self._backups):
             if address != 0:
                 _require_same(i, self._p[i], now[i])
         self._p = now
-        plan = self._plan([len(now)], self._pairs_of_backups())
+
+    def restore_accumulate(self, restored: Batch | None, groups: list[MeanGroup], journal: Journal) -> None:
+        """The parameters of this batch are the means; those to restore are ``restored``'s, an ascent's, if any."""
+        sizes = [group.size for group in groups]
+        pairs, numels = self._pairs(), self._sizes
+        self._plan(sizes, pairs)  # refuses what does not fit
         self._require_disjoint()
+        weights, grads, backups = self._p, self._g, [0] * len(self._p)
+        if restored is not None:
+            restored._look_again()
+            weights, grads = weights + restored._p, grads + [None] * len(restored._p)
+            backups, numels = backups + restored._backups, numels + restored._sizes
+            pairs, sizes = pairs + restored._pairs_of_backups(), [*sizes, len(restored._p)]
+        plan = tables.plan(tuple(pairs), numels, tuple(sizes))
         with tables.on_device(self._device):
-            columns = self._columns(plan, _addresses(self._p), self._kept_at())
+            addresses = _addresses(weights), _addresses(grads), tables.column(backups)
+            columns = self._columns(plan, plan.groups, *addresses, tables.mean_table(groups))
             for x in plan.launches:
-                _launch(kernels.restore, x, *columns, x.first)
+                launches.launch(kernels.restore_accumulate, x, *columns, x.first)
+            journal.clear()
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> None:
+    ) -> Tensor | None:
         groups = [group._replace(lr=tables.readable(group.lr)) for group in groups]
         columns = self._state_columns([("momentum_buffers", [group.momentum != 0 for group in groups])], groups)
         columns.append(tables.sgd_table(groups))
-        self._update(kernels.sgd_update, groups, columns, grad_scale, found_inf, journal)
+        return self._update(kernels.sgd_update, groups, columns, grad_scale, found_inf, journal)
 
     def adam_update(
         self,
@@ -258,13 +246,13 @@ class Batch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> None:
+    ) -> Tensor | None:
         groups = [group._replace(lr=tables.readable(group.lr)) for group in groups]
         always = [True] * len(groups)
         needs = [("exp_avgs", always), ("exp_avg_sqs", always), ("max_exp_avg_sqs", [x.amsgrad for x in groups])]
         columns = self._state_columns(needs, groups)
         columns += [_addresses(look(steps or [None] * len(self.params))), tables.adam_table(groups)]
-        self._update(kernels.adam_update, groups, columns, grad_scale, found_inf, journal)
+        return self._update(kernels.adam_update, groups, columns, grad_scale, found_inf, journal)
 
     def _update(
         self,
@@ -274,17 +262,30 @@ class Batch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> None:
-        """A base step, of which ``columns`` are the state and the hyperparameters."""
+    ) -> Tensor | None:
+        """A base step, of which ``columns`` are the state and the hyperparameters; the norm of its momentum if any
+        group counts in it."""
         pairs = [of_grad or of_backup for of_grad, of_backup in zip(self._pairs(), self._pairs_of_backups())]
         plan = self._plan([group.size for group in groups], pairs)
         self._require_disjoint()
+        places, partials = self._measured(groups)
         with tables.on_device(self._device):
             tensors = _addresses(self._p), _addresses(self._g), self._kept_at()
-            arguments = self._columns(plan, plan.groups, *tensors, *columns)
+            arguments = self._columns(plan, plan.groups, *tensors, *columns, places)
             for x in plan.launches:
-                _launch(kernel, x, *arguments, grad_scale, found_inf, x.first)
+                launches.launch(kernel, x, *arguments, grad_scale, found_inf, partials, x.first)
             journal.clear()
+            return None if partials is None else launches.root_of(partials)
+
+    def _measured(self, groups: list[Any]) -> tuple[bytes | None, Tensor | None]:
+        """(column, partials): where each tensor's sums of squares of momentum are to go, where they would go in `norm`
+        of it; -1 for those that do not count. None if none does."""
+        if not any(group.measured for group in groups):
+            return None, None
+        counted = [group.measured for group in groups for _ in range(group.size)]
+        pairs = [(p.traits[0],) * 2 if g and c else None for p, g, c in zip(self._p, self._g, counted)]
+        plan = tables.plan(tuple(pairs), self._sizes, (len(self.params),))
+        return plan.places(self._sizes), launches.float64(self._device, plan.total)
 
     def _state_columns(self, needs: list[tuple[str, list[bool]]], groups: list[Any]) -> list[bytes]:
         """The addresses of each kind of state, of which every group says whether it needs it."""
@@ -316,13 +317,13 @@ class Batch:
             )
         return tables.plan(tuple(pairs), self._sizes, tuple(group_sizes))
 
-    def _columns(self, plan: tables.Plan, *columns: bytes | Tensor) -> list[Tensor]:
-        """The columns on the device, where a tensor is already."""
+    def _columns(self, plan: tables.Plan, *columns: bytes | Tensor | None) -> list[Any]:
+        """The columns on the device, where a tensor is already; None for one that there is not."""
         if not plan.launches:
             return []
         columns = plan.chunks, plan.sizes, *columns
         sent = iter(_columns.on(self._device, [x for x in columns if isinstance(x, bytes)]))
-        return [x if isinstance(x, Tensor) else next(sent) for x in columns]
+        return [next(sent) if isinstance(x, bytes) else x for x in columns]
 
     def _kept_at(self) -> bytes | Tensor:
         """The column of backups to restore from."""
@@ -345,16 +346,6 @@ batch = Batch
 
 def _addresses(seen: list[Seen | None]) -> bytes:
     return tables.column(0 if x is None else x.address for x in seen)
-
-
-def _launch(kernel: Any, launch: tables.Launch, *arguments: Any, **constants: Any) -> None:
-    """One program per chunk. Compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
-    param, grad = launch.dtypes
-    computed = torch.float64 if param == torch.float64 else torch.float32
-    constants = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed], **constants}
-    constants |= {"CHUNK": kernels.CHUNK, **kernels.tiles_of(kernel)}
-    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    kernel[(launch.programs,)](*arguments, **constants, **kernels.OPTIONS)
 
 
 def _require_same(index: int, before: Seen, now: Seen) -> None:

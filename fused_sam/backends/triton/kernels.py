@@ -19,6 +19,8 @@ Tables (int64, one entry per tensor of the op unless said otherwise; an address 
     sgd         [groups, 6]  lr, momentum, 1 - dampening, weight_decay as bits, the address of lr or 0, and flags
     adam        [groups, 9]  lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, sqrt(1 - beta2^t) as bits (0 where the
                              kernel reads the step), the address of lr or 0, and flags
+    means       [groups, 2]  the weight as bits, and flags
+    places      where an update puts the sums of squares of the tensor's momentum: the number of the first; or -1
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 from fused_sam.backends.triton.ascent import norm_partials, norm_total, perturb, restore
 from fused_sam.backends.triton.descent import adam_update, sgd_update
+from fused_sam.backends.triton.means import restore_accumulate
 from fused_sam.backends.triton.powers import peak_partials, peak_total, perturb_by_powers, power_partials, power_total
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "power_partials",
     "power_total",
     "restore",
+    "restore_accumulate",
     "sgd_update",
 ]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_sam.backends.triton import kernels
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AdamGroup, AscentGroup, SGDGroup
+    from fused_sam.ops import AdamGroup, AscentGroup, MeanGroup, SGDGroup
 
 Dtypes = tuple[torch.dtype, torch.dtype]  # of a parameter and of its gradient
 
@@ -47,6 +47,16 @@ class Plan(NamedTuple):
     def total(self) -> int:
         """How many chunks there are."""
         return len(self.chunks) // 8
+
+    def places(self, sizes: Sequence[int]) -> bytes:
+        """A column: the number of each tensor's first chunk; -1 for those without any."""
+        numbers = [-1] * len(sizes)
+        for launch in self.launches:
+            first = launch.first
+            for row in launch.rows:
+                numbers[row] = first
+                first += -(-sizes[row] // kernels.CHUNK)
+        return column(numbers)
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,6 +112,12 @@ def adam_table(groups: list[AdamGroup]) -> bytes:
         corrections = group.correction1, group.correction2_root
         rows.append(struct.pack("=dddddddqq", *numbers, *corrections, address, flags))
     return b"".join(rows)
+
+
+def mean_table(groups: list[MeanGroup]) -> bytes:
+    """The weights of running means as the kernel reads them, and a row for what has no gradient."""
+    rows = [struct.pack("=dq", group.weight, kernels.FIRST * group.first) for group in groups]
+    return b"".join(rows) + bytes(16)
 
 
 def _scalar(value: float | Tensor) -> tuple[float, int, int]:

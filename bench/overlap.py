@@ -1,0 +1,214 @@
+"""Time steps of ranks that send over links of a limited rate: python -m bench.overlap
+
+How much of the averaging of gradients backward hides. Each rank is a process of one thread in a network namespace of
+its own (bench/links.py; root and iproute2), with gloo. In every round each variant makes some steps, in an order that
+changes; ratios are of times in one round. Rows of kind "overlap".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bench import links, records
+from bench.models import WideResNet, parameter_count
+from bench.records import Spread
+from bench.rivals import EagerSAM
+from fused_sam import FusedSAM
+from fused_sam.distributed import data_parallel
+
+RANKS = 2
+MEGABITS = 500.0
+ROUNDS = 15
+STEPS = 2  # of a variant in a round
+WARM_UP = 2
+MODEL = "WRN-16-4"
+BATCH = 16
+BUCKET_MB = 1.0
+OPTIONS = {"rho": 0.05, "lr": 0.01, "momentum": 0.9}
+SILENT = "no communication"
+LATE = "all-reduce after backward"
+Batch = tuple[Tensor, Tensor]
+Step = Callable[[Batch], None]
+
+
+def _backward(model: nn.Module, batch: Batch) -> Tensor:
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def _ours(net: nn.Module, ddp: bool = False, late: bool = False, **options: Any) -> Step:
+    opt = FusedSAM(net.parameters(), **OPTIONS)
+    model = DistributedDataParallel(net, bucket_cap_mb=BUCKET_MB) if ddp else net
+    handle = data_parallel(model, opt, bucket_cap_mb=BUCKET_MB, **options)
+
+    def step(batch: Batch) -> None:
+        def closure() -> Tensor:
+            if not late:
+                return _backward(model, batch)
+            with handle.no_sync():
+                return _backward(model, batch)
+
+        opt.step(closure)
+
+    return step
+
+
+def _silent(net: nn.Module) -> Step:
+    """The same, buckets included, with a group of one rank."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    return _ours(net, process_group=alone[dist.get_rank()])
+
+
+def _eager(net: nn.Module) -> Step:
+    """Both gradients averaged during backward."""
+    model = DistributedDataParallel(net, bucket_cap_mb=BUCKET_MB)
+    opt = EagerSAM(net.parameters(), **OPTIONS)
+
+    def step(batch: Batch) -> None:
+        _backward(model, batch)
+        opt.first_step(zero_grad=True)
+        _backward(model, batch)
+        opt.second_step(zero_grad=True)
+
+    return step
+
+
+VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
+    SILENT: _silent,
+    "FusedSAM": _ours,
+    LATE: lambda net: _ours(net, late=True),
+    "FusedSAM, shard_state": lambda net: _ours(net, shard_state=True),
+    "DDP, FusedSAM": lambda net: _ours(net, ddp=True),
+    "DDP, eager SAM": _eager,
+}
+
+
+def _slowest(seconds: float) -> float:
+    """Over the ranks; the clock has stopped."""
+    time_ = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(time_, op=dist.ReduceOp.MAX)
+    return float(time_)
+
+
+def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float], int]:
+    """Seconds of a step in each round, and bytes that this rank sends in one, by variant; the number of parameters."""
+    torch.manual_seed(dist.get_rank())
+    batch = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    net = WideResNet(2, 4)
+    made = {}
+    for name, make in VARIANTS.items():
+        torch.manual_seed(0)
+        made[name] = make(WideResNet(2, 4))
+        for _ in range(WARM_UP):
+            made[name](batch)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    sent = dict.fromkeys(made, 0)
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(made), len(made)):
+            dist.barrier()
+            before, start = links.sent_bytes(), time.perf_counter()
+            for _ in range(steps):
+                made[name](batch)
+            seconds = time.perf_counter() - start
+            sent[name] += links.sent_bytes() - before
+            times[name].append(_slowest(seconds) / steps)
+    return times, {name: total / (rounds * steps) for name, total in sent.items()}, parameter_count(net)
+
+
+def _work(options: argparse.Namespace) -> None:
+    """One rank."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = links.DEVICE
+    dist.init_process_group("gloo", f"file://{options.store}", world_size=options.ranks, rank=options.rank)
+    times, sent, parameters = measure(options.rounds, options.steps)
+    if options.rank == 0:
+        records.write_rows(rows(options, times, sent, parameters), options.out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def rows(
+    options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float], parameters: int
+) -> list[records.Row]:
+    """One for each variant, with its times over those in the same rounds without communication, and after backward."""
+    common = {
+        **{"model": MODEL, "batch": BATCH, "parameters": parameters, "bucket_mb": BUCKET_MB},
+        **{"ranks": options.ranks, "megabits": options.megabits, "rounds": options.rounds, "steps": options.steps},
+    }
+    made = []
+    for name, seconds in times.items():
+        spread = Spread.of(seconds).rounded()
+        row = {"variant": name, "median_s": spread["median"], "p20_s": spread["p20"], "p80_s": spread["p80"]}
+        row["sent_bytes"] = round(sent[name])
+        row["ratio_to_silent"] = Spread.of([a / b for a, b in zip(seconds, times[SILENT])]).rounded()
+        row["ratio_to_late"] = Spread.of([a / b for a, b in zip(seconds, times[LATE])]).rounded()
+        made.append(records.header("overlap") | common | row)
+    return made
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.overlap", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--ranks", type=int, default=RANKS, help=f"processes (default: {RANKS})")
+    add("--megabits", type=float, default=MEGABITS, help=f"a second, of each link each way (default: {MEGABITS:g})")
+    add("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    add("--steps", type=int, default=STEPS, help=f"of each variant in a round (default: {STEPS})")
+    add("--out", type=Path, default=records.RESULTS / "distributed_overlap.jsonl", help="file to append to")
+    add("--rank", type=int, help=argparse.SUPPRESS)
+    add("--store", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if min(options.ranks - 1, options.megabits, options.rounds, options.steps) <= 0:
+        parser.error("--ranks must be >= 2, all other numbers > 0")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the links, start a process on each, print what they wrote."""
+    options = parse_arguments(arguments)
+    if options.rank is not None:
+        _work(options)
+        return 0
+    with tempfile.TemporaryDirectory() as folder, links.links(options.ranks, options.megabits) as names:
+        out = Path(folder) / "rows.jsonl"
+        common = [sys.executable, "-m", "bench.overlap", "--store", f"{folder}/store", "--out", str(out)]
+        common += [f"--{name}={getattr(options, name)}" for name in ("ranks", "megabits", "rounds", "steps")]
+        processes = [subprocess.Popen(links.inside(name, *common, f"--rank={rank}")) for rank, name in enumerate(names)]
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            return 1
+        made = records.read(Path(folder))
+    records.write_rows(made, options.out)
+    console = Console(highlight=False, soft_wrap=True)
+    for row in made:
+        ratio = row["ratio_to_silent"]
+        console.print(
+            f"{row['variant']:26}{1e3 * row['median_s']:8.1f} ms {ratio['median']:6.2f} "
+            f"[{ratio['p20']:.2f}, {ratio['p80']:.2f}]{row['sent_bytes'] / 1e6:8.1f} MB sent"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

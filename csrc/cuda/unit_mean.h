@@ -1,0 +1,58 @@
+// What a lane does to its share of a running mean of gradients, or of a parameter that is restored beside it.
+#pragma once
+
+#include "unit_kernels.h"
+
+namespace fused_sam::cuda {
+
+struct MeanTerms {
+  using Entry = SlimEntry;
+  MeanGroup group;
+};
+
+// mean <- mean + weight * (g - mean). g may be the mean: a lane reads its elements before it writes them.
+template <class P, class G>
+struct Accumulate {
+  static constexpr int kUnroll = 2;
+  P* mean;
+  const G* g;
+  MeanMath<Lane<typename Computed<P>::type>> math;
+
+  template <int V>
+  struct Regs {
+    Pack<P, V> mean;
+    Pack<G, V> g;
+  };
+  template <int V>
+  FUSED_SAM_HD Regs<V> load(int i) const {
+    Regs<V> regs;
+    regs.g = cuda::load<V>(g + i);
+    if (!math.first) {
+      regs.mean = cuda::load<V>(mean + i);
+    } else {
+      for (int e = 0; e < V; ++e) regs.mean.v[e] = P{};
+    }
+    return regs;
+  }
+  template <int V>
+  FUSED_SAM_HD void finish(int i, Regs<V> regs) const {
+    for (int e = 0; e < V; ++e) narrow(&regs.mean.v[e], math({widen(regs.mean.v[e])}, {widen(regs.g.v[e])}).v);
+    cuda::store<V>(mean + i, regs.mean);
+  }
+};
+
+// Of a mean if there is a gradient, else of a parameter.
+FUSED_SAM_HD void accumulate_unit(const Unit<SlimEntry>& u, const MeanTerms& terms, int lane) {
+  descend_unit(u, false, lane, [&](auto* mean, const auto*, auto* gradient, auto model) {
+    using P = Pointee<decltype(mean)>;
+    using G = Pointee<decltype(gradient)>;
+    // A mean is nobody's master: for those the restore alone is compiled.
+    if constexpr (std::is_same<typename decltype(model)::Type, NoModel>::value) {
+      constexpr int V = pack_width<P, G>();
+      const Accumulate<P, G> op{mean, gradient, MeanMath<Lane<typename Computed<P>::type>>(terms.group)};
+      walk<V>(op, u.count, head_of<V>(u.count, mean, gradient), lane);
+    }
+  });
+}
+
+}  // namespace fused_sam::cuda

@@ -1,0 +1,72 @@
+"""Launches over the chunks of an op, and the norms that take several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fused_sam.backends.triton import kernels, tables
+
+_LANGUAGE = {
+    torch.float32: triton.language.float32,
+    torch.float64: triton.language.float64,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float16: triton.language.float16,
+}
+
+
+def launch(kernel: Any, what: tables.Launch, *arguments: Any, **constants: Any) -> None:
+    """One program per chunk. Compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
+    param, grad = what.dtypes
+    computed = torch.float64 if param == torch.float64 else torch.float32
+    constants = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed], **constants}
+    constants |= {"CHUNK": kernels.CHUNK, "NORM_TILE": kernels.TILES["TILE"], **kernels.tiles_of(kernel)}
+    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
+    kernel[(what.programs,)](*arguments, **constants, **kernels.OPTIONS)
+
+
+def float64(device: torch.device, *size: int) -> Tensor:
+    """Uninitialised."""
+    return torch.empty(size, dtype=torch.float64, device=device)
+
+
+def sum_of_squares(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
+    """||x||_2, shape []."""
+    partials = float64(columns[0].device, plan.total)
+    for x in plan.launches:
+        launch(kernels.norm_partials, x, *columns, partials, x.first)
+    return root_of(partials)
+
+
+def root_of(partials: Tensor) -> Tensor:
+    """The root of the sum of sums of squares, shape []."""
+    result = float64(partials.device)
+    kernels.norm_total[(1,)](partials, result, partials.numel(), TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
+    return result
+
+
+def peak(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
+    """The largest |x|, the number of its tensor, and its place in that tensor; shape [3]."""
+    device = columns[0].device
+    peaks, elements = torch.empty(2, plan.total, dtype=torch.int64, device=device)
+    result = float64(device, 3)
+    for x in plan.launches:
+        launch(kernels.peak_partials, x, *columns, peaks, elements, x.first)
+    kernels.peak_total[(1,)](
+        columns[0], peaks, elements, result, plan.total, TILE=kernels.PEAK_TOTAL_TILE, **kernels.TOTAL_OPTIONS
+    )
+    return result
+
+
+def sum_of_powers(plan: tables.Plan, columns: list[Tensor], largest: Tensor) -> Tensor:
+    """||x||_q with the q of the last column, the table of the groups; shape []."""
+    partials, result = float64(columns[0].device, plan.total), float64(columns[0].device)
+    for x in plan.launches:
+        launch(kernels.power_partials, x, *columns, largest, partials, x.first)
+    kernels.power_total[(1,)](
+        partials, largest, columns[-1], result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS
+    )
+    return result

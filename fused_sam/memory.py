@@ -1,0 +1,89 @@
+"""Where tensors lie in memory: whether one fills its span, meets itself, or shares elements with another."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a strided tensor's elements fill the memory between its first and its last, in any order."""
+    expected = 1
+    for stride, size in _steps(x):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def require_disjoint(tensors: list[Tensor]) -> None:
+    """Refuse tensors on the same memory: they would be written twice, in no particular order.
+
+    Raises:
+        ValueError: if two of the tensors share an element. (Slices may well interleave.)
+    """
+    places = sorted(_Place.of(x) for x in tensors if x.numel() > 0 and x.device.type != "meta")
+    active: list[_Place] = []
+    for place in places:
+        active = [a for a in active if a.device == place.device and a.end > place.begin]
+        for a in active:
+            if _share_memory(a, place):
+                raise ValueError(
+                    f"Invalid memory layout: tensors of shape {list(a.shape)} and {list(place.shape)} overlap. "
+                    "Parameters, backups and state must be disjoint."
+                )
+        active.append(place)
+
+
+class _Place(NamedTuple):
+    """Where a strided tensor lies: addresses and strides in bytes."""
+
+    device: str
+    begin: int
+    end: int
+    item: int
+    dense: bool
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Place:
+        item, begin = x.element_size(), x.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+        strides = tuple(item * stride for stride in x.stride())
+        return cls(str(x.device), begin, begin + item * (last + 1), item, is_dense(x), tuple(x.shape), strides)
+
+    def addresses(self) -> Tensor:
+        a = torch.tensor([self.begin])
+        for size, stride in zip(self.shape, self.strides):
+            a = (a[:, None] + stride * torch.arange(size)).flatten()
+        return a
+
+
+@functools.lru_cache(maxsize=256)
+def _share_memory(a: _Place, b: _Place) -> bool:
+    """Whether two tensors whose spans of memory overlap share a byte. Cached: geometry rarely changes between steps."""
+    if a.dense and b.dense:
+        return True
+    begins = torch.cat([a.addresses(), b.addresses()])
+    ends = torch.cat([a.addresses() + a.item, b.addresses() + b.item])
+    order = begins.argsort()
+    return bool((begins[order][1:] < ends[order][:-1]).any())
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two indices of a strided tensor may share an address (in expanded tensors they do)."""
+    reach = 0
+    for stride, size in _steps(x):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def _steps(x: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions that have more than one index, innermost first."""
+    return sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1)

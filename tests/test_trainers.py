@@ -1,0 +1,260 @@
+"""The recipes of docs/trainers.md: in other people's training loops a step is what it is in a loop written by hand."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision_ops
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
+
+from fused_sam import FusedSAM
+
+BATCH, EPOCHS = 16, 2
+Step = Callable[[FusedSAM, Callable[[], Tensor]], Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torchvision() -> None:
+    """Trainers import it where it is installed."""
+    torchvision_ops.import_or_reason()
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+@functools.cache
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(3, (64,), generator=generator)
+    return TensorDataset(torch.randn(64, 5, generator=generator), labels)
+
+
+def sam(model: nn.Module, **options: Any) -> FusedSAM:
+    return FusedSAM(model.parameters(), lr=0.13, momentum=0.8, weight_decay=0.017, rho=0.07, **options)
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+def by_hand(epochs: int = EPOCHS, **options: Any) -> list[float]:
+    """All losses of both passes."""
+    model, losses = net(), []
+    optimizer = sam(model, **options)
+    scheduler = schedule(optimizer)
+    for _ in range(epochs):
+        for x, y in DataLoader(data(), BATCH):
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                losses.append(loss.item())
+                return loss
+
+            optimizer.step(closure)
+        scheduler.step()
+    return losses
+
+
+def lightning_losses(**options: Any) -> list[float]:
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.losses = net(), []
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
+            optimizer = sam(self)
+            return [optimizer], [schedule(optimizer)]
+
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", devices=1, **dict.fromkeys(silent, False), **options
+    )
+    module = Module()
+    trainer.fit(module, DataLoader(data(), BATCH))
+    return module.losses
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")
+class TestLightning:
+    def test_as_it_is(self) -> None:
+        assert lightning_losses() == by_hand()
+
+    def test_clipping(self) -> None:
+        losses = lightning_losses(gradient_clip_val=0.2)
+        assert losses == pytest.approx(by_hand(max_grad_norm=0.2), rel=1e-5)
+        assert losses != pytest.approx(by_hand(), rel=1e-3)
+
+    def test_accumulation_that_would_lose_gradients_is_warned_of(self) -> None:
+        with pytest.warns(UserWarning, match="accumulate_grad_batches must be 1"):
+            lightning_losses(accumulate_grad_batches=2)
+
+
+def accelerate_losses(step: str) -> list[float]:
+    accelerate = pytest.importorskip("accelerate")
+    model = net()
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = sam(model)
+    losses: list[float] = []
+    model, optimizer, loader, scheduler = accelerator.prepare(
+        model, optimizer, DataLoader(data(), BATCH), schedule(optimizer)
+    )
+    for _ in range(EPOCHS):
+        for x, y in loader:
+
+            def backward(x: Tensor = x, y: Tensor = y) -> Tensor:
+                loss = F.cross_entropy(model(x), y)
+                accelerator.backward(loss)
+                losses.append(loss.item())
+                return loss
+
+            if step == "closure":
+                optimizer.step(backward)
+                continue
+            backward()
+            optimizer.optimizer.first_step(zero_grad=True)
+            backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+    return losses
+
+
+@pytest.mark.parametrize("step", ["two calls", "closure"])
+def test_accelerate(step: str) -> None:
+    assert accelerate_losses(step) == by_hand()
+
+
+class Labelled(nn.Module):
+    """As transformers wants models: from a dict of inputs, labels among them, to a dict with the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.losses = net(), []
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, labels)
+        self.losses.append(loss.item())
+        return {"loss": loss, "logits": logits}
+
+
+def trainer_losses(folder: Path, **options: Any) -> list[float]:
+    transformers = pytest.importorskip("transformers")
+
+    class SAMTrainer(transformers.Trainer):
+        def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            inner = self.optimizer.optimizer
+            loss = super().training_step(model, dict(inputs), *args, **kwargs)
+            if inner.perturb_next or inner.perturbed:
+                inner.first_step(zero_grad=True)
+                super().training_step(model, inputs, *args, **kwargs)
+            return loss
+
+        def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    model = Labelled()
+    optimizer = sam(model)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **{"max_grad_norm": 0.0} | options,
+    )
+    examples = [{"x": x, "labels": y} for x, y in data()]
+    SAMTrainer(model, arguments, train_dataset=examples, optimizers=(optimizer, constant)).train()
+    return model.losses
+
+
+class TestTransformers:
+    def test_training_step(self, tmp_path: Path) -> None:
+        assert trainer_losses(tmp_path) == by_hand(epochs=1)
+
+    def test_clipping(self, tmp_path: Path) -> None:
+        assert trainer_losses(tmp_path, max_grad_norm=0.2) == pytest.approx(by_hand(1, max_grad_norm=0.2), rel=1e-5)
+
+    def test_accumulation_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match=r"first_step\(\) twice"):
+            trainer_losses(tmp_path, gradient_accumulation_steps=2)
+
+
+class TestLostGradients:
+    """step(closure) warns, once, of gradients that it is about to drop."""
+
+    def optimizer(self) -> tuple[FusedSAM, Callable[[], Tensor]]:
+        model, (x, y) = net(), data()[:BATCH]
+
+        def closure() -> Tensor:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        return sam(model), closure
+
+    def test_a_backward_after_zero_grad(self) -> None:
+        optimizer, closure = self.optimizer()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        closure()
+        with pytest.warns(UserWarning, match="starts without gradients") as caught:
+            optimizer.step(closure)
+        assert caught[0].filename == __file__
+        optimizer.zero_grad()
+        closure()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step(closure)
+
+    @pytest.mark.filterwarnings("error")
+    def test_what_a_step_has_used_is_not_lost(self) -> None:
+        optimizer, closure = self.optimizer()
+        for _ in range(2):
+            optimizer.step(closure)
+        closure()
+        optimizer.zero_grad()
+        optimizer.step(closure)
+        copy.deepcopy(optimizer).step(closure)
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        closure()
+        optimizer.first_step()
+        closure()
+        optimizer.step()
+        optimizer.step(closure)
+
+    @pytest.mark.filterwarnings("error")
+    def test_what_a_failed_closure_has_left_is_not_lost(self) -> None:
+        optimizer, closure = self.optimizer()
+
+        def failing() -> None:
+            closure()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(failing)
+        optimizer.step(closure)
