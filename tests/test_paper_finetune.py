@@ -66,9 +66,9 @@ def test_finetune_from_its_own_first_model(tmp_path, capsys):
     argv = [*TINY, "--results", str(tmp_path), "--pretrain-size", "200", "--pretrain-epochs", "2"]
     assert finetune.main(argv) == 0
     rows = rows_of(tmp_path / "paper_finetune.jsonl")
-    assert [row["method"] for row in rows] == ["SGD", "SGD, 2x epochs", "SAM", finetune.SCRATCH]
-    assert [row["passes"] for row in rows] == [2, 4, 4, 4]
-    assert [row["config"]["freeze_batchnorm"] for row in rows] == [True, True, True, False]
+    assert [row["method"] for row in rows] == ["SGD", "SGD, 2x epochs", "SAM", "SAM, rho=0.01", finetune.SCRATCH]
+    assert [row["passes"] for row in rows] == [2, 4, 4, 4, 4]
+    assert [row["config"]["freeze_batchnorm"] for row in rows] == [True, True, True, True, False]
     assert len(list((tmp_path / "checkpoints" / "finetune").glob("*.weights.pt"))) == 1
     assert (tmp_path / "paper_finetune.png").stat().st_size > 10_000
     assert "| SAM | 4 |" in finetune.section(rows)
@@ -78,7 +78,7 @@ def test_finetune_from_its_own_first_model(tmp_path, capsys):
 def test_finetune_from_a_file(tmp_path, digits):
     weights = training.Training(CONFIG, paper_data.split(digits, CONFIG)).model.state_dict()
     torch.save(weights, tmp_path / "weights.pt")
-    argv = [*TINY, "--results", str(tmp_path), "--checkpoint", str(tmp_path / "weights.pt")]
+    argv = [*TINY, "--results", str(tmp_path), "--checkpoint", str(tmp_path / "weights.pt"), "--rhos"]
     assert finetune.main(argv) == 0
     rows = rows_of(tmp_path / "paper_finetune.jsonl")
     assert len(rows) == 4

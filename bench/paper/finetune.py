@@ -54,6 +54,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
         ("SGD", frozen),
         ("SGD, 2x epochs", replace(frozen, **longer)),
         ("SAM", replace(frozen, optimizer="sam", options={"rho": args.rho})),
+        *((f"SAM, rho={rho:g}", replace(frozen, optimizer="sam", options={"rho": rho})) for rho in args.rhos),
         (SCRATCH, replace(base, **longer, lr=args.pretrain_lr, extra=target)),
     ]
 
