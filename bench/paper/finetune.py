@@ -29,6 +29,7 @@ EVEN, ODD = 0, 1
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add("--rhos", type=float, nargs="*", default=[0.01], help="SAM with these radii too (default: 0.01)")
     add("--checkpoint", type=Path, help="state_dict of the --model, to be fine-tuned on all classes of the --dataset")
     add(
         "--pretrain-size",
