@@ -40,9 +40,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     methods = summary.by(rows, "method")
     colours = figures.colours([label for (label,) in methods])
     seeds = len(summary.by(rows, "seed"))
-    subtitle = (
-        f"{summary.task(rows[0])}; mean and 95 % interval of {seeds} seeds; training loss at w, with augmentation"
-    )
+    subtitle = f"{summary.task(rows[0])}; {seeds} seeds, mean and 95 % interval"
     with figures.canvas("SAM against Adam", subtitle, path, panels=2) as panels:
         for axes, (key, name, upside_down) in zip(panels, CURVES, strict=True):
             for (label,), same in methods.items():
