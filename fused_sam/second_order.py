@@ -10,6 +10,7 @@ the memory of a double backward and the time of about two more gradients.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,9 @@ def second_pass(optimizer: FusedSAM, closure: Callable[[], Any]) -> Any:
         es = displacements(params, grads, groups, optimizer.p)
     # The weights come back bit for bit, so that what autograd has kept of them is true again: it need not see that they
     # were away.
-    with torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+    with contextlib.ExitStack() as unseen:
+        for p in params:  # torch 2.6 takes one tensor
+            unseen.enter_context(torch.autograd._unsafe_preserve_version_counter(p))
         optimizer._ascend(take_grads=True)
         with torch.enable_grad():
             result = closure()
