@@ -1,0 +1,19 @@
+"""What the tests of the Triton backend share: where they can run, and the names of the kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+compiled = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"
+)
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by those in the interpreter")
+
+PER_CHUNK = ["norm_partials", "perturb", "restore", "restore_accumulate", "sgd_update", "adam_update"]
+BY_POWERS = ["peak_partials", "power_partials", "perturb_by_powers"]
+KERNELS = [*PER_CHUNK, *BY_POWERS, "norm_total", "peak_total", "power_total"]
