@@ -68,6 +68,7 @@ sanitize: $(READY)
 
 soak: $(READY)
 	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_faults.py tests/test_large.py -k "grow or 32_bits" $(ARGS)
+	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py $(ARGS)
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)
 
 clean:
