@@ -4,7 +4,7 @@
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     on a machine with a GPU, without network: build, tests, sanitizers, benchmarks; OUT=folder for logs and rows
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
-# make soak    random calls, hostile calls, 10^5 steps of flat memory, 2^31 elements; hours
+# make soak    random calls, hostile calls, 10^5 steps of flat memory, 2^31 elements, every GPU architecture; hours
 # make help    this list
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 ARGS   ?=
-# Where no GPU is, code for one architecture shows that the CUDA kernels build; a test compiles them for all.
+# Where no GPU is, code for one architecture shows that the CUDA kernels build; tests compile them for more.
 FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,80)
 OUT    ?= runs/gpu
 EXPERIMENT ?= label_noise
@@ -68,7 +68,7 @@ sanitize: $(READY)
 
 soak: $(READY)
 	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_faults.py tests/test_large.py -k "grow or 32_bits" $(ARGS)
-	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py $(ARGS)
+	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py tests/test_cuda_build.py $(ARGS)
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)
 
 clean:

@@ -56,7 +56,9 @@ def growth(backend: str) -> dict[str, int]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
 @pytest.mark.parametrize("backend", ["native", "interpreted", "eager"])
 def test_no_option_lets_the_process_grow(backend: str) -> None:
-    """A leak of 4 KiB in a step shows."""
+    """A leak of 4 KiB in a step shows. What the backends have in common is seen with one of them."""
+    if backend != "native" and "FUSED_SAM_SOAK" not in os.environ:
+        pytest.skip("make soak")
     if backends.available("cpu").get(backend, "not part of this build") != "ok":
         pytest.skip(f"the {backend} backend is not built")
     script = f"import conftest, json, test_leaks as t; print(json.dumps(t.growth({backend!r})))"
