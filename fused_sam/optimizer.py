@@ -159,7 +159,7 @@ class FusedSAM(Optimizer):
         self._ascent: ascents.Displacement | None = None
         self._journal: ops.Journal = []  # of a step at w
         self._peers: Peers = Alone()
-        self._cleared = False  # whether gradients have been since the last step, so that those there are new
+        self._cleared = False  # by zero_grad, since the last step: what gradients there are then no step has seen
         self._warned = False
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
