@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import tempfile
 import time
@@ -45,17 +46,21 @@ class Ranks:
             wait([*waiting, *(self._processes[rank].sentinel for rank in waiting.values())], left)
             for pipe, rank in list(waiting.items()):
                 alive = self._processes[rank].is_alive()
-                if pipe.poll():
-                    with contextlib.suppress(EOFError):
-                        results[rank] = pipe.recv()
-                        alive = False
-                elif not alive:
-                    results[rank] = False, "the process died"
-                if not alive:
-                    del waiting[pipe]
+                answered = pipe.poll()
+                if not answered and alive:
+                    continue
+                del waiting[pipe]
+                try:
+                    results[rank] = pipe.recv() if answered else (False, self._death_of(rank))
+                except (EOFError, ConnectionResetError):  # what came was the end of the pipe
+                    results[rank] = False, self._death_of(rank)
         if not all(ok for ok, _ in results):
             self.close()
         return results
+
+    def _death_of(self, rank: int) -> str:
+        self._processes[rank].join()
+        return f"the process died, exit code {self._processes[rank].exitcode}"
 
     def close(self) -> None:
         """End the processes, whatever they do."""
@@ -84,6 +89,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a rank that crashes says where
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{store}", timedelta(seconds=COLLECTIVE_SECONDS), world_size=size, rank=rank
@@ -92,7 +98,9 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         while True:
             case, args, kwargs = pipe.recv()
             torch.manual_seed(0)
+            faulthandler.dump_traceback_later(CASE_SECONDS * 0.9)  # and one that hangs
             try:
                 pipe.send((True, case(*args, **kwargs)))
             except BaseException:
                 pipe.send((False, traceback.format_exc()))
+            faulthandler.cancel_dump_traceback_later()
