@@ -25,10 +25,11 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
 
 # The constraints file keeps every resolution on one torch. Sources are compiled into the package by the install.
+# --no-compile: Python compiles a module of a dependency when it is first imported; most never are.
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	FUSED_SAM_CUDA_ARCHITECTURES='$(FUSED_SAM_CUDA_ARCHITECTURES)' \
-	  $(PIP) install --quiet --constraint constraints.txt --editable '.[test,bench,imagenet]'
+	  $(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[test,bench,imagenet]'
 	@touch $@
 
 # The data set as Debian packages it; without apt or root the script finds or fetches its own.

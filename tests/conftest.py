@@ -103,7 +103,10 @@ def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     otherwise. Results do not depend on it, which is what test_threads.py is for.
     """
     seed = zlib.crc32(request.node.nodeid.encode())
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: without a GPU it keeps a stack trace of each call, which takes longer than most tests.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     torch.set_num_threads(1)
     yield
