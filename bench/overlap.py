@@ -69,10 +69,14 @@ def _ours(net: nn.Module, ddp: bool = False, late: bool = False, **options: Any)
     return step
 
 
+def _alone() -> Any:
+    """A group of this rank."""
+    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+
 def _silent(net: nn.Module) -> Step:
     """The same, buckets included, with a group of one rank."""
-    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    return _ours(net, process_group=alone[dist.get_rank()])
+    return _ours(net, process_group=_alone())
 
 
 def _eager(net: nn.Module) -> Step:
@@ -106,11 +110,44 @@ def _slowest(seconds: float) -> float:
     return float(time_)
 
 
-def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float], int]:
-    """Seconds of a step in each round, and bytes that this rank sends in one, by variant; the number of parameters."""
+def stages(net: nn.Module, batch: Batch, steps: int) -> dict[str, float]:
+    """Median seconds, on this rank, of the parts of a step without communication that say what can be hidden.
+
+    One backward; all of the optimizer; of that, the base step with the way back to w; and a collective of one number
+    over all ranks.
+    """
+    opt = FusedSAM(net.parameters(), **OPTIONS)
+    data_parallel(net, opt, process_group=_alone(), bucket_cap_mb=BUCKET_MB)
+    parts: dict[str, list[float]] = {"backward_s": [], "optimizer_s": [], "update_s": [], "smallest_s": []}
+
+    def since(begin: float, part: str) -> None:
+        parts[part].append(time.perf_counter() - begin)
+
+    for _ in range(steps):
+        ascent = 0.0
+        for second in (False, True):
+            loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+            begin = time.perf_counter()
+            loss.backward()
+            since(begin, "backward_s")
+            begin = time.perf_counter()
+            (opt.second_step if second else opt.first_step)(zero_grad=True)
+            if second:
+                since(begin, "update_s")
+                parts["optimizer_s"].append(ascent + parts["update_s"][-1])
+            else:
+                ascent = time.perf_counter() - begin
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_reduce(torch.zeros(1))
+        since(begin, "smallest_s")
+    return {part: Spread.of(seconds).rounded()["median"] for part, seconds in parts.items()}
+
+
+def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
+    """Seconds of a step in each round, and bytes that this rank sends in one, by variant; parameters and `stages`."""
     torch.manual_seed(dist.get_rank())
     batch = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
-    net = WideResNet(2, 4)
     made = {}
     for name, make in VARIANTS.items():
         torch.manual_seed(0)
@@ -129,7 +166,9 @@ def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, 
             seconds = time.perf_counter() - start
             sent[name] += links.sent_bytes() - before
             times[name].append(_slowest(seconds) / steps)
-    return times, {name: total / (rounds * steps) for name, total in sent.items()}, parameter_count(net)
+    net = WideResNet(2, 4)
+    subject = {"parameters": parameter_count(net)} | stages(net, batch, rounds * steps)
+    return times, {name: total / (rounds * steps) for name, total in sent.items()}, subject
 
 
 def _work(options: argparse.Namespace) -> None:
@@ -137,19 +176,19 @@ def _work(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = links.DEVICE
     dist.init_process_group("gloo", f"file://{options.store}", world_size=options.ranks, rank=options.rank)
-    times, sent, parameters = measure(options.rounds, options.steps)
+    times, sent, subject = measure(options.rounds, options.steps)
     if options.rank == 0:
-        records.write_rows(rows(options, times, sent, parameters), options.out)
+        records.write_rows(rows(options, times, sent, subject), options.out)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def rows(
-    options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float], parameters: int
+    options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float], subject: dict[str, float]
 ) -> list[records.Row]:
     """One for each variant, with its times over those in the same rounds without communication, and after backward."""
     common = {
-        **{"model": MODEL, "batch": BATCH, "parameters": parameters, "bucket_mb": BUCKET_MB},
+        **{"model": MODEL, "batch": BATCH, **subject, "bucket_mb": BUCKET_MB},
         **{"ranks": options.ranks, "megabits": options.megabits, "rounds": options.rounds, "steps": options.steps},
     }
     made = []

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import gpu_plot, gpu_tables, records, step_plot, tables
+from bench import gpu_plot, gpu_tables, records, scaling, step_plot, tables
 from bench.paper import report as paper_report
 from bench.tables import latest
 
 PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md", "docs/paper.md")
-BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS | paper_report.blocks()
+BLOCKS = tables.BLOCKS | {"bench:scaling": scaling.block} | gpu_tables.BLOCKS | paper_report.blocks()
 PLOTS = {
     "docs/step_cpu.png": step_plot.draw,
     f"docs/{gpu_tables.STEP_PICTURE}": gpu_plot.draw_steps,
