@@ -280,6 +280,7 @@ class FusedSAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`."""
         super().zero_grad(set_to_none)
+        self._peers.cleared()
         self._cleared = set_to_none
 
     @torch.no_grad()

@@ -241,3 +241,49 @@ def steps_through_checkpoints(shared: bool) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_reentrant_checkpoints(shared: bool, pair: Ranks) -> None:
     pair.run(steps_through_checkpoints, shared)
+
+
+class Failing(nn.Module):
+    """The identity, whose backward fails when it is told to."""
+
+    fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self._hook)
+        return x
+
+    def _hook(self, grad: Tensor) -> None:
+        if self.fails:
+            raise KeyError("out of luck")
+
+
+def backward_fails_midway(sharded: bool) -> None:
+    """In a step that is not perturbed, when the gradients of the last layer are under way."""
+    nets = [nn.Sequential(nn.Linear(5, 4), Failing(), nn.Linear(4, 3)).double() for _ in range(2)]
+    opts = [FusedSAM(net.parameters(), rho=RHO, interval=2, **HYPER) for net in nets]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, opt in zip(nets, opts):
+        data_parallel(net, opt, bucket_cap_mb=1e-5, check_replicas_every=1, shard_state=sharded)
+    torch.manual_seed(dist.get_rank())
+    for step in range(4):
+        x, other = torch.randn(2, 3, 5, dtype=torch.float64)
+        for net, opt in zip(nets, opts):
+            if opt.perturb_next:
+                two_calls(opt, lambda net=net: net(x).square().sum().backward())
+                continue
+            if net is nets[0]:
+                net[1].fails = True
+                with pytest.raises(KeyError, match="out of luck"):
+                    net(other).square().sum().backward()
+                net[1].fails = False
+                opt.zero_grad()
+            net(x).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        assert [bits(p) for p in nets[0].parameters()] == [bits(p) for p in nets[1].parameters()], step
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gradients_that_are_thrown_away_are_not_averaged(sharded: bool, pair: Ranks) -> None:
+    pair.run(backward_fails_midway, sharded)

@@ -69,9 +69,13 @@ class Overlap:
         mean.finish()
         self.pending = False
 
+    def abandon(self) -> None:
+        """Gradients are thrown away: what a backward has sent of them, and failed, belongs to no later one."""
+        self._mean = None
+
     def reset(self) -> None:
         """For the next step: its gradients are new."""
-        self._mean = None
+        self.abandon()
         self.pending = True
         self._averaging.reset()
 

@@ -87,6 +87,9 @@ class Peers:
     def after_step(self, optimizer: FusedSAM) -> None:
         """A step has been made, and the weights are at w."""
 
+    def cleared(self) -> None:
+        """The gradients have been thrown away."""
+
     def reset(self) -> None:
         """Forget what was begun in a step that has ended, whichever way."""
 

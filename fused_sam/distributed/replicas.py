@@ -91,6 +91,10 @@ class Replicas(Peers):
                 f"{len(places) - 1} others. Gradients were not averaged, or weights or state were not equal before."
             )
 
+    def cleared(self) -> None:
+        if isinstance(self._averager, Overlap):
+            self._averager.abandon()
+
     def reset(self) -> None:
         if isinstance(self._averager, Overlap):
             self._averager.reset()
