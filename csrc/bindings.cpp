@@ -11,6 +11,7 @@
 #include "python/accumulate.h"
 #include "python/cuda_ops.h"
 #include "python/gather.h"
+#include "python/param_lists.h"
 #include "python/tensor_view.h"
 #include "python/torch_api.h"
 

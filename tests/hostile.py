@@ -224,10 +224,11 @@ MODES: list[dict[str, Any]] = [
 
 
 def rounded_master(entry: Any, dtype: torch.dtype) -> bytes | None:
+    """What w is by a master that could be one; torch would read one whose memory is freed."""
     master = entry.get("master") if isinstance(entry, dict) else None
     if not isinstance(master, Tensor) or master.shape != (SIZE,) or not master.is_cpu:
         return None
-    if not master.is_sparse and master.untyped_storage().nbytes() == 0:  # freed: torch would read it all the same
+    if master.dtype != torch.float32 or master.is_sparse or master.untyped_storage().nbytes() == 0:
         return None
     return bits(master.to(dtype))
 

@@ -270,7 +270,7 @@ def backward_fails_midway(sharded: bool) -> None:
         x, other = torch.randn(2, 3, 5, dtype=torch.float64)
         for net, opt in zip(nets, opts):
             if opt.perturb_next:
-                two_calls(opt, lambda net=net: net(x).square().sum().backward())
+                two_calls(opt, lambda net=net, x=x: net(x).square().sum().backward())
                 continue
             if net is nets[0]:
                 net[1].fails = True

@@ -38,12 +38,12 @@ from fused_sam.ops import AscentGroup
 
 SUITES = {
     "ops": ("test_ops.py test_ops_update.py", "not thousand"),
-    "means": ("test_ops_means.py test_microbatch.py", "test_ops_means or bits or reference and 3 or None"),
-    "measured": ("test_kept_norm.py", "not trajectory or trajectory and float32 and SGD"),
+    "means": ("test_ops_means.py test_microbatch.py", "test_ops_means or bits or reference and 3-asam or None"),
+    "measured": ("test_kept_norm.py", "not (trajectory or averages and float64) or trajectory and float32 and SGD"),
     "adam": (
         "test_ops_adam.py test_adam.py",
-        "ops_adam and (not closed_form or float32 or all) or strided or network and all or own_step or leaves_no_trace "
-        "or malformed and exp_avg_sq or 16_bit or tensor",
+        "ops_adam and (not closed_form or float32 or all) or strided and adamw or network and asam-all or own_step "
+        "or leaves_no_trace or malformed and exp_avg_sq or 16_bit or tensor",
     ),
     "operands": (
         "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py test_triton.py "
@@ -52,8 +52,8 @@ SUITES = {
     ),
     "p-norms": (
         "test_p_norms.py test_decay_in_ascent.py",
-        "perturb and swap and (1.0 or 3.0 or inf and float32) or p_1 or p_inf or length or moves or layouts or strided "
-        "or p_norms and trajectories and (1.5 or 4.0) or stay and swap "
+        "perturb and swap and ((1.0 or 3.0) and (float32 or bfloat16) or inf and float32) or p_1 or p_inf or length "
+        "or moves or layouts or strided or p_norms and trajectories and (False-1.5 or weights-4.0) or stay and swap "
         "or decay_in_ascent and (closed_form and swap or other_norms or without_need)",
     ),
     "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <numeric>
 #include <string>
-#include <utility>
 
+#include "disjoint.h"
 #include "tensor_view.h"
 #include "torch_api.h"
 
@@ -97,36 +97,6 @@ py::value_error changed(Py_ssize_t index) {
 }
 
 }  // namespace
-
-py::list get_grads(const py::list& params) {
-  const Attribute& grad = TorchApi::get().grad;
-  py::list grads(params.size());
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    PyObject* value = grad.get(PyList_GET_ITEM(params.ptr(), i));
-    if (value == nullptr) throw py::error_already_set();
-    PyList_SET_ITEM(grads.ptr(), i, value);
-  }
-  return grads;
-}
-
-void clear_grads(const py::list& params) {
-  const Attribute& grad = TorchApi::get().grad;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    if (!grad.set(PyList_GET_ITEM(params.ptr(), i), Py_None)) throw py::error_already_set();
-  }
-}
-
-py::list lookup(const py::dict& state, const py::list& params, const py::str& key) {
-  py::list values(params.size());
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    PyObject* entry = PyDict_GetItemWithError(state.ptr(), PyList_GET_ITEM(params.ptr(), i));
-    if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    PyObject* value = entry != nullptr && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, key.ptr()) : Py_None;
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    PyList_SET_ITEM(values.ptr(), i, Py_NewRef(value == nullptr ? Py_None : value));
-  }
-  return values;
-}
 
 Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::tuple& states,
              const py::object& masters, int cuda_index)
@@ -314,32 +284,9 @@ const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
   for (size_t group = 0; group < sizes.size(); ++group) {
     for (int64_t k = 0; k < sizes[group]; ++k) tensors_[i++].group = static_cast<int32_t>(group);
   }
-  require_disjoint();
+  // Backups made here overlap nothing.
+  require_disjoint(tensors_, PyTuple_GET_SIZE(backups_.ptr()) > 0);
   return tensors_;
-}
-
-// Two written tensors on the same memory would be updated in no particular order.
-void Batch::require_disjoint() const {
-  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
-  ranges.reserve((3 + kStates) * tensors_.size());
-  const auto add = [&](const void* data, const Tensor& t, DType dtype) {
-    const auto begin = reinterpret_cast<uintptr_t>(data);
-    const auto bytes = static_cast<uintptr_t>(t.numel * size_of(dtype));
-    if (data != nullptr && bytes > 0) ranges.emplace_back(begin, begin + bytes);
-  };
-  for (const Tensor& t : tensors_) {
-    add(t.param, t, t.dtype);
-    add(t.model, t, t.model_dtype);
-    for (const void* state : t.state) add(state, t, t.dtype);
-    // Those made here overlap nothing.
-    if (PyTuple_GET_SIZE(backups_.ptr()) > 0 && !t.has_model()) add(t.backup, t, t.dtype);
-  }
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i) {
-    if (ranges[i].first < ranges[i - 1].second) {
-      throw py::value_error("Invalid memory layout: parameters, backups and state must not overlap.");
-    }
-  }
 }
 
 }  // namespace fused_sam

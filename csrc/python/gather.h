@@ -12,15 +12,6 @@
 
 namespace fused_sam {
 
-// p.grad of every parameter, as a list.
-pybind11::list get_grads(const pybind11::list& params);
-
-// p.grad = None for every parameter.
-void clear_grads(const pybind11::list& params);
-
-// [state.get(p, {}).get(key) for p in params].
-pybind11::list lookup(const pybind11::dict& state, const pybind11::list& params, const pybind11::str& key);
-
 // The tensors of one op, read once. Lists may be None or hold None. The tensors are kept alive as long as this object,
 // though a kernel runs without the interpreter lock.
 class Batch {
@@ -70,7 +61,6 @@ class Batch {
   bool describe(Py_ssize_t index, Tensor* out);
   bool read_weights(Py_ssize_t index, TensorView* param, TensorView* master, Tensor* out) const;
   void adopt_backups(const Batch& ascent);
-  void require_disjoint() const;
 
   Device device_;
   Py_ssize_t count_;
