@@ -230,6 +230,32 @@ def test_a_gradient_refused_in_pass_2_restores_the_weights(form: str, backend: s
     assert not opt.perturbed
 
 
+class HalfWay(torch.optim.SGD):
+    """Updates its first parameter, and fails."""
+
+    def step(self, closure: Any = None) -> None:
+        p = self.param_groups[0]["params"][0]
+        with torch.no_grad():
+            p.sub_(p.grad)
+        raise OverflowError("too large")
+
+
+@pytest.mark.parametrize("ascent_steps", [1, 2])
+def test_a_base_step_that_fails_half_way_leaves_the_weights(ascent_steps: int, backend: str, device: str) -> None:
+    params = leaves(33, 7, 129, device=device)
+    opt = FusedSAM(params, HalfWay, rho=RHO, lr=0.013, ascent_steps=ascent_steps, backend=backend)
+    w = snapshot(params)
+    for _ in range(ascent_steps):
+        set_grads(params, [torch.randn_like(p) for p in params])
+        opt.first_step(zero_grad=True)
+    assert snapshot(params) != w
+    set_grads(params, [torch.randn_like(p) for p in params])
+    with pytest.raises(OverflowError, match="too large"):
+        opt.step()
+    assert not opt.perturbed
+    assert snapshot(params) == w
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2], ids=str)
 def test_parameters_of_an_unsupported_dtype_are_refused_by_name(dtype: torch.dtype, backend: str, device: str) -> None:
     fine, culprit = torch.randn(5, device=device), torch.randn(7, device=device).to(dtype)

@@ -117,10 +117,13 @@ def one_batch(journal: Journal, count: int) -> Any | None:
 
 
 def bring_back(journal: Journal) -> None:
-    """Bring back w wherever the journal says that it is displaced; what has been done to state stays entered."""
-    for entry in [entry for entry in journal if entry.params]:
-        _undo_one(entry)
-        journal.remove(entry)
+    """Bring back w wherever the journal says that it is displaced.
+
+    All stays entered: a base step that then fails half way is undone by `undo`, its weights from the same backups.
+    """
+    for entry in journal:
+        if entry.params:
+            _undo_one(entry)
 
 
 def undo(journal: Journal) -> None:
