@@ -254,15 +254,10 @@ def checkpoints(state: Any, options: Any, base: Any, mode: Any, sixteen: bool, r
             p.grad = torch.ones_like(p)
         return torch.tensor(0.0)
 
-    def has_tensor_betas() -> bool:
-        with contextlib.suppress(TypeError):
-            return any(isinstance(beta, Tensor) for group in opt.param_groups for beta in group.get("betas", ()))
-        return False
-
     def step(name: str) -> None:
         before = snapshot(params)
-        # They ask for torch's own loop, which in a step at w has no copy of the weights to return to.
-        own_loop = has_tensor_betas() and "interval" in mode
+        # Tensors as betas ask for torch's own loop, which in a step at w has no copy of the weights to return to.
+        own_loop = "betas" in options and "interval" in mode
         if attempt(name, lambda: opt.step(closure)) or own_loop:
             return
         # A master that was put into the state is w from then on, though the step be refused.
