@@ -178,10 +178,7 @@ def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any],
     if param.layout != torch.strided:
         raise InvalidTensor(index, f"layout {param.layout} of the parameter is not supported, must be strided")
     _require_memory(index, param)
-    if overlaps_itself(param):
-        raise InvalidTensor(
-            index, f"the parameter overlaps itself in memory (shape {list(param.shape)}, strides {param.stride()})"
-        )
+    _require_writable(index, param, "parameter")
     if grad is not None:
         require_match(index, param, grad, isinstance(grad, Tensor) and can_mix(param.dtype, grad.dtype))
     if master is not None:
@@ -190,10 +187,13 @@ def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any],
         require_match(index, param, master, any_dtype=True)
         if master.dtype != torch.float32:
             raise InvalidTensor(index, f"dtype {master.dtype} of the master is not supported, must be torch.float32")
+        _require_writable(index, master, "master")
     for x in backups:
         require_match(index, param, x)
+        _require_writable(index, x, "backup")
     for x in state:
         require_match(index, param if master is None else master, x)
+        _require_writable(index, x, "state")
 
 
 def require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:
@@ -208,6 +208,14 @@ def require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) ->
                 index, f"{name} {getattr(x, name)} does not match the parameter's {getattr(param, name)}"
             )
     _require_memory(index, x)
+
+
+def _require_writable(index: int, x: Tensor, what: str) -> None:
+    """Refuse a tensor two of whose elements are one: what is written to them cannot be read again."""
+    if overlaps_itself(x):
+        raise InvalidTensor(
+            index, f"the {what} overlaps itself in memory (shape {list(x.shape)}, strides {x.stride()})"
+        )
 
 
 def _require_memory(index: int, x: Tensor) -> None:

@@ -362,6 +362,7 @@ MALFORMED: dict[str, Callable[[Tensor], Any]] = {
     "short": lambda m: m[:-1].clone(),
     "another dtype": lambda m: m.double(),
     "sparse": lambda m: m.to_sparse(),
+    "overlapping itself": lambda m: m[:1].expand_as(m),
     "list": lambda m: m.tolist(),
     "gone": lambda m: None,
 }

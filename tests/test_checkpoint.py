@@ -238,6 +238,7 @@ MALFORMED: dict[str, Callable[[Tensor], Any]] = {
     "complex": lambda m: m.to(torch.complex64),
     "sparse": lambda m: m.to_sparse(),
     "another device": lambda m: m.to("meta"),
+    "overlapping itself": lambda m: m[:1].expand_as(m),
     "list": lambda m: m.tolist(),
     "number": lambda m: 1.0,
 }

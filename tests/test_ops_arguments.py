@@ -11,6 +11,7 @@ import torch
 from helpers import HYPER, ascent_groups, assert_same_bits, sgd_groups, snapshot
 
 from fused_sam import ops
+from fused_sam.routing import InvalidTensor
 
 Arguments = dict[str, Any]
 REFUSED = (TypeError, ValueError)
@@ -107,6 +108,17 @@ def test_a_tensor_unlike_its_parameter_is_refused(
         assert_refused(op, kwargs, backend, (*REFUSED, RuntimeError))
     else:
         assert_refused(op, kwargs, backend)
+
+
+@pytest.mark.parametrize(("op", "key"), [(op, key) for op, key in LISTS if op != "norm" and key != "grads"])
+def test_a_written_tensor_that_overlaps_itself_is_refused(op: str, key: str, backend: str, device: str) -> None:
+    """A copy would be updated, which cannot be put back."""
+    for position in (0, 1):
+        kwargs = arguments(op, device)
+        t = kwargs[key][position]
+        kwargs[key][position] = t[:1].expand_as(t)
+        with pytest.raises(InvalidTensor, match=f"index {position}: the .* overlaps itself in memory"):
+            getattr(ops, op)(**kwargs, backend=backend)
 
 
 @pytest.mark.parametrize("op", OPS)
