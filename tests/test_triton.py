@@ -59,7 +59,8 @@ SUITES = {
     "optimizer": ("test_optimizer_contract.py test_faults.py", "not exception or Mishap"),
     "numbers": (
         "test_parity.py test_storage.py test_amp.py",
-        "strided or network or overflow or (rho_zero and nesterov-decay) or scale or addresses or stale",
+        "strided or network and asam or overflow_restores and (swap-inf-2 or backup-nan-0-both) or scale or addresses "
+        "or rho_zero and nesterov-decay-asam or stale",
     ),
 }
 
