@@ -8,9 +8,7 @@ scale clips. So it takes one more norm and no pass of its own, and nothing waits
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,23 +17,6 @@ from fused_sam.memory import overlaps_itself
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
-
-
-def checked(max_grad_norm: Any) -> float | None:
-    """The option as given.
-
-    Raises:
-        TypeError: for what is neither a number nor None.
-        ValueError: for a number that is not > 0.
-    """
-    if max_grad_norm is None:
-        return None
-    if not isinstance(max_grad_norm, numbers.Real) or isinstance(max_grad_norm, bool):
-        raise TypeError(f"Invalid {max_grad_norm=}. Must be a number > 0, or None.")
-    number = float(max_grad_norm)
-    if not 0.0 < number < math.inf:
-        raise ValueError(f"Invalid {max_grad_norm=}. Must be > 0 and finite, or None.")
-    return number
 
 
 def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:

@@ -15,8 +15,6 @@ scale between the steps.
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,22 +31,6 @@ if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
 
 KEY = "orthogonal_grad"
-
-
-def checked(reuse: Any) -> float | None:
-    """The option as given.
-
-    Raises:
-        TypeError: for what is neither a number nor None.
-        ValueError: for a number that is not > 0 and finite.
-    """
-    if reuse is None:
-        return None
-    if not isinstance(reuse, numbers.Real) or isinstance(reuse, bool):
-        raise TypeError(f"Invalid {reuse=}. Must be a number > 0, or None.")
-    if not 0.0 < float(reuse) < math.inf:
-        raise ValueError(f"Invalid {reuse=}. Must be > 0 and finite, or None.")
-    return float(reuse)
 
 
 class Kept(ops.Done):

@@ -14,10 +14,8 @@ from fused_sam import (
     ascents,
     backends,
     bases,
-    clipping,
     closures,
     descents,
-    looksam,
     masters,
     memory,
     ops,
@@ -28,6 +26,7 @@ from fused_sam.backends import eager
 from fused_sam.distributed import shards
 from fused_sam.distributed.alone import Alone
 from fused_sam.distributed.peers import Peers
+from fused_sam.options import positive_or_none
 from fused_sam.telemetry import Report
 
 
@@ -143,12 +142,12 @@ class FusedSAM(Optimizer):
         self._backend = backends.requested(backend)
         self.replay_rng = replay_rng
         self.capturable = capturable
-        self.max_grad_norm = clipping.checked(max_grad_norm)
+        self.max_grad_norm = positive_or_none("max_grad_norm", max_grad_norm)
         self._schedule = schedule.Schedule(interval, start, stop)
         if capturable and not self._schedule.always:
             raise ValueError(f"Invalid {capturable=} with {interval=}, {start=}, {stop=}. A graph replays one step.")
         self.second_order = second_order
-        self.reuse = looksam.checked(reuse)
+        self.reuse = positive_or_none("reuse", reuse)
         if not isinstance(telemetry, bool):
             raise ValueError(f"Invalid {telemetry=}. Must be True or False.")
         self.telemetry = telemetry

@@ -13,17 +13,11 @@ from fused_sam.backends.triton.tiles import (
     number,
     pointer,
     scalar,
+    source_of,
     store,
     sum_of_squares,
     widened,
 )
-
-
-@triton.jit
-def _source(w_address, backups, row, begin, P: tl.constexpr):
-    """(address of the backup, pointer to w: the backup where there is one)."""
-    b_address = tl.load(backups + row)
-    return b_address, tl.where(b_address == 0, w_address, b_address).to(tl.pointer_type(P)) + begin
 
 
 @triton.jit
@@ -135,7 +129,7 @@ def sgd_update(
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
-    b_address, source = _source(w_address, backups, row, begin, P)
+    b_address, source = source_of(w_address, backups, row, begin, P)
     m_address, m = pointer(momenta, row, begin, P)
     live = _is_live(g_address, found_inf)
     entry = sgd + tl.load(groups + row) * 6
@@ -280,7 +274,7 @@ def adam_update(
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
-    b_address, source = _source(w_address, backups, row, begin, P)
+    b_address, source = source_of(w_address, backups, row, begin, P)
     m_address, m = pointer(exp_avgs, row, begin, P)
     v_address, v = pointer(exp_avg_sqs, row, begin, P)
     u_address, u = pointer(max_exp_avg_sqs, row, begin, P)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_sam.backends.triton.tiles import chunk, in_full_tiles, load, number, pointer, store, widened
+from fused_sam.backends.triton.tiles import chunk, in_full_tiles, load, number, pointer, source_of, store, widened
 
 
 @triton.jit
@@ -46,8 +46,7 @@ def restore_accumulate(
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
-    b_address = tl.load(backups + row)
-    source = tl.where(b_address == 0, w_address, b_address).to(tl.pointer_type(P)) + begin
+    b_address, source = source_of(w_address, backups, row, begin, P)
     entry = means + tl.load(groups + row) * 2
     weight = number(tl.load(entry)).to(C)
     begins = (tl.load(entry + 1) & 8) != 0

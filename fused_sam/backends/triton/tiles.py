@@ -23,6 +23,13 @@ def pointer(addresses, row, begin, T: tl.constexpr):
 
 
 @triton.jit
+def source_of(w_address, backups, row, begin, P: tl.constexpr):
+    """(address of the backup, pointer to w: the backup where there is one)."""
+    b_address = tl.load(backups + row)
+    return b_address, tl.where(b_address == 0, w_address, b_address).to(tl.pointer_type(P)) + begin
+
+
+@triton.jit
 def in_full_tiles(address, count, TILE: tl.constexpr):
     """Elements that can be taken in vectors of 16 bytes: whole tiles, if all the addresses that were or-ed allow it."""
     return tl.where((address & 15) == 0, count // TILE * TILE, 0)
