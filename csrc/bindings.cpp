@@ -147,6 +147,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("get_grads", &get_grads);
   m.def("clear_grads", &clear_grads);
   m.def("lookup", &lookup);
+  m.def("all_present", &all_present);
   py::class_<Batch>(m, "Batch")
       .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, const py::object&, int>())
       .def_property_readonly("odd", &Batch::odd)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import masters, ops, param_groups, projected
+from fused_sam import masters, ops, param_groups, param_lists, projected
 from fused_sam.kept_norm import KeptNorm
 from fused_sam.telemetry import Probe
 
@@ -119,8 +119,8 @@ class AlongGradient:
             self._next(optimizer, params, optimizer._ascent, take_grads)
 
     def _first(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
-        host, local = optimizer._host(), optimizer._peers.local
-        grads = host.get_grads(params)
+        local = optimizer._peers.local
+        grads = param_lists.get_grads(params)
         left_out = param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
         copies = masters.of(optimizer, params, grads)
@@ -139,7 +139,7 @@ class AlongGradient:
         optimizer._ascent = state
         try:
             if take_grads:
-                host.clear_grads(params)
+                param_lists.clear_grads(params)
             ascent.perturb(norm, state.journal, state.backups, owned=take_grads)
             masters.enter(optimizer, params, copies)
             if state.probe is not None:
@@ -153,8 +153,7 @@ class AlongGradient:
             raise
 
     def _next(self, optimizer: FusedSAM, params: list[Tensor], state: Displacement, take_grads: bool) -> None:
-        host = optimizer._host()
-        grads = host.get_grads(params)
+        grads = param_lists.get_grads(params)
         param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
         assert state.backups is not None
@@ -169,7 +168,7 @@ class AlongGradient:
         if state.probe is not None:
             state.probe.measure_radius(final=state.steps == self.steps)
         if take_grads:
-            host.clear_grads(params)
+            param_lists.clear_grads(params)
 
 
 class AlongMomentum:
@@ -209,7 +208,7 @@ class AlongMomentum:
         optimizer._ascent = state
         try:
             if take_grads:
-                optimizer._host().clear_grads(params)
+                param_lists.clear_grads(params)
             ascent.perturb(norm, state.journal)
             masters.enter(optimizer, params, copies)
             if state.probe is not None:
@@ -221,7 +220,7 @@ class AlongMomentum:
 
     def _momenta(self, optimizer: FusedSAM, params: list[Tensor]) -> list[Any]:
         for key in self.KEYS:
-            found = optimizer._host().lookup(optimizer.state, params, key)
+            found = param_lists.lookup(optimizer.state, params, key)
             if any(m is not None for m in found):
                 return found
         if any(optimizer.state.values()):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import backends, clipping, looksam, masters, ops
+from fused_sam import backends, clipping, looksam, masters, ops, param_lists
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -28,16 +28,16 @@ class FusedSGD:
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """One `ops.sgd_update` over all groups; new momentum buffers stay in the state only if it is made."""
-        params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
+        params, local = optimizer._flat_params(), optimizer._peers.local
         kept = optimizer._along.kept
         measured = kept is not None and kept.is_wanted(optimizer)
-        grads = host.get_grads(params)
+        grads = param_lists.get_grads(params)
         copies = masters.of(optimizer, params, grads)
         buffers: list[Any] | None = None
         fresh: set[int] = set()
         if any(group["momentum"] for group in optimizer.param_groups):
-            buffers = host.lookup(optimizer.state, params, "momentum_buffer")
-            if not ops.all_present(buffers):
+            buffers = param_lists.lookup(optimizer.state, params, "momentum_buffer")
+            if not param_lists.all_present(buffers):
                 fresh = _make_buffers(optimizer.param_groups, _weights(params, copies), grads, buffers)
         if fresh and ops.is_capturing(params):
             raise RuntimeError(
@@ -170,7 +170,7 @@ class FusedAdam(AnyBase):
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """One `ops.adam_update` over all groups; new state stays in the optimizer's only if it is made."""
-        params, host, local = optimizer._flat_params(), optimizer._host(), optimizer._peers.local
+        params, local = optimizer._flat_params(), optimizer._peers.local
         kept = optimizer._along.kept
         measured = kept is not None and kept.is_wanted(optimizer)
         if not self._is_fusable(optimizer, params):
@@ -178,9 +178,9 @@ class FusedAdam(AnyBase):
                 raise RuntimeError("master_weights=True needs betas that are numbers, and capturable=False on a CPU.")
             super().step(optimizer, journal, grad_scale, found_inf)
             return
-        grads = host.get_grads(params)
+        grads = param_lists.get_grads(params)
         copies = masters.of(optimizer, params, grads)
-        state = {key: host.lookup(optimizer.state, params, key) for key in _ADAM_STATE}
+        state = {key: param_lists.lookup(optimizer.state, params, key) for key in _ADAM_STATE}
         steps = state["step"]
         fresh = {i for i, (t, g) in enumerate(zip(steps, grads)) if t is None and g is not None}
         if fresh and ops.is_capturing(params):

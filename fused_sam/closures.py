@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_sam import descents, ops, rng, second_order
+from fused_sam.dynamo import untraced
 from fused_sam.telemetry import Report, measured, stacked
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def _mean_gradient(optimizer: FusedSAM, pairs: Sequence[tuple[Closure, Closure]]
     return _mean(losses), stacked(reports)
 
 
+@untraced
 def _average(optimizer: FusedSAM, means: dict[Tensor, Tensor], count: int, journal: ops.Journal | None) -> None:
     """The mean of the gradients of ``count`` closures from that of all but the last one, whose p.grad is there now.
 

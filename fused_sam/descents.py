@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fused_sam import clipping, looksam, masters, ops, param_groups, schedule
+from fused_sam.dynamo import untraced
 from fused_sam.telemetry import Report, measured
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
 
 
+@untraced
 def descend(optimizer: FusedSAM, report: Report | None = None) -> None:
     """The base step at w with the gradients there are, after a restore where the weights are perturbed."""
     ascent, journal = optimizer._ascent, optimizer._ascent.journal if optimizer._ascent else optimizer._journal

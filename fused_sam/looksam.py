@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_sam import masters, ops
+from fused_sam import masters, ops, param_lists
 from fused_sam.backends.eager import ordered_sum, wide
 from fused_sam.memory import overlaps_itself
 from fused_sam.routing import require_match
@@ -101,7 +101,7 @@ def apply(optimizer: FusedSAM, alpha: float) -> None:
         InvalidTensor: as `keep`.
     """
     params = optimizer._flat_params()
-    found = optimizer._host().lookup(optimizer.state, params, KEY)
+    found = param_lists.lookup(optimizer.state, params, KEY)
     parts = [part if p.grad is not None else None for p, part in zip(params, found)]
     grads: list[Any] = [p.grad if part is not None else None for p, part in zip(params, parts)]
     if not any(part is not None for part in parts):

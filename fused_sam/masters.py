@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_sam import ops
+from fused_sam import ops, param_lists
 from fused_sam.routing import SIXTEEN_BIT, TensorList
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def of(optimizer: FusedSAM, params: TensorList, grads: TensorList) -> TensorList
     masters = optimizer._masters
     if masters is None:
         return None
-    copies = masters.of(optimizer._host().lookup(optimizer.state, params, KEY), params, grads)
+    copies = masters.of(param_lists.lookup(optimizer.state, params, KEY), params, grads)
     if not optimizer.perturbed:
         masters.refresh(params, copies)
     return copies if any(m is not None for m in copies) else None

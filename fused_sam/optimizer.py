@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,12 +19,13 @@ from fused_sam import (
     memory,
     ops,
     param_groups,
+    param_lists,
     schedule,
 )
-from fused_sam.backends import eager
 from fused_sam.distributed import shards
 from fused_sam.distributed.alone import Alone
 from fused_sam.distributed.peers import Peers
+from fused_sam.dynamo import untraced
 from fused_sam.options import positive_or_none
 from fused_sam.telemetry import Report
 
@@ -274,14 +274,19 @@ class FusedSAM(Optimizer):
         """``step()`` under the name that goes with ``first_step``; then sets the gradients to None if asked."""
         self.step()
         if zero_grad:
-            self._host().clear_grads(self._flat_params())
+            self.zero_grad()
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`."""
-        super().zero_grad(set_to_none)
+        if set_to_none:
+            param_lists.clear_grads(self._flat_params())
+        else:
+            super().zero_grad(set_to_none)
         self._peers.cleared()
         self._cleared = set_to_none
 
+    @untraced
     @torch.no_grad()
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
@@ -293,6 +298,7 @@ class FusedSAM(Optimizer):
         self._ascent = None
         masters.note(self)
 
+    @untraced
     def _ascend(self, take_grads: bool) -> None:
         if not self.perturb_next:
             if self._ascent is not None:
@@ -317,14 +323,10 @@ class FusedSAM(Optimizer):
 
     def _flat_params(self) -> list[Tensor]:
         """The parameters of all groups, in order."""
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _host(self) -> ModuleType:
-        """The backend whose helpers go over the parameters: that of the first one."""
+        params: list[Tensor] = []
         for group in self.param_groups:
-            for p in group["params"]:
-                return backends.for_device(p.device.type, self._backend)
-        return eager
+            params += group["params"]
+        return params
 
     def _named(self, error: ops.InvalidTensor) -> ValueError:
         """The refusal of a tensor, with the parameter named as the user knows it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fused_sam.backends import Backend, native
-from fused_sam.backends.native import CUDABatch, clear_grads, get_grads, lookup
+from fused_sam.backends.native import CUDABatch
 from fused_sam.routing import TensorList
 
 __all__ = [
@@ -18,9 +18,6 @@ __all__ = [
     "NEEDS_DENSE",
     "TAKES_MASTERS",
     "batch",
-    "clear_grads",
-    "get_grads",
-    "lookup",
     "why_not",
 ]
 

@@ -189,6 +189,7 @@ void Batch::adopt_backups(const Batch& ascent) {
 }
 
 void Batch::refresh() {
+  disjoint_ = false;
   for (Py_ssize_t i = 0; i < count_; ++i) {
     const auto k = static_cast<size_t>(i);
     if (tensors_[k].backup == nullptr) continue;
@@ -253,6 +254,7 @@ void Batch::make_backups(bool owned) {
 }
 
 void Batch::set_backups(const py::list& backups) {
+  disjoint_ = false;
   backups_ = checked(backups, count_, "backups");
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
@@ -284,8 +286,11 @@ const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
   for (size_t group = 0; group < sizes.size(); ++group) {
     for (int64_t k = 0; k < sizes[group]; ++k) tensors_[i++].group = static_cast<int32_t>(group);
   }
-  // Backups made here overlap nothing.
-  require_disjoint(tensors_, PyTuple_GET_SIZE(backups_.ptr()) > 0);
+  if (!disjoint_) {
+    // Backups made here overlap nothing.
+    require_disjoint(tensors_, PyTuple_GET_SIZE(backups_.ptr()) > 0);
+    disjoint_ = true;
+  }
   return tensors_;
 }
 

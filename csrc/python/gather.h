@@ -69,6 +69,7 @@ class Batch {
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
   std::vector<Py_ssize_t> odd_;
+  bool disjoint_ = false;  // whether that has been found of `tensors_` as they are
 };
 
 // The first members of groups given as tuples: how many tensors each covers.

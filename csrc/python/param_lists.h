@@ -14,4 +14,7 @@ void clear_grads(const pybind11::list& params);
 // [state.get(p, {}).get(key) for p in params].
 pybind11::list lookup(const pybind11::dict& state, const pybind11::list& params, const pybind11::str& key);
 
+// Whether no entry is None.
+bool all_present(const pybind11::list& entries);
+
 }  // namespace fused_sam

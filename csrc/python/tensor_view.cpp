@@ -33,9 +33,9 @@ bool count_elements(TensorView* view) {
   for (int d = 0; d < view->ndim; ++d) {
     if (view->shape[d] < 0 || __builtin_mul_overflow(view->numel, view->shape[d], &view->numel)) return false;
   }
-  const int64_t item = size_of(view->dtype);
-  if (view->numel > INT64_MAX / item) return false;
-  return view->numel == 0 || (view->data != nullptr && reinterpret_cast<uintptr_t>(view->data) % item == 0);
+  const auto item = static_cast<uintptr_t>(size_of(view->dtype));  // a power of two
+  if (view->numel > INT64_MAX / size_of(DType::f64)) return false;
+  return view->numel == 0 || (view->data != nullptr && (reinterpret_cast<uintptr_t>(view->data) & (item - 1)) == 0);
 }
 
 bool read_described(PyObject* object, Device device, TensorView* view) {

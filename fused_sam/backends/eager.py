@@ -31,22 +31,6 @@ BASE_STEPS = ("sgd_update", "adam_update")
 TAKES_MASTERS = True
 
 
-def get_grads(params: TensorList) -> TensorList:
-    """p.grad of every parameter."""
-    return [p.grad for p in params]
-
-
-def clear_grads(params: TensorList) -> None:
-    """p.grad = None for every parameter."""
-    for p in params:
-        p.grad = None
-
-
-def lookup(state: dict[Tensor, dict[str, Any]], params: TensorList, key: str) -> TensorList:
-    """The entry of each parameter's state, None where there is none."""
-    return [state[p].get(key) if p in state else None for p in params]
-
-
 def why_not(device_type: str) -> str | None:
     """Why this backend cannot take tensors of a device type; None where it can."""
     return None

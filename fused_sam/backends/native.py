@@ -19,10 +19,6 @@ NEEDS_DENSE = True
 BASE_STEPS = ("sgd_update", "adam_update")
 TAKES_MASTERS = True
 
-get_grads = _native.get_grads
-clear_grads = _native.clear_grads
-lookup = _native.lookup
-
 
 def why_not(device_type: str) -> str | None:
     if device_type == "cpu":

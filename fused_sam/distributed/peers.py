@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_sam import ops
+from fused_sam import ops, param_lists
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -69,7 +69,7 @@ class Peers:
             InvalidTensor: as `ops.norm`.
         """
         params = optimizer._flat_params()
-        grads = optimizer._host().get_grads(params)
+        grads = param_lists.get_grads(params)
         groups = [ops.AscentGroup(len(params), 0.0, False)]
         norm: Any = self.norm(ops.Ascent(self.local(params), self.local(grads), groups, optimizer.backend), params)
         return norm

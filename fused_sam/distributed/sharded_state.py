@@ -141,7 +141,6 @@ class Share:
         self._along = optimizer._along
         self._masters = None
         self._peers = Peers()
-        self._host = optimizer._host
         self._parameter: dict[Tensor, Tensor] = {}  # of which each tensor is a piece
         parts: dict[Tensor, Tensor] = {}
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)

@@ -18,7 +18,7 @@ fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm 
 from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, restore_accumulate, sgd_update
 from fused_sam.ops.groups import AdamGroup, AscentGroup, MeanGroup, SGDGroup, dual_exponent, host_number, is_capturing
-from fused_sam.ops.journal import Done, Journal, NewState, all_present, bring_back, one_batch, undo
+from fused_sam.ops.journal import Done, Journal, NewState, bring_back, one_batch, undo
 from fused_sam.routing import InvalidTensor
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "NewState",
     "SGDGroup",
     "adam_update",
-    "all_present",
     "bring_back",
     "dual_exponent",
     "host_number",

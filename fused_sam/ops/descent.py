@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_sam.ops.groups import AdamGroup, MeanGroup, SGDGroup, require_sizes
-from fused_sam.ops.journal import Counted, Journal, all_present, bump_versions, copy, undo
+from fused_sam.ops.journal import Counted, Journal, bump_versions, copy, undo
+from fused_sam.param_lists import all_present
 from fused_sam.routing import Part, TensorList, contiguous, make_batch, route, stand_ins
 
 G = TypeVar("G", bound=Any)  # a group of one of the ops

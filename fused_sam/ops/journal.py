@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fused_sam.param_lists import all_present
 from fused_sam.routing import TensorList
 
 # What is to be undone if the step goes no further: entries with ``params``, ``kept`` (None for each parameter that is
@@ -99,11 +99,6 @@ def copy(sources: TensorList, targets: TensorList) -> None:
     for source, target in zip(sources, targets):
         if source is not None and target is not None:
             target.copy_(source)
-
-
-def all_present(tensors: TensorList) -> bool:
-    """Whether no entry is None. (``None in tensors`` would compare tensors.)"""
-    return all(map(operator.is_not, tensors, itertools.repeat(None)))
 
 
 def one_batch(journal: Journal, count: int) -> Any | None:

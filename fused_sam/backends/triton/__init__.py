@@ -24,11 +24,6 @@ import triton
 from fused_sam.backends.triton import kernels, launches, tables
 from fused_sam.backends.triton.operands import Seen, is_param, is_sole_owner, look, matches, require_disjoint
 
-try:
-    from fused_sam.backends.native import clear_grads, get_grads, lookup
-except ImportError:
-    from fused_sam.backends.eager import clear_grads, get_grads, lookup
-
 if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
     from fused_sam.routing import TensorList
@@ -39,9 +34,6 @@ __all__ = [
     "TAKES_MASTERS",
     "Batch",
     "batch",
-    "clear_grads",
-    "get_grads",
-    "lookup",
     "why_not",
 ]
 

@@ -1,0 +1,77 @@
+"""What every step looks up for its parameters: the same answers from C++ and from Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import defaultdict
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fused_sam import param_lists
+
+
+def in_python(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module as it is where the native core does not load."""
+    monkeypatch.setitem(sys.modules, "fused_sam._native", None)
+    spec = importlib.util.find_spec("fused_sam.param_lists")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["as installed", "python"])
+def lists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return param_lists if request.param == "as installed" else in_python(monkeypatch)
+
+
+def some_params() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(n)) for n in (3, 1, 0, 5, 2, 7)]
+
+
+def test_gradients_are_read_and_cleared(lists: ModuleType) -> None:
+    params = some_params()
+    assert lists.get_grads(params) == [None] * len(params)
+    gradients = [torch.full_like(p, 0.5) for p in params]
+    for p, g in list(zip(params, gradients, strict=True))[::2]:
+        p.grad = g
+    found = lists.get_grads(params)
+    assert all(f is (None if i % 2 else gradients[i]) for i, f in enumerate(found))
+    lists.clear_grads(params)
+    assert all(p.grad is None for p in params)
+    assert lists.get_grads([]) == []
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4], [1, 2, 4], [4, 0], []], ids=str)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_state_is_found_whatever_its_order(lists: ModuleType, order: list[int], foreign: bool) -> None:
+    params = some_params()
+    state: dict[Any, Any] = defaultdict(dict)
+    for i in order:
+        if foreign:  # of a parameter that is not asked for
+            state[nn.Parameter(torch.ones(1))] = {"x": "foreign"}
+        state[params[i]] = {"x": i, "y": 7 * i} if i != 3 else {"y": 21}
+    assert lists.lookup(state, params, "x") == [i if i in order and i != 3 else None for i in range(len(params))]
+    assert lists.lookup(state, params, "y") == [7 * i if i in order else None for i in range(len(params))]
+    assert len(state) == len(order) * (1 + foreign)  # nothing has been entered
+
+
+def test_a_parameter_may_be_asked_for_twice(lists: ModuleType) -> None:
+    params = some_params()
+    state = {p: {"x": i} for i, p in enumerate(params)}
+    again = [params[1], params[0], params[0], params[5], params[1]]
+    assert lists.lookup(state, again, "x") == [1, 0, 0, 5, 1]
+
+
+def test_presence_compares_no_tensors(lists: ModuleType) -> None:
+    tensors: list[Any] = [torch.ones(2), torch.zeros(0), torch.ones(3, 3)]
+    assert lists.all_present(tensors)
+    assert lists.all_present([])
+    for i in range(len(tensors) + 1):
+        assert not lists.all_present([*tensors[:i], None, *tensors[i:]])
