@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "python/accumulate.h"
+#include "python/columns.h"
 #include "python/cuda_ops.h"
 #include "python/gather.h"
 #include "python/param_lists.h"
@@ -51,7 +52,7 @@ std::vector<AdamGroup> adam_groups(const std::vector<AdamTuple>& groups) {
 }
 
 const std::vector<Tensor>& on_cpu(Batch& batch, const std::vector<int64_t>& sizes) {
-  if (batch.device().cuda) throw py::value_error("Invalid tensors. Must be on the CPU.");
+  if (!batch.device().cpu()) throw py::value_error("Invalid tensors. Must be on the CPU.");
   return batch.gather(sizes);
 }
 
@@ -129,7 +130,7 @@ std::optional<double> adam_update(Batch& batch, const std::vector<AdamTuple>& gr
 
 void stream_copy(const py::object& dst, const py::object& src, int threads) {
   TensorView to, from;
-  const Device cpu{false, -1};
+  const Device cpu{dlpack::kCpu, 0};
   if (!read_tensor(dst.ptr(), cpu, &to) || !read_tensor(src.ptr(), cpu, &from) || !is_dense(to) ||
       !same_layout(to, from) || to.dtype != from.dtype) {
     throw py::value_error("Invalid dst, src. Must be dense CPU tensors of one floating dtype, shape and layout.");
@@ -148,8 +149,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("clear_grads", &clear_grads);
   m.def("lookup", &lookup);
   m.def("all_present", &all_present);
-  py::class_<Batch>(m, "Batch")
-      .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, const py::object&, int>())
+  py::class_<Batch> batch(m, "Batch");
+  batch
+      .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, const py::object&, int,
+                    int>())
       .def_property_readonly("odd", &Batch::odd)
       .def_property_readonly("kept", &Batch::kept)
       .def("make_backups", &Batch::make_backups)
@@ -159,6 +162,7 @@ PYBIND11_MODULE(_native, m) {
       .def("restore", &restore)
       .def("sgd_update", &sgd_update)
       .def("adam_update", &adam_update);
+  bind_columns(batch);
   m.def("stream_copy", &stream_copy);
   bind_cuda(m);
   bind_accumulate(m);

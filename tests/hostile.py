@@ -49,6 +49,7 @@ from fused_sam import FusedSAM, _native, ops
 def calls(draw: st.DrawFn) -> Any:
     """A method of a batch, or a function that takes one, with its arguments."""
     norm = mostly(st.tuples(SANE, SANE, SANE), st.one_of(st.tuples(SANE, NUMBERS, NUMBERS), SCALARS))
+    covering = mostly(st.just([2]), st.lists(SIZES, max_size=3))
     methods = {
         "make_backups": (st.booleans(),),
         "set_backups": (lists(),),
@@ -59,6 +60,15 @@ def calls(draw: st.DrawFn) -> Any:
         "adam_update": (ADAM, st.one_of(st.none(), STEPS), SANE, THREADS, JOURNALS.map(lambda make: make())),
         "odd": (),
         "kept": (),
+        "addresses": (st.sampled_from(["params", "grads", "backups", "weights"]),),
+        "state_addresses": (st.integers(-1, 4),),
+        "sizes": (),
+        "kinds": (st.booleans(), st.booleans()),
+        "check": (covering,),
+        "require_state": (covering, st.integers(-1, 4), mostly(st.just([False]), st.lists(st.booleans(), max_size=3))),
+        "require_backups": (covering,),
+        "keep_backups": (),
+        "refresh": (),
     }
     functions = {
         "norm_partials": (ASCENT, EXPONENTS),
@@ -129,15 +139,15 @@ def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo:
     """The module that only `fused_sam.backends.native` should call."""
     made: list[Any] = []
 
-    def batch(name: str, operands: Any, backups: Any, count: int, index: int = -1) -> Any:
+    def batch(name: str, operands: Any, backups: Any, count: int, device: int = 1) -> Any:
         params, grads, _, states, masters = operands
         given = tuple([*states, None][:count])
         made.clear()
-        attempt(name, lambda: made.append(_native.Batch(params, grads, backups, given, masters, index)), params)
+        attempt(name, lambda: made.append(_native.Batch(params, grads, backups, given, masters, device, 0)), params)
         return made[0] if made else None
 
     params, grads, backups, _, masters = first
-    batch("Batch on a GPU", first, backups, counts[1], 0)
+    batch("Batch on a GPU", first, backups, counts[1], 2)
     attempt("get_grads", lambda: _native.get_grads(params))
     attempt("lookup", lambda: _native.lookup({}, params, "step"))
     attempt("stream_copy", lambda: _native.stream_copy(params[0], grads[0], 2), params)

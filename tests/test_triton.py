@@ -50,6 +50,7 @@ SUITES = {
         "test_triton_chunks.py",
         "",
     ),
+    "operands without the core": ("test_ops_arguments.py test_gradient_ownership.py test_device_scalars.py", ""),
     "p-norms": (
         "test_p_norms.py test_decay_in_ascent.py",
         "perturb and swap and ((1.0 or 3.0) and (float32 or bfloat16) or inf and float32) or p_1 or p_inf or length "
@@ -75,6 +76,9 @@ def test_the_suite_passes_in_the_interpreter(suite: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(here / f) for f in files.split())]
     command += ["-k", f"triton and ({which})" if which else "triton"]
     env = os.environ | {"TRITON_INTERPRET": "1"}
+    if suite.endswith("without the core"):
+        command += ["-p", "without_native"]
+        env["PYTHONPATH"] = str(here)
     done = subprocess.run(command, env=env, cwd=here.parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -248,7 +252,8 @@ def test_the_plan_covers_every_element_once_whatever_the_dtypes() -> None:
 
     f32, bf16 = (torch.float32, torch.float32), (torch.bfloat16, torch.float32)
     sizes = (1, 0, kernels.CHUNK, kernels.CHUNK + 1, 5, 3 * kernels.CHUNK - 1)
-    plan = tables.plan((f32, f32, bf16, f32, None, bf16), sizes, (2, 4))
+    kinds = (0, 0, 2 << 2, 0, -1, 2 << 2)
+    plan = tables.plan(tables.column(kinds), tables.column(sizes), (2, 4))
     entries = memoryview(plan.chunks).cast("q").tolist()
     assert [(e >> 32, e & 0xFFFFFFFF) for e in entries] == [(0, 0), (3, 0), (3, 1), (2, 0), (5, 0), (5, 1), (5, 2)]
     assert [(x.dtypes, x.first, x.programs, x.rows) for x in plan.launches] == [
@@ -256,6 +261,7 @@ def test_the_plan_covers_every_element_once_whatever_the_dtypes() -> None:
         (bf16, 3, 4, (2, 5)),
     ]
     assert memoryview(plan.groups).cast("q").tolist() == [0, 0, 1, 1, 1, 1]
+    assert memoryview(plan.places()).cast("q").tolist() == [0, -1, 3, 1, -1, 4]
 
 
 def run_python(code: str) -> str:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fused_sam.backends.triton import kernels, tables, tiles
 
-BF16 = (torch.bfloat16, torch.bfloat16)
+BF16 = 2 << 2 | 2  # the kind of bfloat16 parameters with gradients of their dtype
 SIZES = (3, 2**33 + 5, 1)
 
 
@@ -33,7 +33,7 @@ def places(chunks, sizes, addresses, out, T: tl.constexpr, CHUNK: tl.constexpr):
 
 
 def test_the_plan_of_a_tensor_beyond_32_bits() -> None:
-    plan = tables.plan((BF16,) * 3, SIZES, (3,))
+    plan = tables.plan(tables.column([BF16] * 3), tables.column(SIZES), (3,))
     entries = torch.frombuffer(bytearray(plan.chunks), dtype=torch.int64)
     whole = SIZES[1] // kernels.CHUNK
     assert plan.launches[0].programs == len(entries) == whole + 3

@@ -32,7 +32,7 @@ std::vector<Tensor> joined(Batch& means, const std::vector<MeanTuple>& groups, c
   std::vector<Tensor> tensors = means.gather(sizes_of(groups));
   if (restored.is_none()) return tensors;
   Batch& params = restored.cast<Batch&>();
-  if (params.device().cuda != means.device().cuda || params.device().index != means.device().index) {
+  if (params.device() != means.device()) {
     throw py::value_error("Invalid restored. Must be on the device of the means.");
   }
   params.refresh();
@@ -46,7 +46,7 @@ std::vector<Tensor> joined(Batch& means, const std::vector<MeanTuple>& groups, c
 // As the updates, enters what the kernel has done in the journal before it returns.
 void on_cpu(Batch& means, const py::object& restored, Py_ssize_t size, const std::vector<MeanTuple>& groups,
             int threads, py::list journal) {
-  if (means.device().cuda) throw py::value_error("Invalid tensors. Must be on the CPU.");
+  if (!means.device().cpu()) throw py::value_error("Invalid tensors. Must be on the CPU.");
   const auto tensors = joined(means, groups, restored, size);
   const auto converted = mean_groups<MeanGroup>(groups);
   {

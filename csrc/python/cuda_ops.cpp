@@ -10,8 +10,10 @@ namespace py = pybind11;
 namespace fused_sam {
 
 cuda::Target target_of(const Batch& batch, uintptr_t stream) {
-  return batch.device().cuda ? cuda::Target{batch.device().index, reinterpret_cast<void*>(stream)}
-                             : cuda::Target{-1, nullptr};
+  const Device device = batch.device();
+  if (device.cpu()) return {-1, nullptr};
+  if (!device.cuda()) throw py::value_error("Invalid tensors. Must be on a CUDA device.");
+  return {device.index, reinterpret_cast<void*>(stream)};
 }
 
 namespace {
@@ -117,7 +119,7 @@ py::object workspace_for(const Batch& batch, const std::vector<Tensor>& tensors,
   const py::module_ torch = py::module_::import("torch");
   const int64_t numbers = kNormNumbers + cuda::momentum_partials(tensors, groups);
   const py::object workspace =
-      torch.attr("empty")(numbers, py::arg("dtype") = torch.attr("float64"), py::arg("device") = batch.device_name());
+      torch.attr("empty")(numbers, py::arg("dtype") = torch.attr("float64"), py::arg("device") = batch.device().name());
   auto* first = pointer_of<double>(workspace, batch.device(), DType::f64, numbers, "workspace");
   *norm = {first + kNormNumbers, reinterpret_cast<Norm*>(first)};
   return workspace;

@@ -99,8 +99,8 @@ py::value_error changed(Py_ssize_t index) {
 }  // namespace
 
 Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::tuple& states,
-             const py::object& masters, int cuda_index)
-    : device_{cuda_index >= 0, cuda_index},
+             const py::object& masters, int device_type, int device_index)
+    : device_{device_type, device_index},
       count_(static_cast<Py_ssize_t>(params.size())),
       params_(checked(params, count_, "params")),
       grads_(checked(grads, count_, "grads")),
@@ -168,7 +168,7 @@ void Batch::read_steps(const py::object& steps) {
 
 // A parameter that the ascent moved and that has no gradient now takes part too: it is restored.
 void Batch::adopt_backups(const Batch& ascent) {
-  if (ascent.count_ > count_ || ascent.device_.index != device_.index)
+  if (ascent.count_ > count_ || ascent.device_ != device_)
     throw py::value_error("Invalid backups. Must be of the same parameters.");
   for (Py_ssize_t i = 0; i < ascent.count_; ++i) {
     const auto k = static_cast<size_t>(i);
@@ -235,7 +235,7 @@ void Batch::make_backups(bool owned) {
   char* pool = nullptr;
   if (pool_bytes > 0) {
     pool = static_cast<char*>(
-        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"), py::arg("device") = device_name())));
+        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"), py::arg("device") = device_.name())));
   }
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];

@@ -17,16 +17,16 @@ namespace fused_sam {
 class Batch {
  public:
   // `backups` is a list, None, or the batch of the ascent whose backups are to be used.
-  // `cuda_index` is the CUDA device that the tensors are on; negative: they are on the CPU.
+  // `device_type` and `device_index` say where the tensors are, as in `Device`.
   // `states` holds at most kStates lists; `masters` the fp32 copies of 16-bit parameters, or None. Throws ValueError
   // unless all lists have the length of `params`.
   Batch(const pybind11::list& params, const pybind11::object& grads, const pybind11::object& backups,
-        const pybind11::tuple& states, const pybind11::object& masters, int cuda_index);
+        const pybind11::tuple& states, const pybind11::object& masters, int device_type, int device_index);
 
   Device device() const { return device_; }
 
-  // As torch names it.
-  std::string device_name() const { return device_.cuda ? "cuda:" + std::to_string(device_.index) : "cpu"; }
+  // The descriptors as they are, unchecked but for odd(), whose descriptors mean nothing.
+  const std::vector<Tensor>& tensors() const { return tensors_; }
 
   // Indices of the tensors that take part in the op but that the kernels cannot take as they lie in memory.
   const std::vector<Py_ssize_t>& odd() const { return odd_; }

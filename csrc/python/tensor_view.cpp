@@ -44,10 +44,7 @@ bool read_described(PyObject* object, Device device, TensorView* view) {
     PyErr_Clear();
     return false;
   }
-  if (d.device.type != (device.cuda ? dlpack::kCuda : dlpack::kCpu) ||
-      (device.cuda && d.device.index != device.index)) {
-    return false;
-  }
+  if (Device{d.device.type, d.device.index} != device) return false;
   if (d.dtype.lanes != 1 || d.byte_offset != 0) return false;
   if (!to_dtype(d.dtype.code, d.dtype.bits, &view->dtype)) return false;
   view->data = d.data;
@@ -66,10 +63,10 @@ bool read_sizes(PyObject* sequence, int64_t* out, int* count) {
 }
 
 bool is_on(PyObject* tensor, Device device) {
-  PyObject* answer = attribute(tensor, device.cuda ? "is_cuda" : "is_cpu");
+  PyObject* answer = attribute(tensor, device.cpu() ? "is_cpu" : "is_cuda");
   const bool kind = answer == Py_True;
   Py_XDECREF(answer);
-  if (!kind || !device.cuda) return kind;
+  if (!kind || device.cpu()) return kind;
   PyObject* index = PyObject_CallMethod(tensor, "get_device", nullptr);
   const bool same = index != nullptr && PyLong_AsLong(index) == device.index;
   Py_XDECREF(index);
@@ -106,6 +103,10 @@ bool read_attributes(PyObject* object, Device device, TensorView* view) {
 }
 
 }  // namespace
+
+std::string Device::name() const {
+  return cpu() ? "cpu" : "cuda:" + std::to_string(index);
+}
 
 bool read_tensor(PyObject* object, Device device, TensorView* view) {
   // A real subtype, not what the metaclass would also accept as an instance.

@@ -4,15 +4,23 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <string>
 
 #include "../types.h"
+#include "exchange_api.h"
 
 namespace fused_sam {
 
-// Where a tensor lies. CUDA devices count from 0.
+// Where a tensor lies: DLPack's number of the kind of device, and which of that kind, from 0. Of CPUs there is one;
+// what is neither CPU nor CUDA is AMD's, which torch calls cuda as well.
 struct Device {
-  bool cuda;
-  int32_t index;
+  int32_t type, index;
+
+  bool cpu() const { return type == dlpack::kCpu; }
+  bool cuda() const { return type == dlpack::kCuda; }
+  std::string name() const;  // as torch calls it
+  bool operator==(const Device& other) const { return type == other.type && (cpu() || index == other.index); }
+  bool operator!=(const Device& other) const { return !(*this == other); }
 };
 
 // What a kernel needs to know of a tensor. shape and strides belong to the tensor (or to `owned`).

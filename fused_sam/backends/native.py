@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,24 @@ def _why_not_device(index: int) -> str | None:
         return _native.cuda.why_not(index) or None
 
 
+# DLPack's numbers of the kinds of devices whose tensors the core can read. AMD's are torch's "cuda", too. (Of Intel's
+# DLPack counts in another way than torch.)
+DEVICE_TYPES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2}
+
+
+def operands(
+    device: torch.device,
+    params: TensorList,
+    grads: TensorList | None,
+    backups: TensorList | _native.Batch | None,
+    states: tuple[TensorList | None, ...],
+    masters: TensorList | None = None,
+) -> _native.Batch:
+    """The tensors of an op as kernels see them: addresses, checked."""
+    index = device.index or 0
+    return _native.Batch(params, grads, backups, states, masters, DEVICE_TYPES[device.type], index)
+
+
 def batch(
     params: TensorList,
     grads: TensorList | None = None,
@@ -67,9 +85,8 @@ class CPUBatch:
     ) -> None:
         self.device = device
         self.params = params
-        kept = backups._batch if isinstance(backups, CPUBatch) else backups
-        cuda_index = device.index if device.type == "cuda" else -1
-        self._batch: _native.Batch = _native.Batch(params, grads, kept, states, masters, cuda_index)
+        kept: Any = backups._batch if isinstance(backups, CPUBatch) else backups
+        self._batch: _native.Batch = operands(device, params, grads, kept, states, masters)
 
     @property
     def odd(self) -> list[int]:

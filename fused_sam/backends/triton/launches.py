@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,13 +20,18 @@ _LANGUAGE = {
 
 
 def launch(kernel: Any, what: tables.Launch, *arguments: Any, **constants: Any) -> None:
-    """One program per chunk. Compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
-    param, grad = what.dtypes
+    """One program per chunk."""
+    kernel[(what.programs,)](*arguments, **_constants(kernel, what.dtypes, tuple(constants.items())))
+
+
+@functools.cache
+def _constants(kernel: Any, dtypes: tables.Dtypes, more: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
+    param, grad = dtypes
     computed = torch.float64 if param == torch.float64 else torch.float32
-    constants = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed], **constants}
+    constants = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed], **dict(more)}
     constants |= {"CHUNK": kernels.CHUNK, "NORM_TILE": kernels.TILES["TILE"], **kernels.tiles_of(kernel)}
-    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    kernel[(what.programs,)](*arguments, **constants, **kernels.OPTIONS)
+    return {name: x for name, x in constants.items() if name in kernel.arg_names} | kernels.OPTIONS
 
 
 def float64(device: torch.device, *size: int) -> Tensor:

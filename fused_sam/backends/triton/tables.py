@@ -12,16 +12,19 @@ import functools
 import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_sam.backends.triton import kernels
+from fused_sam.backends.triton.operands import column
+from fused_sam.routing import DTYPES
 
 if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, MeanGroup, SGDGroup
+    from fused_sam.routing import TensorList
 
 Dtypes = tuple[torch.dtype, torch.dtype]  # of a parameter and of its gradient
 
@@ -40,6 +43,7 @@ class Plan(NamedTuple):
 
     launches: tuple[Launch, ...]
     chunks: bytes
+    kinds: bytes
     sizes: bytes
     groups: bytes
 
@@ -48,35 +52,52 @@ class Plan(NamedTuple):
         """How many chunks there are."""
         return len(self.chunks) // 8
 
-    def places(self, sizes: Sequence[int]) -> bytes:
+    def places(self) -> bytes:
         """A column: the number of each tensor's first chunk; -1 for those without any."""
-        numbers = [-1] * len(sizes)
+        sizes = numbers(self.sizes)
+        places = [-1] * len(sizes)
         for launch in self.launches:
             first = launch.first
             for row in launch.rows:
-                numbers[row] = first
+                places[row] = first
                 first += -(-sizes[row] // kernels.CHUNK)
-        return column(numbers)
+        return column(places)
 
 
 @functools.lru_cache(maxsize=64)
-def plan(dtypes: tuple[Dtypes | None, ...], sizes: tuple[int, ...], group_sizes: tuple[int, ...]) -> Plan:
-    """The division of the tensors that have ``dtypes`` into chunks, a function of the arguments alone."""
+def plan(kinds: bytes, sizes: bytes, group_sizes: tuple[int, ...]) -> Plan:
+    """The division of the tensors into chunks, a function of the arguments alone: `Operands.kinds` and
+    `Operands.sizes`, by which those without a kind have no part in it."""
     launches = []
     chunks = array("q")
-    for pair in dict.fromkeys(pair for pair, size in zip(dtypes, sizes) if pair is not None and size > 0):
+    elements = numbers(sizes)
+    members: dict[int, list[int]] = {}
+    for row, kind in enumerate(numbers(kinds)):
+        if kind >= 0 and elements[row] > 0:
+            members.setdefault(kind, []).append(row)
+    for kind, rows in members.items():
         first = len(chunks)
-        rows = tuple(i for i, x in enumerate(dtypes) if x == pair and sizes[i] > 0)
         for row in rows:
-            chunks.extend(range(row << 32, (row << 32) + -(-sizes[row] // kernels.CHUNK)))
-        launches.append(Launch(pair, first, len(chunks) - first, rows))
+            chunks.extend(range(row << 32, (row << 32) + -(-elements[row] // kernels.CHUNK)))
+        dtypes = DTYPES[kind >> 2], DTYPES[kind & 3]
+        launches.append(Launch(dtypes, first, len(chunks) - first, tuple(rows)))
     groups = [k for k, size in enumerate(group_sizes) for _ in range(size)]
-    return Plan(tuple(launches), chunks.tobytes(), column(sizes), column(groups))
+    return Plan(tuple(launches), chunks.tobytes(), kinds, sizes, column(groups))
 
 
-def column(numbers: Iterable[int]) -> bytes:
-    """A column of these numbers."""
-    return array("q", numbers).tobytes()
+def as_momenta(kinds: bytes, counted: list[bool]) -> bytes:
+    """The kinds of momenta, which have the dtypes of their parameters, for a norm of those that count."""
+    return column(5 * (kind >> 2) if kind >= 0 and counts else -1 for kind, counts in zip(numbers(kinds), counted))
+
+
+def numbers(column: bytes) -> array[int]:
+    """What is in a column."""
+    return array("q", column)
+
+
+def addresses_of(tensors: TensorList | None, count: int) -> bytes:
+    """A column of ``count`` addresses, 0 where there is no tensor."""
+    return bytes(8 * count) if tensors is None else column(0 if x is None else x.data_ptr() for x in tensors)
 
 
 def ascent_table(groups: list[AscentGroup], q: float) -> bytes:
