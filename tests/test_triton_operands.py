@@ -20,6 +20,7 @@ if backends.available()["native"] != "ok":
     pytest.skip("the native core is not built: there is one kind of operands", allow_module_level=True)
 
 from fused_sam.backends import native
+from fused_sam.backends.triton import Batch
 from fused_sam.backends.triton.operands import Operands
 
 CPU = torch.device("cpu")
@@ -167,6 +168,14 @@ def test_an_update_restores_what_the_ascent_moved(make: Make) -> None:
         made(make, other, None, ascent)
     with pytest.raises(ValueError, match="Must be of the same parameters"):
         made(make, params[:1], None, ascent)
+
+
+def test_an_ascent_of_fewer_parameters_is_refused() -> None:
+    """The kernels would read beyond the end of what it has written."""
+    params = [torch.randn(5), torch.randn(3)]
+    ascent = Batch(params[:1], [torch.randn(5)])
+    with pytest.raises(ValueError, match="Must be of the same parameters"):
+        Batch(params, None, ascent)
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -69,6 +69,8 @@ class Batch:
         self.params = params
         self._device: torch.device = params[0].device
         ascent = backups if isinstance(backups, Batch) else None
+        if ascent is not None and len(ascent.params) != len(params):
+            raise ValueError("Invalid backups. Must be of the same parameters.")
         kept: Any = backups if ascent is None else ascent._operands
         self._operands: Any = operands(self._device, params, grads, kept, states)
         #: The column of backups that the kernels have written, if this is an ascent, or of the ascent.

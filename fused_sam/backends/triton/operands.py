@@ -58,6 +58,7 @@ class Operands:
         self.odd = [i for i, b in enumerate(kept) if not self._takes(i, b)]
         self._backups = [0 if b is None else b.address for b in kept]
         self._memory: list[Any] = [listed]  # what the backups lie in
+        self._disjoint = False  # whether that has been found of what is written
         if isinstance(backups, Operands):
             self._adopt(backups)
 
@@ -111,6 +112,7 @@ class Operands:
         Raises:
             ValueError: unless there is a fitting one for every gradient.
         """
+        self._disjoint = False
         for i, (b, tensor) in enumerate(zip(look(backups), backups)):
             swap = tensor is not None and tensor is self._grads[i] and matches(b, self._p[i])
             if not swap and ((b is None) != (self._g[i] is None) or not self._takes(i, b)):
@@ -132,6 +134,7 @@ class Operands:
         Raises:
             ValueError: if they no longer fit.
         """
+        self._disjoint = False
         now = look(self._params)
         for i, address in enumerate(self._backups):
             if address != 0:
@@ -153,6 +156,11 @@ class Operands:
                 f"Invalid tensor at index {self.odd[0]}. Parameter, gradient, backup and state must be dense tensors "
                 "of one device, floating dtype, shape and memory layout."
             )
+        if not self._disjoint:
+            self._require_disjoint()
+            self._disjoint = True
+
+    def _require_disjoint(self) -> None:
         spans = []
         for i, (p, b) in enumerate(zip(self._p, self._backups)):
             if self._takes_part(i):
