@@ -174,6 +174,23 @@ def test_a_compiled_model_trains_like_the_plain_one(backend: str, device: str) -
         torch.testing.assert_close(p, q, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("zero_grad", [False, True], ids=["backup", "swap"])
+def test_every_pattern_of_16_bits_comes_back(dtype: torch.dtype, zero_grad: bool, backend: str, device: str) -> None:
+    """Signalling NaN too, which any conversion makes a quiet one."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device)
+    param, moved = patterns.view(dtype).clone(), torch.zeros(67, device=device, dtype=dtype)
+    opt = FusedSAM([param, moved], rho=RHO, backend=backend, **HYPER)
+    for finish in (opt.restore, opt.step):
+        param.grad, moved.grad = torch.ones_like(param), torch.ones_like(moved)
+        opt.first_step(zero_grad=zero_grad)
+        assert not torch.equal(param.view(torch.int16), patterns)
+        param.grad, moved.grad = None, torch.ones_like(moved)  # which the step restores, and which it updates
+        finish()
+        assert torch.equal(param.view(torch.int16), patterns)
+    assert moved.count_nonzero() == moved.numel()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("zero_grad", [False, True], ids=["backup", "swap"])
 def test_a_thousand_ascents_and_restores_change_no_bit(

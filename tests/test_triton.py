@@ -61,7 +61,7 @@ SUITES = {
     "numbers": (
         "test_parity.py test_storage.py test_amp.py",
         "strided or network and asam or overflow_restores and (swap-inf-2 or backup-nan-0-both) or scale or addresses "
-        "or rho_zero and nesterov-decay-asam or stale",
+        "or rho_zero and nesterov-decay-asam or stale or pattern",
     ),
 }
 

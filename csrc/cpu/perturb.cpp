@@ -17,14 +17,9 @@ struct Ascent {
   // g is read before backup is written: they are the same memory when swapping in place.
   template <bool kStream, class G>
   void operator()(T* param, const G* grad, T* backup) const {
-    const Vec w = Vec::load(param);
-    const Vec perturbed = math(w, Vec::load(grad));
+    const Vec perturbed = math(Vec::load(param), Vec::load(grad));
+    copy_vector<kStream>(backup, param);
     perturbed.store(param);
-    if (kStream) {
-      w.stream(backup);
-    } else {
-      w.store(backup);
-    }
   }
 };
 

@@ -28,6 +28,19 @@ struct Compute<double> {
   using Vec = VecD;
 };
 
+// to <- from, a vector of elements as they are: on the way to fp32 and back a signalling NaN would become a quiet one.
+template <bool kStream, class T>
+static inline void copy_vector(T* to, const T* from) {
+  using Vec = typename Compute<T>::Vec;
+  if constexpr (sizeof(T) != 2) {
+    kStream ? Vec::load(from).stream(to) : Vec::load(from).store(to);
+  } else if constexpr (kStream) {
+    Vec::stream_halves(to, from);
+  } else {
+    __builtin_memcpy(to, from, sizeof(T) * Vec::width);
+  }
+}
+
 // Copies the `count` < Vec::width elements at a span's end into a full-width buffer and back, so that the
 // vector body also computes the tail (same operations, same bits).
 template <class T>

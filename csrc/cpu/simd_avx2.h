@@ -25,6 +25,10 @@ struct VecF {
   void stream(bf16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16()); }
   void store(f16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16()); }
   void stream(f16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16()); }
+  // `width` elements of 16 bits, as they are.
+  static void stream_halves(void* to, const void* from) {
+    _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+  }
 
  private:
   __m128i to_bf16() const {

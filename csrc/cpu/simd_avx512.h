@@ -25,6 +25,10 @@ struct VecF {
   void stream(bf16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16()); }
   void store(f16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16()); }
   void stream(f16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16()); }
+  // `width` elements of 16 bits, as they are.
+  static void stream_halves(void* to, const void* from) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  }
 
  private:
   // Integer rounding: the bf16 conversion instruction flushes subnormals, which would change bits.

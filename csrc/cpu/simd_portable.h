@@ -30,6 +30,8 @@ struct VecF {
   void stream(T* p) const {
     store(p);
   }
+  // `width` elements of 16 bits, as they are.
+  static void stream_halves(void* to, const void* from) { __builtin_memcpy(to, from, 2 * width); }
 };
 
 struct VecD {
