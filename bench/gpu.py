@@ -2,13 +2,14 @@
 
 No network is used. Each step has a time limit and a log; a step that fails does not stop those after it. What is
 left of the budget decides what each may take: when it runs out, later steps are shortened or skipped, and said to
-be. Writes at most eight files: build.log, tests.log, tests.xml, sanitizer.log, bench.log, gpu_step.jsonl,
-gpu_iteration.jsonl, summary.txt. The summary is printed last.
+be. Writes at most eight files: build.log, tests.log, sanitizer.log, bench.log, gpu_step.jsonl, gpu_iteration.jsonl,
+gpu_counters.jsonl, summary.txt. The summary is printed last.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from bench import records
+from bench.gpu_counters import TOOL, find_tool
 from bench.gpu_tables import summary
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
@@ -43,7 +45,9 @@ print(", ".join(f"{name}: {state}" for name, state in states.items()))
 raise SystemExit(states["native"] != "ok")
 """
 # A benchmark ends by itself, this long before it would be stopped.
-SLACK_S = {"step": 25, "iteration": 45}
+SLACK_S = {"counters": 5, "step": 25, "iteration": 45}
+# Most of a test's time is the host's, and the compiler's of Triton.
+TEST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ PLAN = (
     Step("selfcheck", 30, 10),
     Step("tests", 150, 20),
     *(Step(tool, 45, 10) for tool in TOOLS),
+    Step("counters", 60, 25),
     Step("step", 150, 45),
     Step("iteration", 150, 60),
 )
@@ -179,9 +184,12 @@ def selfcheck(runner: Runner, seconds: float) -> Outcome:
 
 
 def tests(runner: Runner, seconds: float) -> Outcome:
-    """Every test marked gpu."""
+    """Every test marked gpu, by several processes where pytest-xdist is installed."""
     begin = time.monotonic()
-    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={runner.out / 'tests.xml'}"]
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations=20"]
+    if importlib.util.find_spec("xdist") is not None:
+        workers = min(TEST_WORKERS, os.cpu_count() or 1)
+        options += ["--numprocesses", str(workers), "--dist", "worksteal"]
     code, output = runner.run([sys.executable, "-m", "pytest", *options], "tests.log", seconds)
     seconds = time.monotonic() - begin
     if code == 0 and " passed" not in last_line(output):
@@ -227,7 +235,7 @@ def judge(tool: str, code: int | None, output: str, seconds: float) -> Outcome:
 
 
 def benchmark(name: str, *options: str) -> Callable[[Runner, float], Outcome]:
-    """bench.gpu_step or bench.gpu_iteration, told to end in time."""
+    """bench.gpu_step, bench.gpu_iteration or bench.gpu_counters, told to end in time."""
 
     def run(runner: Runner, seconds: float) -> Outcome:
         begin = time.monotonic()
@@ -243,11 +251,19 @@ def benchmark(name: str, *options: str) -> Callable[[Runner, float], Outcome]:
     return run
 
 
+def counters(runner: Runner, seconds: float) -> Outcome:
+    """bench.gpu_counters, where its tool is installed."""
+    if find_tool() is None:
+        return Outcome("counters", SKIPPED, 0.0, f"{TOOL} is not installed")
+    return benchmark("counters", "--sets", "resnet50")(runner, seconds)
+
+
 ACTIONS: dict[str, Callable[[Runner, float], Outcome]] = {
     "build": build,
     "selfcheck": selfcheck,
     "tests": tests,
     **{tool: sanitize(tool) for tool in TOOLS},
+    "counters": counters,
     "step": benchmark("step", "--rounds", "15", "--compile-seconds", "40"),
     "iteration": benchmark("iteration", "--rounds", "6"),
 }

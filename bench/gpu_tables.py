@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from bench.gpu_counters import KIND as COUNTERS
+from bench.gpu_counters import METRICS, scaled
 from bench.gpu_iteration import KIND as ITERATION
 from bench.gpu_iteration import STAGES, TWICE
 from bench.gpu_rivals import EAGER, GRAPH, MODES, OURS, SCALE, SHORT, TITLES
@@ -202,6 +204,41 @@ def iteration_all(rows: Sequence[Row]) -> str:
     return f"{picture}\n\n{table(heads, lines)}\n\n{caption(shown)}"
 
 
+def counters_all(rows: Sequence[Row]) -> str:
+    """Every kernel of the newest step that was looked at of each set, dtype and variant."""
+    shown = counter_rows(rows)
+    if not shown:
+        return NOTHING_YET
+    heads = ["set", "dtype", "variant", "kernel", "blocks x threads", "µs", "read, MB", "written, MB", "memory busy, %"]
+    heads += ["L2 hits, %", "occupancy, %"]
+    lines = []
+    for row in shown:
+        start = [SET_TITLES[row["set"]], row["dtype"], title(row["variant"]), row["kernel"]]
+        shape = " x ".join(size.strip("() ").partition(",")[0] for size in (row["grid"], row["block"]))
+        lines.append([*start, shape, *(scaled(row, name) for name in METRICS)])
+    return f"{table(heads, lines)}\n\n{caption(shown)}"
+
+
+def counter_rows(rows: Iterable[Row]) -> list[Row]:
+    """Those of counters, in reading order; of the newest step alone, which may have had fewer kernels than others."""
+    known = [
+        row for row in rows if row["kind"] == COUNTERS and row["variant"] in VARIANT_ORDER and row["set"] in GPU_SETS
+    ]
+    newest: dict[tuple[str, ...], str] = {}
+    for row in known:
+        step = row["set"], row["dtype"], row["variant"]
+        newest[step] = max(newest.get(step, ""), row["date"])
+    return sorted(
+        [row for row in known if row["date"] == newest[row["set"], row["dtype"], row["variant"]]],
+        key=lambda row: (
+            DTYPE_ORDER.index(row["dtype"]),
+            list(GPU_SETS).index(row["set"]),
+            VARIANT_ORDER.index(row["variant"]),
+            row["number"],
+        ),
+    )
+
+
 def summary(rows: Sequence[Row]) -> str:
     """The short tables of a run, oldest rows first in `rows`."""
     return short(latest(rows))
@@ -211,4 +248,5 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "bench:gpu": short,
     "bench:gpu-step": step_all,
     "bench:gpu-iteration": iteration_all,
+    "bench:gpu-counters": counters_all,
 }

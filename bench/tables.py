@@ -24,6 +24,7 @@ KEYS = {
     "train": ("job", "optimizer", "seed"),
     "gpu_step": ("set", "dtype", "mode", "variant"),
     "gpu_iteration": ("model", "batch", "variant"),
+    "gpu_counters": ("set", "dtype", "variant", "number"),
 }
 
 

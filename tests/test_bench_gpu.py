@@ -257,7 +257,7 @@ def test_pages_say_that_there_are_no_rows_yet():
 def test_tables_of_rows(tmp_path):
     records.write_rows(made_up_rows(), tmp_path / "rows.jsonl")
     rows = report.latest(records.read(tmp_path))
-    short, steps, iterations = (render(rows) for render in gpu_tables.BLOCKS.values())
+    short, steps, iterations, _ = (render(rows) for render in gpu_tables.BLOCKS.values())
     assert "| ResNet-50 fp32 | 1000 FusedSAM(triton) | 500 | 3 | **2.50** (2.00 to 3.00) |  | 1000 |" in short
     assert "| ViT-B/16, batch 64 | 500 (400 to 600) | **2.50** (2.00 to 3.00) |  | **0.40** | 123 |" in short
     assert f"eager SAM + SGD {gpu_tables.WRONG} | 1000 (900 to 2000) | **2.50** (2.00 to 3.00) |" in steps

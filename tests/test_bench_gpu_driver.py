@@ -36,7 +36,7 @@ NAMES = [step.name for step in gpu.PLAN]
 
 
 def test_the_plan_is_the_documented_one():
-    assert ["build", "selfcheck", "tests", *gpu.TOOLS, "step", "iteration"] == NAMES
+    assert ["build", "selfcheck", "tests", *gpu.TOOLS, "counters", "step", "iteration"] == NAMES
     assert gpu.ACTIONS.keys() == set(NAMES)
     assert all(step.least_s > gpu.SLACK_S.get(step.name, 0) for step in gpu.PLAN)
 
