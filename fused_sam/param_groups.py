@@ -82,7 +82,7 @@ def _check_decay(group: dict) -> None:
 
 
 def _check_rho(rho: Any) -> None:
-    if not isinstance(rho, numbers.Real | Tensor) or (isinstance(rho, Tensor) and rho.numel() != 1):
+    if not isinstance(rho, float | Tensor | numbers.Real) or (isinstance(rho, Tensor) and rho.numel() != 1):
         raise TypeError(f"Invalid {rho=}. Must be a number, or a tensor of one element.")
     number = ops.host_number(rho)  # what is on another device is not waited for
     if isinstance(number, float) and not 0.0 <= number < math.inf:

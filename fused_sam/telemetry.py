@@ -98,6 +98,8 @@ def stacked(reports: list[Report]) -> Report:
 
 
 def _seen(loss: Any) -> Any:
+    if loss is None:
+        return None
     if isinstance(loss, Tensor):
         return loss.detach() if loss.numel() == 1 else None
     return loss if isinstance(loss, numbers.Real) else None
