@@ -234,8 +234,9 @@ void Batch::make_backups(bool owned) {
   };
   char* pool = nullptr;
   if (pool_bytes > 0) {
+    const py::object bytes = torch.attr("uint8");
     pool = static_cast<char*>(
-        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = torch.attr("uint8"), py::arg("device") = device_.name())));
+        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = bytes, py::arg("device") = device_.name())));
   }
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
