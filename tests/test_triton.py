@@ -50,7 +50,10 @@ SUITES = {
         "test_triton_chunks.py",
         "",
     ),
-    "operands without the core": ("test_ops_arguments.py test_gradient_ownership.py test_device_scalars.py", ""),
+    "operands without the core": (
+        "test_ops_arguments.py test_gradient_ownership.py",
+        "arguments or never_written or bucket",
+    ),
     "p-norms": (
         "test_p_norms.py test_decay_in_ascent.py",
         "perturb and swap and ((1.0 or 3.0) and (float32 or bfloat16) or inf and float32) or p_1 or p_inf or length "
