@@ -203,7 +203,7 @@ class Columns:
             source = pinned.to(device, non_blocking=True)
             if capturing:
                 self._captured.append((pinned, source))
-        return source.split([len(x) // 8 for x in columns])
+        return torch.split_with_sizes(source, [len(x) // 8 for x in columns])
 
     def _pinned(self, size: int, capturing: bool) -> Tensor:
         if not capturing and self._reserve is None:
