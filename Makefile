@@ -44,8 +44,9 @@ train: $(READY) fashion-mnist
 paper: $(READY) fashion-mnist
 	$(BIN)/python -m bench.paper.$(EXPERIMENT) $(ARGS)
 
+# passive: threads that wait leave the cores to the tests beside them.
 test: $(READY) lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

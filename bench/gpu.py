@@ -190,7 +190,9 @@ def tests(runner: Runner, seconds: float) -> Outcome:
     if importlib.util.find_spec("xdist") is not None:
         workers = min(TEST_WORKERS, os.cpu_count() or 1)
         options += ["--numprocesses", str(workers), "--dist", "worksteal"]
-    code, output = runner.run([sys.executable, "-m", "pytest", *options], "tests.log", seconds)
+    # Threads that wait leave the cores to the other processes.
+    command = [sys.executable, "-m", "pytest", *options]
+    code, output = runner.run(command, "tests.log", seconds, OMP_WAIT_POLICY="passive")
     seconds = time.monotonic() - begin
     if code == 0 and " passed" not in last_line(output):
         return Outcome("tests", FAILED, seconds, f"no test passed: {last_line(output)}")
