@@ -106,7 +106,7 @@ def read(output: str) -> list[Row]:
     """The kernels in the order of their launches, from the tool's table: names, then units, then numbers.
 
     Raises:
-        ValueError: there is no such table in the output.
+        ValueError: there is no such table in the output, or a unit in it that is not known.
     """
     lines = [line for line in output.splitlines() if line.startswith('"')]
     if len(lines) < 2 or "Kernel Name" not in lines[0]:
@@ -120,8 +120,12 @@ def _kernel(number: int, values: dict[str, str], units: dict[str, str]) -> Row:
     row |= {"grid": values["Grid Size"], "block": values["Block Size"]}
     for name, metric in METRICS.items():
         text = values.get(metric, "").replace(",", "")
-        known = text not in ("", "n/a", "nan")
-        row[name] = float(f"{float(text) * UNITS[units[metric]]:.4g}") if known else None
+        if text in ("", "n/a", "nan"):
+            row[name] = None
+            continue
+        if units[metric] not in UNITS:
+            raise ValueError(f"Invalid unit {units[metric]!r} of {metric}. Must be one of {list(UNITS)}.")
+        row[name] = float(f"{float(text) * UNITS[units[metric]]:.4g}")
     return row
 
 

@@ -71,6 +71,11 @@ def test_names_are_short(signature: str, name: str) -> None:
     assert gpu_counters.short_name(signature) == name
 
 
+def test_a_unit_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="Invalid unit 'fortnight' of gpu__time_duration"):
+        gpu_counters.read(output((NATIVE, NUMBERS)).replace('"ns"', '"fortnight"'))
+
+
 def test_every_unit_has_a_factor() -> None:
     """Base units are asked for; should the tool answer in others they are known as well."""
     assert {"ns", "byte", "%"} < UNITS.keys()
