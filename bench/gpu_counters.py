@@ -7,7 +7,9 @@ memory was. Appends one row per kernel. The step is one of many copies of a set,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import itertools
 import os
 import re
 import shutil
@@ -80,17 +82,13 @@ def make_step(set_name: str, dtype_name: str, variant: str) -> None:
     subject = StepSubject(build, shapes, dtype, "cuda", copies)
     for _ in range(2):
         subject.warm_up()
-    for half in ("first_step", "second_step"):
-        # All copies take their halves in turn, and the last one's is looked at: the cache is as a step leaves it.
-        for number, member in enumerate(subject.members, start=1):
-            member.assign(subject.grads.make_all())
-            torch.cuda.synchronize()
-            if number == copies:
-                torch.cuda.profiler.start()
+    # All copies take their halves in turn, and the last one's is looked at: the cache is as a step leaves it.
+    for half, member in itertools.product(("first_step", "second_step"), subject.members):
+        member.assign(subject.grads.make_all())
+        torch.cuda.synchronize()
+        with torch.cuda.profiler.profile() if member is subject.members[-1] else contextlib.nullcontext():
             getattr(member.optimizer, half)(zero_grad=True)
             torch.cuda.synchronize()
-            if number == copies:
-                torch.cuda.profiler.stop()
 
 
 def command(tool: str, set_name: str, dtype_name: str, variant: str) -> list[str]:
@@ -178,23 +176,22 @@ def run(options: argparse.Namespace, console: Console, tool: str) -> Iterable[Ro
     """Measure all, append their rows; what fails is said, and left out."""
     end = time.monotonic() + options.seconds
     worked = list(gpu_rivals.variants("cuda", EAGER))
-    for set_name in options.sets:
-        for dtype_name in options.dtypes:
-            for variant in (name for name in options.variants if name in worked):
-                left = end - time.monotonic()
-                if left <= 0:
-                    console.print(f"{set_name} {dtype_name} {variant}: not measured, the time is up")
-                    continue
-                try:
-                    rows = measure(tool, set_name, dtype_name, variant, left)
-                except (RuntimeError, ValueError) as error:
-                    console.print(f"{set_name} {dtype_name} {variant}: failed: {error}")
-                    continue
-                for row in rows:
-                    console.print(describe(row))
-                if not options.dry_run:
-                    records.write_rows(rows, options.out)
-                yield from rows
+    variants = [name for name in options.variants if name in worked]
+    for step in itertools.product(options.sets, options.dtypes, variants):
+        left = end - time.monotonic()
+        if left <= 0:
+            console.print(f"{' '.join(step)}: not measured, the time is up")
+            continue
+        try:
+            rows = measure(tool, *step, left)
+        except (RuntimeError, ValueError) as error:
+            console.print(f"{' '.join(step)}: failed: {error}")
+            continue
+        for row in rows:
+            console.print(describe(row))
+        if not options.dry_run:
+            records.write_rows(rows, options.out)
+        yield from rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

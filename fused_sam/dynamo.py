@@ -17,4 +17,5 @@ def untraced(function: F) -> F:
     warning, and every new learning rate would compile all anew. `torch.compiler.disable` is the same, but imports the
     compiler at once, which takes seconds; this waits for the first call, as torch's own optimizers do.
     """
-    return cast(F, torch._disable_dynamo(function))
+    disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)  # the former is torch's own, and may go
+    return cast(F, disable(function))

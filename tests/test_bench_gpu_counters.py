@@ -80,6 +80,9 @@ def test_every_unit_has_a_factor() -> None:
     """Base units are asked for; should the tool answer in others they are known as well."""
     assert {"ns", "byte", "%"} < UNITS.keys()
     assert UNITS["usecond"] == UNITS["us"] == pytest.approx(1e3 * UNITS["ns"])
+
+
+def test_the_tool_is_asked_for_every_metric_of_one_step() -> None:
     asked = gpu_counters.command("ncu", "resnet50", "fp32", "fused_sam")
     assert asked[asked.index("--metrics") + 1].split(",") == list(METRICS.values())
     assert asked[asked.index("--print-units") + 1] == "base"

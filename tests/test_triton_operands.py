@@ -24,7 +24,8 @@ from fused_sam.backends.triton import Batch
 from fused_sam.backends.triton.operands import Operands
 
 CPU = torch.device("cpu")
-MAKERS = [pytest.param(native.operands, id="native"), pytest.param(Operands, id="python")]
+MAKERS = [native.operands, Operands]
+every_maker = pytest.mark.parametrize("make", MAKERS, ids=["native", "python"])
 Make = Callable[..., Any]
 
 
@@ -108,7 +109,7 @@ REFUSED: dict[str, Callable[[], tuple[Any, Any, Any, Any]]] = {
 def test_both_see_the_same(case: str, backed: bool) -> None:
     rows = [TAKEN["plain"](), (TAKEN | REFUSED)[case](), TAKEN["bfloat16"]()]
     params, grads, backups, momenta = (list(x) for x in zip(*rows, strict=True))
-    core, python = (made(make.values[0], params, grads, backups if backed else None, momenta) for make in MAKERS)
+    core, python = (made(make, params, grads, backups if backed else None, momenta) for make in MAKERS)
     refused = case in REFUSED and (backed or case != "backup of another dtype")
     assert core.odd == python.odd == ([1] if refused else [])
     for x in (core, python):
@@ -124,7 +125,7 @@ def test_both_see_the_same(case: str, backed: bool) -> None:
         assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_maker
 @pytest.mark.parametrize("owned", [False, True])
 def test_a_gradient_holds_w_where_nothing_else_can_reach_it(make: Make, owned: bool) -> None:
     params = [torch.randn(n) for n in (LARGE, 7, LARGE, 0, LARGE, LARGE)]
@@ -147,7 +148,7 @@ def test_a_gradient_holds_w_where_nothing_else_can_reach_it(make: Make, owned: b
     assert len(seen) == LARGE
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_maker
 def test_an_update_restores_what_the_ascent_moved(make: Make) -> None:
     params = [torch.randn(5), torch.randn(3).half(), torch.randn(LARGE)]
     ascent = made(make, params, [torch.randn(5), torch.randn(3).half(), None])
@@ -178,7 +179,7 @@ def test_an_ascent_of_fewer_parameters_is_refused() -> None:
         Batch(params, None, ascent)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_maker
 def test_parameters_may_move_but_not_change_between_the_passes(make: Make) -> None:
     params = [torch.randn(5, 3), torch.randn(3)]
     x = made(make, params, [torch.randn(5, 3), None])
@@ -192,7 +193,7 @@ def test_parameters_may_move_but_not_change_between_the_passes(make: Make) -> No
             x.refresh()
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_maker
 def test_what_is_written_must_not_overlap(make: Make) -> None:
     whole = torch.randn(12)
     grads = [torch.randn(6), torch.randn(6)]
@@ -206,7 +207,7 @@ def test_what_is_written_must_not_overlap(make: Make) -> None:
         made(make, [whole[:6]], grads[:1], [whole[3:9]]).check([1])
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_maker
 def test_backups_that_do_not_fit_are_refused(make: Make) -> None:
     params, grads = [torch.randn(5, 3), torch.randn(4)], [torch.randn(5, 3), None]
     x = made(make, params, grads)
@@ -224,7 +225,7 @@ def test_backups_that_do_not_fit_are_refused(make: Make) -> None:
     assert read(x.addresses("backups")) == read(x.addresses("grads"))
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_maker
 @pytest.mark.parametrize("sizes", [[], [1], [3], [-1, 3], [1, 2]], ids=str)
 def test_groups_that_do_not_cover_the_tensors_are_refused(make: Make, sizes: list[int]) -> None:
     x = made(make, [torch.randn(5), torch.randn(4)], [torch.randn(5), None])

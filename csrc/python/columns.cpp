@@ -30,8 +30,14 @@ py::bytes addresses(const Batch& batch, const std::string& of) {
   throw py::value_error("Invalid of='" + of + "'. Must be params, grads or backups.");
 }
 
+void require_known(size_t k) {
+  if (k >= kStates) {
+    throw py::value_error("Invalid k=" + std::to_string(k) + ". Must be < " + std::to_string(kStates) + ".");
+  }
+}
+
 py::bytes state_addresses(const Batch& batch, size_t k) {
-  if (k >= kStates) throw py::value_error("Invalid k=" + std::to_string(k) + ". There is no such state.");
+  require_known(k);
   return column(batch, [k](const Tensor& t) { return address(t.state[k]); });
 }
 
@@ -48,14 +54,13 @@ py::bytes kinds(const Batch& batch, bool with_grads, bool with_backups) {
   });
 }
 
-// Throws ValueError unless every tensor with a gradient has the state, in groups that need it.
-void require_state(Batch& batch, const std::vector<int64_t>& sizes, size_t k, const std::vector<bool>& needed) {
-  if (k >= kStates || needed.size() != sizes.size()) throw py::value_error("Invalid k, needed. Must be of the groups.");
-  for (const Tensor& t : batch.gather(sizes)) {
-    if (t.grad != nullptr && t.numel > 0 && t.state[k] == nullptr && needed[static_cast<size_t>(t.group)]) {
-      throw py::value_error("Invalid state. There must be one for every gradient of a group that uses it.");
-    }
+void require_state_of(Batch& batch, const std::vector<int64_t>& sizes, size_t k, const std::vector<bool>& needed) {
+  require_known(k);
+  if (needed.size() != sizes.size()) {
+    throw py::value_error("Invalid len(needed)=" + std::to_string(needed.size()) +
+                          ". Must be that of sizes: " + std::to_string(sizes.size()) + ".");
   }
+  require_state(batch.gather(sizes), static_cast<int>(k), [&](size_t group) { return needed[group]; });
 }
 
 }  // namespace
@@ -66,7 +71,7 @@ void bind_columns(py::class_<Batch>& batch) {
       .def("sizes", &sizes)
       .def("kinds", &kinds)
       .def("check", [](Batch& self, const std::vector<int64_t>& sizes) { self.gather(sizes); })
-      .def("require_state", &require_state)
+      .def("require_state", &require_state_of)
       .def("require_backups",
            [](Batch& self, const std::vector<int64_t>& sizes) { require_backups(self.gather(sizes)); })
       .def("keep_backups", &Batch::keep_backups)

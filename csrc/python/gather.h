@@ -25,7 +25,7 @@ class Batch {
 
   Device device() const { return device_; }
 
-  // The descriptors as they are, unchecked but for odd(), whose descriptors mean nothing.
+  // The descriptors as they were read. Those at odd() mean nothing.
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
   // Indices of the tensors that take part in the op but that the kernels cannot take as they lie in memory.
@@ -89,28 +89,37 @@ inline void require_backups(const std::vector<Tensor>& tensors) {
   }
 }
 
-// Throws ValueError unless every tensor with a gradient has a buffer in groups that use one.
-template <class GroupOf>
-void require_momentum(const std::vector<Tensor>& tensors, const GroupOf& group_of) {
-  for (const Tensor& t : tensors) {
-    if (t.grad == nullptr || t.state[0] != nullptr) continue;
-    const SgdGroup& group = group_of(static_cast<size_t>(t.group));
-    if (group.momentum != 0.0 || group.measured) {
-      throw pybind11::value_error("Invalid momentum_buffers. A group with momentum must have one for every gradient.");
+// Throws ValueError unless every tensor with a gradient has the k-th state in the groups that need it.
+template <class Needed>
+void require_state(const std::vector<Tensor>& tensors, int k, const Needed& needed) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    if (t.grad != nullptr && t.numel > 0 && t.state[k] == nullptr && needed(static_cast<size_t>(t.group))) {
+      throw pybind11::value_error("Invalid state " + std::to_string(k) + " at index " + std::to_string(i) +
+                                  ". There must be one for every gradient of a group that uses it.");
     }
   }
 }
 
-// Throws ValueError unless every tensor with a gradient has the state that its group needs.
+// That of SGD: momentum buffers.
+template <class GroupOf>
+void require_momentum(const std::vector<Tensor>& tensors, const GroupOf& group_of) {
+  require_state(tensors, 0, [&](size_t group) {
+    const SgdGroup& g = group_of(group);
+    return g.momentum != 0.0 || g.measured;
+  });
+}
+
+// That of Adam, with a step for the kernel to read where the group does not hold its corrections.
 template <class GroupOf>
 void require_adam_state(const std::vector<Tensor>& tensors, const GroupOf& group_of) {
-  for (const Tensor& t : tensors) {
-    if (t.grad == nullptr) continue;
-    const AdamGroup& group = group_of(static_cast<size_t>(t.group));
-    if (t.state[0] == nullptr || t.state[1] == nullptr || (group.amsgrad && t.state[2] == nullptr) ||
-        (group.correction1 == 0.0 && t.step == nullptr)) {
-      throw pybind11::value_error(
-          "Invalid state. Every gradient must have exp_avg, exp_avg_sq, max_exp_avg_sq with amsgrad, and a step.");
+  for (int k : {0, 1}) require_state(tensors, k, [](size_t) { return true; });
+  require_state(tensors, 2, [&](size_t group) { return group_of(group).amsgrad; });
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    if (t.grad != nullptr && t.step == nullptr && group_of(static_cast<size_t>(t.group)).correction1 == 0.0) {
+      throw pybind11::value_error("Invalid step at index " + std::to_string(i) +
+                                  ". There must be one for every gradient of a group without corrections.");
     }
   }
 }

@@ -7,7 +7,6 @@ the time; else the one here, which is the same in Python.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,16 @@ ALIGNMENT = 64
 
 # Numbers of dtypes, as in csrc/types.h.
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+def kind_of(param: torch.dtype, grad: torch.dtype) -> int:
+    """The number of a pair of dtypes, as in csrc/python/columns.cpp."""
+    return _CODES[param] << 2 | _CODES[grad]
+
+
+def dtypes_of(kind: int) -> tuple[torch.dtype, torch.dtype]:
+    """The inverse."""
+    return DTYPES[kind >> 2], DTYPES[kind & 3]
 
 
 def column(numbers: Iterable[int]) -> bytes:
@@ -182,11 +191,11 @@ class Operands:
         self.check(sizes)
         wanted = [need for need, size in zip(needed, sizes) for _ in range(size)]
         state = self._states[k] if k < len(self._states) else self._nothing
-        if any(
-            g is not None and p.numel > 0 and x is None and need
-            for p, g, x, need in zip(self._p, self._g, state, wanted)
-        ):
-            raise ValueError("Invalid state. There must be one for every gradient of a group that uses it.")
+        for i, (p, g, x, need) in enumerate(zip(self._p, self._g, state, wanted)):
+            if g is not None and p.numel > 0 and x is None and need:
+                raise ValueError(
+                    f"Invalid state {k} at index {i}. There must be one for every gradient of a group that uses it."
+                )
 
     def _takes_part(self, i: int) -> bool:
         return self._g[i] is not None or self._backups[i] != 0
@@ -206,17 +215,17 @@ class Operands:
 
     def sizes(self) -> bytes:
         """The column of the numbers of elements."""
-        return column(math.prod(p.traits[1]) if self._takes_part(i) else 0 for i, p in enumerate(self._p))
+        return column(p.numel if self._takes_part(i) else 0 for i, p in enumerate(self._p))
 
     def kinds(self, with_grads: bool, with_backups: bool) -> bytes:
-        """The column of dtypes: that of the parameter << 2 | that of its gradient, if those count, or else of its
-        backup, if those do, which is the parameter's; -1 without."""
+        """The column of `kind_of` each parameter and its gradient, if those count, or else its backup, if those do;
+        -1 without."""
         numbers = []
         for p, g, b in zip(self._p, self._g, self._backups):
             if with_grads and g is not None:
-                numbers.append(_CODES[p.traits[0]] << 2 | _CODES[g.traits[0]])
+                numbers.append(kind_of(p.traits[0], g.traits[0]))
             else:
-                numbers.append(_CODES[p.traits[0]] * 5 if with_backups and b else -1)
+                numbers.append(kind_of(p.traits[0], p.traits[0]) if with_backups and b else -1)
         return column(numbers)
 
 

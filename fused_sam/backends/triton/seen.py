@@ -107,7 +107,7 @@ def require_disjoint(spans: tuple[tuple[int, int], ...]) -> None:
     """
     ordered = sorted((address, address + size) for address, size in spans if size > 0)
     if any(begin < end for (_, end), (begin, _) in itertools.pairwise(ordered)):
-        raise ValueError("Invalid memory layout: parameters, backups and momentum buffers must not overlap.")
+        raise ValueError("Invalid memory layout: parameters, backups and state must not overlap.")
 
 
 # How often the Python tensor, the C++ tensor, its storage and the storage's Python object are referred to.

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.triton import kernels
-from fused_sam.backends.triton.operands import column
-from fused_sam.routing import DTYPES
+from fused_sam.backends.triton.operands import column, dtypes_of, kind_of
 
 if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, MeanGroup, SGDGroup
@@ -79,15 +78,15 @@ def plan(kinds: bytes, sizes: bytes, group_sizes: tuple[int, ...]) -> Plan:
         first = len(chunks)
         for row in rows:
             chunks.extend(range(row << 32, (row << 32) + -(-elements[row] // kernels.CHUNK)))
-        dtypes = DTYPES[kind >> 2], DTYPES[kind & 3]
-        launches.append(Launch(dtypes, first, len(chunks) - first, tuple(rows)))
+        launches.append(Launch(dtypes_of(kind), first, len(chunks) - first, tuple(rows)))
     groups = [k for k, size in enumerate(group_sizes) for _ in range(size)]
     return Plan(tuple(launches), chunks.tobytes(), kinds, sizes, column(groups))
 
 
 def as_momenta(kinds: bytes, counted: list[bool]) -> bytes:
     """The kinds of momenta, which have the dtypes of their parameters, for a norm of those that count."""
-    return column(5 * (kind >> 2) if kind >= 0 and counts else -1 for kind, counts in zip(numbers(kinds), counted))
+    params = [dtypes_of(kind)[0] if kind >= 0 and counts else None for kind, counts in zip(numbers(kinds), counted)]
+    return column(-1 if dtype is None else kind_of(dtype, dtype) for dtype in params)
 
 
 def numbers(column: bytes) -> array[int]:
