@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -23,9 +21,8 @@ namespace {
 
 // Field order of fused_sam.ops.AscentGroup, SGDGroup and AdamGroup.
 using AscentTuple = std::tuple<int64_t, double, bool, double, double>;
-using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool, bool>;
-using AdamTuple =
-    std::tuple<int64_t, double, double, double, double, double, bool, bool, bool, bool, double, double, bool>;
+using SgdTuple = std::tuple<int64_t, double, double, double, double, bool, bool, bool>;
+using AdamTuple = std::tuple<int64_t, double, double, double, double, double, bool, bool, bool, bool, double, double>;
 
 std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
   std::vector<AscentGroup> converted;
@@ -35,8 +32,8 @@ std::vector<AscentGroup> ascent_groups(const std::vector<AscentTuple>& groups) {
 
 std::vector<SgdGroup> sgd_groups(const std::vector<SgdTuple>& groups) {
   std::vector<SgdGroup> converted;
-  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first, measured] : groups) {
-    converted.push_back({lr, momentum, dampening, weight_decay, nesterov, maximize, first, measured});
+  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first] : groups) {
+    converted.push_back({lr, momentum, dampening, weight_decay, nesterov, maximize, first});
   }
   return converted;
 }
@@ -44,9 +41,9 @@ std::vector<SgdGroup> sgd_groups(const std::vector<SgdTuple>& groups) {
 std::vector<AdamGroup> adam_groups(const std::vector<AdamTuple>& groups) {
   std::vector<AdamGroup> converted;
   for (const auto& [size, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, first, correction1,
-                    correction2_root, measured] : groups) {
-    converted.push_back({lr, beta1, beta2, eps, weight_decay, correction1, correction2_root, decoupled, amsgrad,
-                         maximize, first, measured});
+                    correction2_root] : groups) {
+    converted.push_back(
+        {lr, beta1, beta2, eps, weight_decay, correction1, correction2_root, decoupled, amsgrad, maximize, first});
   }
   return converted;
 }
@@ -89,43 +86,29 @@ void restore(Batch& batch, Py_ssize_t size, int threads) {
   cpu::restore(tensors.data(), tensors.size(), threads);
 }
 
-// Where the norm of the momentum is to go: nowhere, unless a group counts in it.
-template <class Group>
-double* wanted(const std::vector<Group>& groups, std::optional<double>* norm) {
-  if (std::none_of(groups.begin(), groups.end(), [](const Group& group) { return group.measured; })) return nullptr;
-  return &norm->emplace();
-}
-
-// Returns the norm of the momentum, or None.
-std::optional<double> sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_multiplier, int threads,
-                                 py::list journal) {
+void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, double grad_multiplier, int threads,
+                py::list journal) {
   const auto& tensors = on_cpu(batch, sizes_of(groups));
   const auto converted = sgd_groups(groups);
   require_momentum(tensors, [&](size_t group) -> const SgdGroup& { return converted[group]; });
-  std::optional<double> norm;
-  double* out = wanted(converted, &norm);
   {
     py::gil_scoped_release unlocked;
-    cpu::sgd_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads, out);
+    cpu::sgd_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads);
   }
   journal.attr("clear")();
-  return norm;
 }
 
-std::optional<double> adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps,
-                                  double grad_multiplier, int threads, py::list journal) {
+void adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps, double grad_multiplier,
+                 int threads, py::list journal) {
   batch.read_steps(steps);
   const auto& tensors = on_cpu(batch, sizes_of(groups));
   const auto converted = adam_groups(groups);
   require_adam_state(tensors, [&](size_t group) -> const AdamGroup& { return converted[group]; });
-  std::optional<double> norm;
-  double* out = wanted(converted, &norm);
   {
     py::gil_scoped_release unlocked;
-    cpu::adam_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads, out);
+    cpu::adam_update(tensors.data(), tensors.size(), converted.data(), grad_multiplier, threads);
   }
   journal.attr("clear")();
-  return norm;
 }
 
 void stream_copy(const py::object& dst, const py::object& src, int threads) {

@@ -55,8 +55,7 @@ struct Norm {
 struct SgdGroup {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
-  bool first;     // the momentum buffers hold nothing yet: they are written, never read
-  bool measured;  // the momentum buffers count in the norm of the new momentum, where that is asked for
+  bool first;  // the momentum buffers hold nothing yet: they are written, never read
 };
 
 struct AdamGroup {
@@ -64,8 +63,7 @@ struct AdamGroup {
   double correction1, correction2_root;  // 1 - beta1^t, sqrt(1 - beta2^t); zero: t is *Tensor::step + 1
   bool decoupled;                        // weight decay as in AdamW, not added to the gradient
   bool amsgrad, maximize;
-  bool first;     // the state holds nothing yet: it is written, never read
-  bool measured;  // counts in the norm of the new averages of g, where that is asked for
+  bool first;  // the state holds nothing yet: it is written, never read
 };
 
 // Of the tensors whose `param` is a running mean of gradients.
@@ -92,8 +90,8 @@ void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, dou
 // param <- backup, where there is a backup; with a model, model <- backup.
 void restore(const Tensor* tensors, size_t count, int threads);
 
-// mean <- mean + weight * (g - mean) for every tensor that has a gradient g, with the mean as its `param` and no backup;
-// `restore` of all others. Computed as torch's lerp. Where the group says `first`, g may be the mean itself.
+// mean <- mean + weight * (g - mean) for every tensor that has a gradient g, with the mean as its `param` and no
+// backup; `restore` of all others. Computed as torch's lerp. Where the group says `first`, g may be the mean itself.
 void restore_accumulate(const Tensor* tensors, size_t count, const MeanGroup* groups, int threads);
 
 // w <- backup (param where there is none), then with g = grad_multiplier * grad:
@@ -103,9 +101,7 @@ void restore_accumulate(const Tensor* tensors, size_t count, const MeanGroup* gr
 // in the operation order and with the fused multiply-adds of torch.optim.SGD(foreach=False). The scaled gradient is
 // written back when grad_multiplier != 1 (a GradScaler's users read unscaled gradients after the step).
 // With a model, model <- param in the same pass. Tensors without a gradient are restored only.
-// `momentum_norm`, unless null, receives what `norm` for q = 2 gives of the new m of the groups that are `measured`.
-void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads,
-                double* momentum_norm = nullptr);
+void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads);
 
 // w <- backup (param where there is none), then at step t with g = grad_multiplier * (maximize ? -grad : grad):
 //   decoupled:  w <- (1 - lr * weight_decay) * w;  else  g <- g + weight_decay * w
@@ -114,8 +110,7 @@ void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, dou
 //   u = amsgrad ? (largest v so far) : v
 //   param <- w - lr / (1 - beta1^t) * m / (sqrt(u) / sqrt(1 - beta2^t) + eps)
 // in the operation order and with the fused multiply-adds of torch.optim.Adam(foreach=False). Otherwise as sgd_update.
-void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads,
-                 double* momentum_norm = nullptr);
+void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads);
 
 // dst <- src with non-temporal stores: the memory-speed yardstick of the benchmarks.
 void stream_copy(void* dst, const void* src, int64_t bytes, int threads);

@@ -46,9 +46,8 @@ static void accumulate_as(const Tensor& t, int64_t begin, int64_t count, const M
 }
 
 void accumulate(const Tensor& t, int64_t begin, int64_t count, const MeanGroup& group, bool stream) {
-  dispatch(t.dtype, t.grad_dtype, [&](auto p, auto g) {
-    accumulate_as<decltype(p), decltype(g)>(t, begin, count, group, stream);
-  });
+  dispatch(t.dtype, t.grad_dtype,
+           [&](auto p, auto g) { accumulate_as<decltype(p), decltype(g)>(t, begin, count, group, stream); });
 }
 
 }  // namespace fused_sam::cpu::FUSED_SAM_ISA

@@ -2,7 +2,6 @@
 #include "block_kernels.h"
 #include "model_span.h"
 #include "simd.h"
-#include "square_sum.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
 
@@ -37,8 +36,7 @@ struct Adam {
 };
 
 template <class T, class G, class M>
-static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const AdamTerms& terms, bool stream,
-                           double* squares) {
+static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const AdamTerms& terms, bool stream) {
   const Adam<T> adam(terms);
   constexpr int kWidth = Adam<T>::Vec::width;
   T* w = static_cast<T*>(t.param) + begin;
@@ -50,19 +48,14 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
   const ModelSpan<M> model(t, begin, stream);
   int64_t i = 0;
   const bool write_only = stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0;
-  SquareTrail<T> trail(m);
-  for (int64_t end = 0; end < count;) {
-    end = squares != nullptr && count - end > trail.kRun ? end + trail.kRun : count;
-    if (write_only) {
-      for (; i + kWidth <= end; i += kWidth) {
-        model.store(i, adam.template operator()<true>(w + i, source + i, g + i, m + i, v + i, u + i));
-      }
-    } else {
-      for (; i + kWidth <= end; i += kWidth) {
-        model.store(i, adam.template operator()<false>(w + i, source + i, g + i, m + i, v + i, u + i));
-      }
+  if (write_only) {
+    for (; i + kWidth <= count; i += kWidth) {
+      model.store(i, adam.template operator()<true>(w + i, source + i, g + i, m + i, v + i, u + i));
     }
-    if (squares != nullptr) trail.follow(i);
+  } else {
+    for (; i + kWidth <= count; i += kWidth) {
+      model.store(i, adam.template operator()<false>(w + i, source + i, g + i, m + i, v + i, u + i));
+    }
   }
   if (i < count) {
     const int64_t n = count - i;
@@ -77,12 +70,11 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
     tail_v.store(v + i, n);
     if (adam.math.amsgrad) tail_u.store(u + i, n);
   }
-  if (squares != nullptr) *squares = trail.finish(count);
 }
 
-void adam_update(const Tensor& t, int64_t begin, int64_t count, const AdamTerms& terms, bool stream, double* squares) {
+void adam_update(const Tensor& t, int64_t begin, int64_t count, const AdamTerms& terms, bool stream) {
   dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
-    adam_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, terms, stream, squares);
+    adam_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, terms, stream);
   });
 }
 

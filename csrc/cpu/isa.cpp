@@ -22,16 +22,17 @@ const Isa kIsas[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     {avx512::sum_of_squares, avx512::perturb, avx512::restore, avx512::accumulate, avx512::sgd_update, avx512::adam_update,
-      avx512::stream_copy}},
+     {avx512::sum_of_squares, avx512::perturb, avx512::restore, avx512::accumulate, avx512::sgd_update,
+      avx512::adam_update, avx512::stream_copy}},
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     {avx2::sum_of_squares, avx2::perturb, avx2::restore, avx2::accumulate, avx2::sgd_update, avx2::adam_update, avx2::stream_copy}},
+     {avx2::sum_of_squares, avx2::perturb, avx2::restore, avx2::accumulate, avx2::sgd_update, avx2::adam_update,
+      avx2::stream_copy}},
 #endif
     {"portable",
      [] { return true; },
-     {portable::sum_of_squares, portable::perturb, portable::restore, portable::accumulate, portable::sgd_update, portable::adam_update,
-      portable::stream_copy}},
+     {portable::sum_of_squares, portable::perturb, portable::restore, portable::accumulate, portable::sgd_update,
+      portable::adam_update, portable::stream_copy}},
 };
 
 const Isa& choose() {

@@ -215,57 +215,25 @@ void restore_accumulate(const Tensor* tensors, size_t count, const MeanGroup* gr
   });
 }
 
-namespace {
-
-// ||m||_2 of what an update leaves of the momentum, from the sums that its blocks leave.
-class MomentumNorm {
- public:
-  MomentumNorm(double* norm, const Partition& partition)
-      : norm_(norm), squares_(norm == nullptr ? 0 : static_cast<size_t>(partition.blocks()), 0.0) {}
-
-  template <class Group>
-  double* of(const Group& group, int64_t block) {
-    return norm_ != nullptr && group.measured ? &squares_[static_cast<size_t>(block)] : nullptr;
-  }
-  // In the order of two_norm; the zeros of other blocks change no bit.
-  void finish() const {
-    if (norm_ != nullptr) *norm_ = std::sqrt(std::accumulate(squares_.begin(), squares_.end(), 0.0));
-  }
-
- private:
-  double* norm_;
-  std::vector<double> squares_;
-};
-
-}  // namespace
-
-void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads,
-                double* momentum_norm) {
+void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads) {
   restore_ungraded(tensors, count, threads);
   const Partition partition(tensors, count, has_grad);
   const bool stream = exceeds_cache(partition.bytes());
   const auto kernel = block_kernels().sgd_update;
-  MomentumNorm norm(momentum_norm, partition);
-  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
-    const SgdGroup& group = groups[t.group];
-    kernel(t, begin, n, SgdScalars{group, grad_multiplier}, stream, norm.of(group, block));
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
+    kernel(t, begin, n, SgdScalars{groups[t.group], grad_multiplier}, stream);
   });
-  norm.finish();
 }
 
-void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads,
-                 double* momentum_norm) {
+void adam_update(const Tensor* tensors, size_t count, const AdamGroup* groups, double grad_multiplier, int threads) {
   restore_ungraded(tensors, count, threads);
   const Partition partition(tensors, count, has_grad);
   const bool stream = exceeds_cache(partition.bytes());
   const auto kernel = block_kernels().adam_update;
-  MomentumNorm norm(momentum_norm, partition);
-  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
+  for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t) {
     const AdamGroup& group = groups[t.group];
-    const AdamTerms terms{adam_scalars(group, group.lr, t.step), grad_multiplier};
-    kernel(t, begin, n, terms, stream, norm.of(group, block));
+    kernel(t, begin, n, AdamTerms{adam_scalars(group, group.lr, t.step), grad_multiplier}, stream);
   });
-  norm.finish();
 }
 
 void stream_copy(void* dst, const void* src, int64_t bytes, int threads) {

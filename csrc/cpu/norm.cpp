@@ -1,8 +1,41 @@
 // Sum of squares of one block in fp64.
 #include "block_kernels.h"
-#include "square_sum.h"
+#include "simd.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
+
+// Element i of a block is added to lane i % kLanes, whatever the vector width, and the lanes are added pairwise:
+// every instruction set performs the same additions in the same order.
+class SquareSum {
+ public:
+  static constexpr int kLanes = 32;
+
+  SquareSum() {
+    for (VecD& s : sum_) s = VecD::set(0.0);
+  }
+
+  // The next kLanes elements, of which at(k) has those from k on.
+  template <class F>
+  void add(const F& at) {
+    for (int k = 0; k < kVectors; ++k) {
+      const VecD x = at(k * VecD::width);
+      sum_[k] = fma(x, x, sum_[k]);
+    }
+  }
+
+  double total() const {
+    alignas(64) double lanes[kLanes];
+    for (int k = 0; k < kVectors; ++k) sum_[k].store(lanes + k * VecD::width);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    }
+    return lanes[0];
+  }
+
+ private:
+  static constexpr int kVectors = kLanes / VecD::width;
+  VecD sum_[kVectors];
+};
 
 // x of one vector of elements. With `kWeighted` it depends on w, which is not read otherwise.
 struct Scaling {

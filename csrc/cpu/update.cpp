@@ -2,7 +2,6 @@
 #include "block_kernels.h"
 #include "model_span.h"
 #include "simd.h"
-#include "square_sum.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
 
@@ -30,8 +29,7 @@ struct Sgd {
 };
 
 template <class T, class G, class M>
-static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const SgdScalars& s, bool stream,
-                          double* squares) {
+static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const SgdScalars& s, bool stream) {
   const Sgd<T> sgd(s);
   constexpr int kWidth = Sgd<T>::Vec::width;
   T* w = static_cast<T*>(t.param) + begin;
@@ -42,19 +40,14 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
   int64_t i = 0;
   // A line that is also read must be stored normally: only restored weights are write-only.
   const bool write_only = stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0;
-  SquareTrail<T> trail(m);
-  for (int64_t end = 0; end < count;) {
-    end = squares != nullptr && count - end > trail.kRun ? end + trail.kRun : count;
-    if (write_only) {
-      for (; i + kWidth <= end; i += kWidth) {
-        model.store(i, sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m));
-      }
-    } else {
-      for (; i + kWidth <= end; i += kWidth) {
-        model.store(i, sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m));
-      }
+  if (write_only) {
+    for (; i + kWidth <= count; i += kWidth) {
+      model.store(i, sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m));
     }
-    if (squares != nullptr) trail.follow(i);
+  } else {
+    for (; i + kWidth <= count; i += kWidth) {
+      model.store(i, sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m));
+    }
   }
   if (i < count) {
     const int64_t n = count - i;
@@ -65,12 +58,11 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
     if (sgd.math.scaled) tail_g.store(g + i, n);
     if (sgd.math.has_momentum) tail_m.store(m + i, n);
   }
-  if (squares != nullptr) *squares = trail.finish(count);
 }
 
-void sgd_update(const Tensor& t, int64_t begin, int64_t count, const SgdScalars& s, bool stream, double* squares) {
+void sgd_update(const Tensor& t, int64_t begin, int64_t count, const SgdScalars& s, bool stream) {
   dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
-    sgd_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, s, stream, squares);
+    sgd_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, s, stream);
   });
 }
 

@@ -46,12 +46,6 @@ void perturb(const Target&, const Slice<AscentTerms>&, int, const PerturbTerms&)
 void accumulate(const Target&, const Slice<MeanTerms>&, int, const MeanUnits&) {
   refuse();
 }
-void measured_sgd_update(const Target&, const Slice<SgdTerms>&, int, const MeasuredTerms&) {
-  refuse();
-}
-void measured_adam_update(const Target&, const Slice<AdamTerms>&, int, const MeasuredTerms&) {
-  refuse();
-}
 void sgd_update(const Target&, const Slice<SgdTerms>&, int, const UpdateTerms&) {
   refuse();
 }

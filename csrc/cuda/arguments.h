@@ -45,12 +45,6 @@ struct UpdateTerms {
   FUSED_SAM_HD float multiplier() const { return grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale; }
   FUSED_SAM_HD bool skip() const { return found_inf != nullptr && *found_inf != 0.0f; }
 };
-
-// Of an update that also measures the momentum of all its tensors.
-struct MeasuredTerms {
-  UpdateTerms update;
-  NormTerms norm;
-};
 // All that `restore_accumulate` is told is in the groups.
 struct MeanUnits {};
 

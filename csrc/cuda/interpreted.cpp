@@ -3,7 +3,6 @@
 #include <memory>
 
 #include "ops.h"
-#include "unit_momentum.h"
 #include "unit_powers.h"
 
 namespace fused_sam::cuda::interpreted {
@@ -33,19 +32,6 @@ double add_partials(const NormTerms& terms) {
   double sums[kThreads] = {};
   for (uint32_t i = 0; i < terms.total; ++i) sums[i % kThreads] += terms.partials[i];
   return add_pairwise(sums, kThreads);
-}
-
-// Lanes read what others have written: all of them update a unit before any adds up its momentum.
-template <class Group, class Update>
-void update_measured(const Slice<Group>& slice, int shift, const MeasuredTerms& terms, const Update& update) {
-  const NormTerms& norm = terms.norm;
-  visit_units(slice, shift, [&](uint32_t i, const auto& unit, const Group& group) {
-    for (int lane = 0; lane < kWarp; ++lane) update(unit, group, lane);
-    double sums[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) sums[lane] = momentum_unit(unit, lane);
-    norm.partials[norm.first_partial + i] = add_pairwise(sums, kWarp);
-  });
-  if (norm.last) *norm.out = {std::sqrt(add_partials(norm)), -1.0, -1.0};
 }
 
 }  // namespace
@@ -124,18 +110,6 @@ void sgd_update(const Target&, const Slice<SgdTerms>& slice, int shift, const Up
 void adam_update(const Target&, const Slice<AdamTerms>& slice, int shift, const UpdateTerms& terms) {
   visit_units(slice, shift, [&](uint32_t, const Unit<WideEntry>& unit, const AdamTerms& group) {
     for (int lane = 0; lane < kWarp; ++lane) adam_unit(unit, group, terms.multiplier(), terms.skip(), lane);
-  });
-}
-
-void measured_sgd_update(const Target&, const Slice<SgdTerms>& slice, int shift, const MeasuredTerms& terms) {
-  update_measured(slice, shift, terms, [&](const Unit<SlimEntry>& unit, const SgdTerms& group, int lane) {
-    sgd_unit(unit, group, terms.update.multiplier(), terms.update.skip(), lane);
-  });
-}
-
-void measured_adam_update(const Target&, const Slice<AdamTerms>& slice, int shift, const MeasuredTerms& terms) {
-  update_measured(slice, shift, terms, [&](const Unit<WideEntry>& unit, const AdamTerms& group, int lane) {
-    adam_unit(unit, group, terms.update.multiplier(), terms.update.skip(), lane);
   });
 }
 

@@ -42,50 +42,6 @@ void run(const Target& target, const std::vector<Tensor>& tensors, const std::ve
   }
 }
 
-// Tensors whose momentum an update measures.
-template <class Group>
-auto measured_in(const std::vector<Group>& groups) {
-  return [&groups](const Tensor& t) { return has_grad(t) && groups[static_cast<size_t>(t.group)].group.measured; };
-}
-
-template <class Group>
-int64_t count_partials(const std::vector<Tensor>& tensors, const std::vector<Group>& groups) {
-  const auto measured = measured_in(groups);
-  const int shift = shift_of(tensors, kMostNormUnits, measured);
-  int64_t units = 0;
-  for (const Tensor& t : tensors) units += measured(t) ? units_of(t.numel, shift) : 0;
-  return units;
-}
-
-// The functions that run an update, and those that also measure it, for the host and for a device.
-template <class Group, class Terms>
-using Launch = void (*)(const Target&, const Slice<Group>&, int, const Terms&);
-template <class Group>
-struct Update {
-  Launch<Group, UpdateTerms> on_device, interpret;
-  Launch<Group, MeasuredTerms> on_device_measured, interpret_measured;
-};
-
-// As `run`. What counts in the norm, if one is wanted, is cut as `norm` cuts it, and launched on its own.
-template <class Group>
-void run_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<Group>& groups,
-                const UpdateTerms& terms, const MomentumNorm& norm, const Update<Group>& update) {
-  if (norm.out == nullptr) return run(target, tensors, groups, terms, update.on_device, update.interpret, moves);
-  const auto measured = measured_in(groups);
-  run(target, tensors, groups, terms, update.on_device, update.interpret,
-      [&](const Tensor& t) { return moves(t) && !measured(t); });
-  const int shift = shift_of(tensors, kMostNormUnits, measured);
-  const auto slices = slices_of(tensors, groups, shift, capacity(target), measured);
-  if (slices.empty()) return (on_host(target) ? interpreted::clear : device::clear)(target, norm.out);
-  MeasuredTerms both{terms, {2.0, norm.partials, norm.out, 0, 0, 0, false}};
-  for (const auto& slice : slices) both.norm.total += static_cast<uint32_t>(slice.units);
-  for (const auto& slice : slices) {
-    both.norm.last = &slice == &slices.back();
-    (on_host(target) ? update.interpret_measured : update.on_device_measured)(target, slice, shift, both);
-    both.norm.first_partial += static_cast<uint32_t>(slice.units);
-  }
-}
-
 }  // namespace
 
 std::string driver_why_not(int driver, int toolkit) {
@@ -186,26 +142,15 @@ void restore_accumulate(const Target& target, const std::vector<Tensor>& tensors
   run(target, tensors, groups, MeanUnits{}, device::accumulate, interpreted::accumulate, moves);
 }
 
-int64_t momentum_partials(const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups) {
-  return count_partials(tensors, groups);
-}
-
-int64_t momentum_partials(const std::vector<Tensor>& tensors, const std::vector<AdamTerms>& groups) {
-  return count_partials(tensors, groups);
-}
-
 void sgd_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups,
-                const float* grad_scale, const float* found_inf, const MomentumNorm& norm) {
-  run_update(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, norm,
-             Update<SgdTerms>{device::sgd_update, interpreted::sgd_update, device::measured_sgd_update,
-                              interpreted::measured_sgd_update});
+                const float* grad_scale, const float* found_inf) {
+  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, device::sgd_update, interpreted::sgd_update, moves);
 }
 
 void adam_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AdamTerms>& groups,
-                 const float* grad_scale, const float* found_inf, const MomentumNorm& norm) {
-  run_update(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, norm,
-             Update<AdamTerms>{device::adam_update, interpreted::adam_update, device::measured_adam_update,
-                               interpreted::measured_adam_update});
+                 const float* grad_scale, const float* found_inf) {
+  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, device::adam_update, interpreted::adam_update,
+      moves);
 }
 
 }  // namespace fused_sam::cuda

@@ -54,23 +54,13 @@ void restore(const Target& target, const std::vector<Tensor>& tensors);
 // As cpu::restore_accumulate.
 void restore_accumulate(const Target& target, const std::vector<Tensor>& tensors, const std::vector<MeanTerms>& groups);
 
-// Where an update leaves ||m||_2 of the new momentum, on the device. `partials` holds momentum_partials() numbers.
-struct MomentumNorm {
-  double* partials = nullptr;
-  Norm* out = nullptr;  // null: nowhere
-};
-
-// How many fp64 numbers that needs to work in; none where no group is `measured`.
-int64_t momentum_partials(const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups);
-int64_t momentum_partials(const std::vector<Tensor>& tensors, const std::vector<AdamTerms>& groups);
-
 // As cpu::sgd_update. Gradients are multiplied by 1 / *grad_scale where that is not null; where found_inf is not null
 // and not zero on the device, parameters are only restored.
 void sgd_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups,
-                const float* grad_scale, const float* found_inf, const MomentumNorm& norm = {});
+                const float* grad_scale, const float* found_inf);
 
 // As cpu::adam_update, with the step read on the device where the groups do not hold its corrections.
 void adam_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AdamTerms>& groups,
-                 const float* grad_scale, const float* found_inf, const MomentumNorm& norm = {});
+                 const float* grad_scale, const float* found_inf);
 
 }  // namespace fused_sam::cuda

@@ -20,9 +20,9 @@ namespace {
 
 // As in bindings.cpp, but rho and lr may be tensors on the device.
 using AscentTuple = std::tuple<int64_t, py::object, bool, double, double>;
-using SgdTuple = std::tuple<int64_t, py::object, double, double, double, bool, bool, bool, bool>;
+using SgdTuple = std::tuple<int64_t, py::object, double, double, double, bool, bool, bool>;
 using AdamTuple =
-    std::tuple<int64_t, py::object, double, double, double, double, bool, bool, bool, bool, double, double, bool>;
+    std::tuple<int64_t, py::object, double, double, double, double, bool, bool, bool, bool, double, double>;
 
 cuda::Scalar scalar_of(const py::object& value, Device device, const char* name) {
   if (PyNumber_Check(value.ptr()) && !py::hasattr(value, "data_ptr"))
@@ -45,8 +45,8 @@ std::vector<cuda::AscentTerms> ascent_terms(const std::vector<AscentTuple>& grou
 
 std::vector<cuda::SgdTerms> sgd_terms(const std::vector<SgdTuple>& groups, Device device) {
   std::vector<cuda::SgdTerms> terms;
-  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first, measured] : groups) {
-    const SgdGroup group{0.0, momentum, dampening, weight_decay, nesterov, maximize, first, measured};
+  for (const auto& [size, lr, momentum, dampening, weight_decay, nesterov, maximize, first] : groups) {
+    const SgdGroup group{0.0, momentum, dampening, weight_decay, nesterov, maximize, first};
     terms.push_back({group, scalar_of(lr, device, "lr")});
   }
   return terms;
@@ -55,9 +55,9 @@ std::vector<cuda::SgdTerms> sgd_terms(const std::vector<SgdTuple>& groups, Devic
 std::vector<cuda::AdamTerms> adam_terms(const std::vector<AdamTuple>& groups, Device device) {
   std::vector<cuda::AdamTerms> terms;
   for (const auto& [size, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, first, correction1,
-                    correction2_root, measured] : groups) {
-    const AdamGroup group{0.0,       beta1,   beta2,    eps,   weight_decay, correction1, correction2_root,
-                          decoupled, amsgrad, maximize, first, measured};
+                    correction2_root] : groups) {
+    const AdamGroup group{0.0,       beta1,   beta2,    eps,  weight_decay, correction1, correction2_root,
+                          decoupled, amsgrad, maximize, first};
     terms.push_back({group, scalar_of(lr, device, "lr")});
   }
   return terms;
@@ -109,50 +109,27 @@ void restore(Batch& batch, Py_ssize_t size, uintptr_t stream) {
   cuda::restore(target_of(batch, stream), batch.gather({size}));
 }
 
-// Memory for the norm of the momentum, if a group counts in it: float64, of which the first number comes to be the norm.
-template <class Terms>
-py::object workspace_for(const Batch& batch, const std::vector<Tensor>& tensors, const std::vector<Terms>& groups,
-                         cuda::MomentumNorm* norm) {
-  if (std::none_of(groups.begin(), groups.end(), [](const Terms& terms) { return terms.group.measured; })) {
-    return py::none();
-  }
-  const py::module_ torch = py::module_::import("torch");
-  const int64_t numbers = kNormNumbers + cuda::momentum_partials(tensors, groups);
-  const py::object workspace =
-      torch.attr("empty")(numbers, py::arg("dtype") = torch.attr("float64"), py::arg("device") = batch.device().name());
-  auto* first = pointer_of<double>(workspace, batch.device(), DType::f64, numbers, "workspace");
-  *norm = {first + kNormNumbers, reinterpret_cast<Norm*>(first)};
-  return workspace;
-}
-
-// Returns the workspace of the norm of the momentum, or None.
-py::object sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, const py::object& grad_scale,
-                      const py::object& found_inf, uintptr_t stream, py::list journal) {
+void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, const py::object& grad_scale,
+                const py::object& found_inf, uintptr_t stream, py::list journal) {
   const auto& tensors = batch.gather(sizes_of(groups));
   const auto terms = sgd_terms(groups, batch.device());
   require_momentum(tensors, [&](size_t group) -> const SgdGroup& { return terms[group].group; });
   const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, 1, "grad_scale");
   const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, 1, "found_inf");
-  cuda::MomentumNorm norm;
-  const py::object workspace = workspace_for(batch, tensors, terms, &norm);
-  cuda::sgd_update(target_of(batch, stream), tensors, terms, scale, inf, norm);
+  cuda::sgd_update(target_of(batch, stream), tensors, terms, scale, inf);
   journal.attr("clear")();
-  return workspace;
 }
 
-py::object adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps,
-                       const py::object& grad_scale, const py::object& found_inf, uintptr_t stream, py::list journal) {
+void adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::object& steps,
+                 const py::object& grad_scale, const py::object& found_inf, uintptr_t stream, py::list journal) {
   batch.read_steps(steps);
   const auto& tensors = batch.gather(sizes_of(groups));
   const auto terms = adam_terms(groups, batch.device());
   require_adam_state(tensors, [&](size_t group) -> const AdamGroup& { return terms[group].group; });
   const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, 1, "grad_scale");
   const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, 1, "found_inf");
-  cuda::MomentumNorm norm;
-  const py::object workspace = workspace_for(batch, tensors, terms, &norm);
-  cuda::adam_update(target_of(batch, stream), tensors, terms, scale, inf, norm);
+  cuda::adam_update(target_of(batch, stream), tensors, terms, scale, inf);
   journal.attr("clear")();
-  return workspace;
 }
 
 }  // namespace

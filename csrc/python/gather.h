@@ -104,10 +104,7 @@ void require_state(const std::vector<Tensor>& tensors, int k, const Needed& need
 // That of SGD: momentum buffers.
 template <class GroupOf>
 void require_momentum(const std::vector<Tensor>& tensors, const GroupOf& group_of) {
-  require_state(tensors, 0, [&](size_t group) {
-    const SgdGroup& g = group_of(group);
-    return g.momentum != 0.0 || g.measured;
-  });
+  require_state(tensors, 0, [&](size_t group) { return group_of(group).momentum != 0.0; });
 }
 
 // That of Adam, with a step for the kernel to read where the group does not hold its corrections.
