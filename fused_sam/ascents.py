@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from fused_sam import masters, ops, param_groups, param_lists, projected
-from fused_sam.kept_norm import KeptNorm
 from fused_sam.telemetry import Probe
 
 if TYPE_CHECKING:
@@ -104,7 +103,6 @@ class AlongGradient:
     """e from the gradients in ``p.grad``: in ``steps`` steps (`fused_sam.projected`), each with its own."""
 
     direction = "gradient"
-    kept = None
 
     def __init__(self, steps: int = 1, keep_grads: bool = False) -> None:
         self.steps = steps
@@ -182,9 +180,6 @@ class AlongMomentum:
     steps = 1
     KEYS = ("momentum_buffer", "exp_avg")
 
-    def __init__(self) -> None:
-        self.kept = KeptNorm()
-
     def step(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
         """The ascent; ``take_grads`` sets the gradients to None."""
         momenta = self._momenta(optimizer, params)
@@ -198,9 +193,7 @@ class AlongMomentum:
         ascent = ops.Ascent(
             local(params), local(momenta), groups, optimizer.backend, optimizer.p, _local(local, copies)
         )
-        norm = self.kept.of(momenta, groups)
-        if norm is None:
-            norm = optimizer._peers.norm(ascent, params)
+        norm = optimizer._peers.norm(ascent, params)
         assert norm is not None
         state = Displacement([norm], of_gradients=False)
         if optimizer.telemetry:

@@ -29,8 +29,6 @@ class FusedSGD:
     ) -> None:
         """One `ops.sgd_update` over all groups; new momentum buffers stay in the state only if it is made."""
         params, local = optimizer._flat_params(), optimizer._peers.local
-        kept = optimizer._along.kept
-        measured = kept is not None and kept.is_wanted(optimizer)
         grads = param_lists.get_grads(params)
         copies = masters.of(optimizer, params, grads)
         buffers: list[Any] | None = None
@@ -51,8 +49,8 @@ class FusedSGD:
         backups = ops.one_batch(journal, len(params))
         if buffers is not None and fresh:
             _enter(optimizer, params, fresh, {"momentum_buffer": buffers}, journal)
-        groups = _sgd_groups(optimizer.param_groups, fresh, measured)
-        norm = ops.sgd_update(
+        groups = _sgd_groups(optimizer.param_groups, fresh)
+        ops.sgd_update(
             local(params),
             local(grads),
             backups,
@@ -65,8 +63,6 @@ class FusedSGD:
             copies if copies is None else local(copies),
         )
         masters.enter(optimizer, params, copies)
-        if kept is not None:
-            kept.keep(norm, groups, buffers or [], grads)
 
 
 def _enter(
@@ -97,7 +93,7 @@ def _make_buffers(
     return fresh
 
 
-def _sgd_groups(param_groups: list[dict], fresh: set[int], measured: bool) -> list[ops.SGDGroup]:
+def _sgd_groups(param_groups: list[dict], fresh: set[int]) -> list[ops.SGDGroup]:
     """Hyperparameters as the op takes them, each of its type: a checkpoint may hold anything."""
     return [
         ops.SGDGroup(
@@ -109,7 +105,6 @@ def _sgd_groups(param_groups: list[dict], fresh: set[int], measured: bool) -> li
             bool(group["nesterov"]),
             bool(group["maximize"]),
             first,
-            measured and group["perturb"] and group["momentum"] != 0,
         )
         for group, length, first in _runs(param_groups, fresh)
     ]
@@ -171,8 +166,6 @@ class FusedAdam(AnyBase):
     ) -> None:
         """One `ops.adam_update` over all groups; new state stays in the optimizer's only if it is made."""
         params, local = optimizer._flat_params(), optimizer._peers.local
-        kept = optimizer._along.kept
-        measured = kept is not None and kept.is_wanted(optimizer)
         if not self._is_fusable(optimizer, params):
             if optimizer._masters is not None:
                 raise RuntimeError("master_weights=True needs betas that are numbers, and capturable=False on a CPU.")
@@ -194,8 +187,8 @@ class FusedAdam(AnyBase):
         if fresh:
             _make_adam_state(optimizer.param_groups, _weights(params, copies), fresh, state)
             _enter(optimizer, params, fresh, state, journal)
-        groups = self._groups(optimizer.param_groups, fresh, measured)
-        norm = ops.adam_update(
+        groups = self._groups(optimizer.param_groups, fresh)
+        ops.adam_update(
             local(params),
             local(grads),
             backups,
@@ -212,8 +205,6 @@ class FusedAdam(AnyBase):
             masters=copies if copies is None else local(copies),
         )
         masters.enter(optimizer, params, copies)
-        if kept is not None:
-            kept.keep(norm, groups, state["exp_avg"], grads)
 
     def _is_fusable(self, optimizer: FusedSAM, params: list[Tensor]) -> bool:
         """Whether every backend concerned has the step, and every hyperparameter but lr can be read without waiting."""
@@ -225,7 +216,7 @@ class FusedAdam(AnyBase):
                 return False  # torch's own step says why it refuses
         return not any(isinstance(beta, Tensor) for group in optimizer.param_groups for beta in group["betas"])
 
-    def _groups(self, param_groups: list[dict], fresh: set[int], measured: bool) -> list[ops.AdamGroup]:
+    def _groups(self, param_groups: list[dict], fresh: set[int]) -> list[ops.AdamGroup]:
         return [
             ops.AdamGroup(
                 length,
@@ -238,7 +229,6 @@ class FusedAdam(AnyBase):
                 bool(group["amsgrad"]),
                 bool(group["maximize"]),
                 first,
-                measured=measured and group["perturb"],
             )
             for group, length, first in _runs(param_groups, fresh)
         ]

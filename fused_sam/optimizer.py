@@ -374,8 +374,6 @@ class FusedSAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         self._require_unperturbed("load_state_dict()")
-        if self._along.kept is not None:
-            self._along.kept.forget()  # and let go of the momenta that are replaced
         super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
         masters.load(self._masters, state_dict, self.state, self.param_groups)
         self._peers.loaded(self)

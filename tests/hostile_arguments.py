@@ -140,7 +140,7 @@ def tuples(fields: int, flags: slice) -> st.SearchStrategy[Any]:
     return mostly(st.tuples(st.tuples(*sane)).map(list), anything)
 
 
-ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(9, slice(5, 9)), tuples(13, slice(6, 10))
+ASCENT, SGD, ADAM = tuples(5, slice(2, 3)), tuples(8, slice(5, 8)), tuples(12, slice(6, 10))
 MEAN = tuples(3, slice(2, 3))
 JOURNALS = st.sampled_from([*[list] * 9, tuple, dict, lambda: None])
 NORMS = st.just(torch.ones(2000, dtype=torch.float64))  # and enough memory to make one

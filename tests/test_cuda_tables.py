@@ -11,9 +11,7 @@ from helpers import (
     DTYPES,
     FEW_SIZES,
     HYPER,
-    AdamLists,
     Lists,
-    adam_groups,
     ascent_groups,
     ids,
     scalar,
@@ -135,25 +133,6 @@ def test_the_norm_of_a_list_of_several_launches() -> None:
     groups = ascent_groups(len(grads))
     values = [ops.norm(params, grads, groups, backend=backend).item() for backend in ("interpreted", "native")]
     assert values[0] == pytest.approx(values[1], rel=1e-14)
-
-
-@pytest.mark.parametrize("adam", [False, True], ids=["SGD", "Adam"])
-def test_a_measured_update_of_several_launches_has_the_bits_of_the_norm(adam: bool) -> None:
-    """Tensors that do not count lie between those that do, and one tensor is cut into many units."""
-    sizes = [*[k % 11 for k in range(2500)], 300_007, *[k % 7 for k in range(500)]]
-    lists = AdamLists(sizes, torch.float32, "cpu")
-    momenta = lists.states[0]
-    groups: list[ops.SGDGroup] | list[ops.AdamGroup]
-    if adam:
-        groups = [adam_groups(n, lr=0.01)[0]._replace(measured=n != 100) for n in (700, 100, 1700, 501)]
-        tensors = lists.params, lists.grads, lists.backups, *lists.states, lists.steps
-        norm = ops.adam_update(*tensors, groups, backend="interpreted")
-    else:
-        groups = [sgd_groups(n, **HYPER)[0]._replace(measured=n != 100) for n in (700, 100, 1700, 501)]
-        norm = ops.sgd_update(lists.params, lists.grads, lists.backups, momenta, groups, backend="interpreted")
-    counted = [*momenta[:700], *[None] * 100, *momenta[800:]]
-    assert norm is not None
-    assert norm.item() == ops.norm(lists.params, counted, ascent_groups(len(sizes)), backend="interpreted").item()
 
 
 def test_means_and_parameters_to_restore_take_several_launches() -> None:

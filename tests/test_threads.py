@@ -97,9 +97,6 @@ def digests(threads: int, backend: str = "native") -> dict[str, str]:
                 x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
                 ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
                 add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
-        x, groups = fresh(), [sgd_groups(len(SIZES), **SGD_CONFIGS["momentum-decay"])[0]._replace(measured=True)]
-        measured: Any = ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, backend=backend)
-        add(f"sgd_update {dtype} measured", x.params, x.momentum, [measured])
         for weight, first in ((1 / 3, False), (0.5, False), (0.25, True)):
             x = fresh()
             ops.restore_accumulate(x.params, x.grads, [ops.MeanGroup(len(SIZES), weight, first)], backend=backend)

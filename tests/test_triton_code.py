@@ -12,9 +12,7 @@ F32, F64, BF16, F16 = "fp32", "fp64", "bf16", "fp16"
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (BF16, F32), (F32, BF16)]
 
 
-def assembly(
-    name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], amp: bool = False, measured: bool = False
-) -> dict[str, Any]:
+def assembly(name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], amp: bool = False) -> dict[str, Any]:
     """What a kernel compiles to for a target that need not be here: {"ttgir": ..., "ptx": ...}."""
     import triton
     import triton.language as tl
@@ -28,13 +26,11 @@ def assembly(
     constants = {"P": param, "G": grad, "C": tl.float64 if param == tl.float64 else tl.float32}
     kernel = getattr(kernels, name)
     total = name.endswith("_total")
-    constants |= {"CHUNK": kernels.CHUNK, "PEAK": False, "NORM_TILE": kernels.TILES["TILE"], **kernels.tiles_of(kernel)}
+    constants |= {"CHUNK": kernels.CHUNK, "PEAK": False, **kernels.tiles_of(kernel)}
     if total:
         constants["TILE"] = kernels.PEAK_TOTAL_TILE if name == "peak_total" else kernels.TOTAL_TILE
     if not amp:
         constants |= {"grad_scale": None, "found_inf": None}
-    if name.endswith("_update") and not measured:
-        constants |= {"places": None, "partials": None}
     kinds_of = {"first": "i32", "last": "i32", "count": "i32", "norm": "*fp64", "partials": "*fp64", "out": "*fp64"}
     kinds_of |= {"grad_scale": "*fp32", "found_inf": "*fp32", "peak": "*fp64"}
     constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
@@ -113,27 +109,6 @@ def test_the_update_computes_nothing_in_fp64(dtypes: tuple[str, str], amp: bool,
     assert ".ftz" not in ptx
 
 
-@needs_triton
-@compiled
-@every_target
-@pytest.mark.parametrize("name", ["sgd_update", "adam_update"])
-def test_a_measured_update_reads_the_momentum_once_more_in_vectors(
-    name: str, dtypes: tuple[str, str], arch: int
-) -> None:
-    """Behind a barrier: threads read what others have written. Its squares are added in fp64."""
-    from fused_sam.backends.triton import kernels
-
-    plain = ptx_of(name, dtypes, arch)
-    ptx = assembly(name, dtypes, ("cuda", arch, 32), measured=True)["ptx"]
-    per_thread = kernels.TILES["TILE"] // (32 * kernels.OPTIONS["num_warps"])
-    size = {F32: 4, F64: 8, BF16: 2, F16: 2}[dtypes[0]]
-    assert vectors(ptx, "ld") == vectors(plain, "ld") + size * per_thread // 16
-    assert vectors(ptx, "st") == vectors(plain, "st")
-    assert "bar.sync" in ptx
-    assert "fma.rn.f64" in ptx
-    assert ".local" not in ptx
-
-
 def loops(ptx: str) -> list[str]:
     """The code between each label and the branch back to it."""
     labels = {m[1]: m.start() for m in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
@@ -183,14 +158,4 @@ def test_it_compiles_for_amd(name: str, dtypes: tuple[str, str], arch: str) -> N
         # Half a tile of bf16 is 8 bytes for each of 256 threads.
         narrow = "x2" if name in ("adam_update", "perturb_by_powers") and arch == "gfx942" and BF16 in dtypes else "x4"
         assert re.search(rf"store_(dword{narrow}|b128)", code)
-    assert re.search(r"scratch_(load|store)", code) is None
-
-
-@needs_triton
-@compiled
-@pytest.mark.parametrize("name", ["sgd_update", "adam_update"])
-@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
-def test_measured_updates_compile_for_amd(name: str, arch: str) -> None:
-    warp = 64 if arch.startswith("gfx9") else 32
-    code = assembly(name, PAIRS[0], ("hip", arch, warp), amp=True, measured=True)["amdgcn"]
     assert re.search(r"scratch_(load|store)", code) is None

@@ -91,7 +91,8 @@ class Batch:
             zeros = torch.zeros(3, dtype=torch.float64, device=self.params[0].device)
             return zeros if q == math.inf else zeros[0]
         if q == 2:
-            return _two_norm([x for _, x in members])
+            norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for _, x in members]
+            return torch.linalg.vector_norm(torch.stack(norms))
         peaks = torch.stack([x.abs().amax().double() for _, x in members])
         if q == math.inf:
             first = peaks.argmax()  # of NaN and of equal ones the first
@@ -157,15 +158,13 @@ class Batch:
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> Tensor | None:
-        """The norm of the momentum, too, if a group counts in it."""
+    ) -> None:
         self.restore()
         for i, group in self._members(groups):
             buffer = self._state(0, i) if group.momentum != 0 else None
             _sgd_tensor(self.weights[i], self.grads[i], buffer, group, grad_scale, found_inf)
             self._round(i)
         journal.clear()
-        return self._momentum_norm(groups)
 
     def adam_update(
         self,
@@ -174,7 +173,7 @@ class Batch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> Tensor | None:
+    ) -> None:
         """``steps`` done before are read where the groups do not hold the corrections; None if none is."""
         self.restore()
         for i, group in self._members(groups):
@@ -183,12 +182,6 @@ class Batch:
             _adam_tensor(self.weights[i], self.grads[i], *state, step, group, grad_scale, found_inf)
             self._round(i)
         journal.clear()
-        return self._momentum_norm(groups)
-
-    def _momentum_norm(self, groups: list[Any]) -> Tensor | None:
-        """`norm` for q = 2 of the momentum that counts, if any does."""
-        momenta = [self._state(0, i) for i, group in self._members(groups) if group.measured and self.grads[i].numel()]
-        return _two_norm(momenta) if momenta else None
 
     def _round(self, index: int) -> None:
         """The parameter from its master."""
@@ -210,11 +203,6 @@ class Batch:
 
 
 batch = Batch
-
-
-def _two_norm(tensors: TensorList) -> Tensor:
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _accumulate(pairs: list[tuple[Tensor, Tensor]], group: MeanGroup) -> None:

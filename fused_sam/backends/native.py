@@ -121,11 +121,10 @@ class CPUBatch:
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> Tensor | None:
+    ) -> None:
         if self._skips(found_inf, journal):
-            return None
-        norm = self._batch.sgd_update(groups, _multiplier(grad_scale), torch.get_num_threads(), journal)
-        return None if norm is None else torch.scalar_tensor(norm, dtype=torch.float64)
+            return
+        self._batch.sgd_update(groups, _multiplier(grad_scale), torch.get_num_threads(), journal)
 
     def adam_update(
         self,
@@ -134,11 +133,10 @@ class CPUBatch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> Tensor | None:
+    ) -> None:
         if self._skips(found_inf, journal):
-            return None
-        norm = self._batch.adam_update(groups, steps, _multiplier(grad_scale), torch.get_num_threads(), journal)
-        return None if norm is None else torch.scalar_tensor(norm, dtype=torch.float64)
+            return
+        self._batch.adam_update(groups, steps, _multiplier(grad_scale), torch.get_num_threads(), journal)
 
     def _skips(self, found_inf: Tensor | None, journal: Journal) -> bool:
         """Whether there is only to restore, which is done then."""
@@ -195,11 +193,10 @@ class CUDABatch(CPUBatch):
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> Tensor | None:
+    ) -> None:
         scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
         with self._launching() as stream:
-            norm = _native.cuda.sgd_update(self._batch, groups, scale, skip, stream, journal)
-        return None if norm is None else norm[0]
+            _native.cuda.sgd_update(self._batch, groups, scale, skip, stream, journal)
 
     def adam_update(
         self,
@@ -208,11 +205,10 @@ class CUDABatch(CPUBatch):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> Tensor | None:
+    ) -> None:
         scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
         with self._launching() as stream:
-            norm = _native.cuda.adam_update(self._batch, groups, steps, scale, skip, stream, journal)
-        return None if norm is None else norm[0]
+            _native.cuda.adam_update(self._batch, groups, steps, scale, skip, stream, journal)
 
     def _launching(self) -> _Launching:
         return _Launching(self.device)

@@ -23,9 +23,6 @@ class Peers:
     so.
     """
 
-    # Whether this rank has all of each tensor: a norm of what it has is the norm then.
-    has_whole_tensors = True
-
     def adopt(self, params: list[Tensor]) -> Peers:
         """Parameters have come to the optimizer: the peers to go on with."""
         return self

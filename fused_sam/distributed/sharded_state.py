@@ -138,7 +138,6 @@ class Share:
 
     def __init__(self, optimizer: FusedSAM, staged: Staged, rank: int) -> None:
         self.backend = optimizer.backend
-        self._along = optimizer._along
         self._masters = None
         self._peers = Peers()
         self._parameter: dict[Tensor, Tensor] = {}  # of which each tensor is a piece

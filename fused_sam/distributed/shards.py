@@ -44,8 +44,6 @@ def _local(x: Any) -> Tensor:
 class Shards(Peers):
     """Some of the parameters are DTensors. The others are taken to be the same on all ranks."""
 
-    has_whole_tensors = False
-
     def local(self, tensors: TensorList) -> TensorList:
         return local_parts(tensors)
 

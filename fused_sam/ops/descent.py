@@ -87,7 +87,7 @@ def sgd_update(
     backend: str | None = None,
     journal: Journal | None = None,
     masters: TensorList | None = None,
-) -> Tensor | None:
+) -> None:
     """w = backup (w itself where there is none), then one step of SGD with the gradients given, in one pass.
 
         d = (-g if maximize else g) + weight_decay * w
@@ -100,24 +100,18 @@ def sgd_update(
     soon as there is nothing left to undo. For a parameter that has a master w is that, and state is fp32 as it is;
     the parameter becomes the master, rounded.
 
-    Returns:
-        ||m||_2 of the new buffers of the groups that are ``measured``, with the bits of `norm` of them: float64, shape
-        []. None where no group is, or where it took more than one call, or the host knew of a nonzero ``found_inf``.
-
     Raises:
         InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched momentum buffer; nothing has been
             changed then.
     """
     require_sizes(params, groups)
-    _require_state(
-        "momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0 or group.measured
-    )
+    _require_state("momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0)
 
-    def update(part: Part, batch: Any, *scalars: Any) -> Any:
-        return batch.sgd_update(part.regroup(groups), *scalars)
+    def update(part: Part, batch: Any, *scalars: Any) -> None:
+        batch.sgd_update(part.regroup(groups), *scalars)
 
     states = (momentum_buffers,)
-    return _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
+    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
 
 
 def adam_update(
@@ -135,7 +129,7 @@ def adam_update(
     journal: Journal | None = None,
     capturable: bool = False,
     masters: TensorList | None = None,
-) -> Tensor | None:
+) -> None:
     """w = backup (w itself where there is none), then step t of Adam with the gradients given, in one pass.
 
         g = -g if maximize else g
@@ -149,9 +143,6 @@ def adam_update(
     and are written in place. ``steps`` hold t - 1 for every parameter, a tensor of one element each, and then t. They
     are read by the host, which also waits for ``found_inf`` then; with ``capturable`` they are float32, on the device
     of their parameters, and nothing waits. Otherwise as `sgd_update`.
-
-    Returns:
-        As `sgd_update`, of the new exp_avgs.
 
     Raises:
         InvalidTensor, ValueError: as `sgd_update`; nothing has been changed then.
@@ -176,19 +167,18 @@ def adam_update(
         if not skipped:
             counted = Counted([t for t, _ in advanced], [t for t in before if t is not None])
 
-    def update(part: Part, batch: Any, *scalars: Any) -> Any:
+    def update(part: Part, batch: Any, *scalars: Any) -> None:
         on_device = part.take(steps) if capturable else None
-        norm = batch.adam_update(part.regroup(groups), on_device, *scalars)
+        batch.adam_update(part.regroup(groups), on_device, *scalars)
         if on_device is not None:
             _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
-        return norm
 
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     try:
         if counted is not None:
             journal.append(counted)
             _advance(counted.counts, None)
-        return _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
+        _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
     except BaseException:
         if counted is not None and counted in journal:
             counted.restore()
@@ -232,17 +222,14 @@ def _descend(
     grads: TensorList,
     backups: TensorList | Any | None,
     states: Sequence[TensorList | None],
-    update: Callable[..., Any],
+    update: Callable[..., None],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     backend: str | None,
     journal: Journal | None,
     masters: TensorList | None,
-) -> Any:
-    """A base step: the restore, and ``update(part, batch, grad_scale, found_inf, journal)`` for every part.
-
-    Returns what the update did, if that was a single call.
-    """
+) -> None:
+    """Restore, and call ``update(part, batch, grad_scale, found_inf, journal)`` for every part."""
     journal = [] if journal is None else journal
     parts = route(backend, params, grads, backups, states, masters)
     at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
@@ -256,13 +243,12 @@ def _descend(
             bump_versions(params, backups)
         written = [grads]
         parts = route(backend, params, grads, None, states, masters)
-    result = None
     for part in parts:
         scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
         # Of several calls none may say that there is nothing left to undo.
         done = journal if at_once else []
         if part.batch is not None:
-            result = update(part, part.batch, *scalars, done)
+            update(part, part.batch, *scalars, done)
             continue
         with contextlib.ExitStack() as stack:
             lists = [part.take_any(x) for x in (masters, params, grads, *states)]
@@ -271,7 +257,6 @@ def _descend(
     if not at_once:
         journal.clear()
     bump_versions(params, *written)
-    return result if at_once else None
 
 
 def _require_state(

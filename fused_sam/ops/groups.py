@@ -40,8 +40,7 @@ class AscentGroup(NamedTuple):
 class SGDGroup(NamedTuple):
     """torch.optim.SGD's hyperparameters for the next ``size`` tensors; ``first``: their buffers hold nothing yet.
 
-    ``lr`` may be a tensor of one element, read on the device. ``measured``: the new buffers count in the norm that
-    `sgd_update` returns.
+    ``lr`` may be a tensor of one element, read on the device.
     """
 
     size: int
@@ -52,7 +51,6 @@ class SGDGroup(NamedTuple):
     nesterov: bool
     maximize: bool
     first: bool
-    measured: bool = False
 
     def on(self, device: torch.device, size: int) -> SGDGroup:
         """The same for ``size`` tensors on a device."""
@@ -66,7 +64,6 @@ class AdamGroup(NamedTuple):
 
     ``lr`` may be a tensor of one element, read on the device. ``decoupled``: weight decay as in AdamW. The corrections,
     1 - beta1^t and sqrt(1 - beta2^t) at step t, are `adam_update`'s to fill in; 0 where the device reads the step.
-    ``measured``: the new exp_avgs count in the norm that it returns.
     """
 
     size: int
@@ -81,7 +78,6 @@ class AdamGroup(NamedTuple):
     first: bool
     correction1: float = 0.0
     correction2_root: float = 0.0
-    measured: bool = False
 
     def on(self, device: torch.device, size: int) -> AdamGroup:
         """The same for ``size`` tensors on a device."""

@@ -159,11 +159,11 @@ class Batch:
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> Tensor | None:
+    ) -> None:
         groups = [group._replace(lr=tables.readable(group.lr)) for group in groups]
         columns = self._state_columns([[group.momentum != 0 for group in groups]], groups)
         columns.append(tables.sgd_table(groups))
-        return self._update(kernels.sgd_update, groups, columns, grad_scale, found_inf, journal)
+        self._update(kernels.sgd_update, groups, columns, grad_scale, found_inf, journal)
 
     def adam_update(
         self,
@@ -172,12 +172,12 @@ class Batch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> Tensor | None:
+    ) -> None:
         groups = [group._replace(lr=tables.readable(group.lr)) for group in groups]
         always = [True] * len(groups)
         columns = self._state_columns([always, always, [group.amsgrad for group in groups]], groups)
         columns += [tables.addresses_of(steps, len(self.params)), tables.adam_table(groups)]
-        return self._update(kernels.adam_update, groups, columns, grad_scale, found_inf, journal)
+        self._update(kernels.adam_update, groups, columns, grad_scale, found_inf, journal)
 
     def _update(
         self,
@@ -187,26 +187,14 @@ class Batch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         journal: Journal,
-    ) -> Tensor | None:
-        """A base step, of which ``columns`` are the state and the hyperparameters; the norm of its momentum if any
-        group counts in it."""
+    ) -> None:
+        """Launch a base step, of which ``columns`` are the state and the hyperparameters."""
         plan = self._plan(_sizes(groups), with_grads=True, with_backups=True)
-        places, partials = self._measured(groups, plan.sizes)
         with tables.on_device(self._device):
-            arguments = self._columns(plan, plan.groups, *self._addresses("grads"), self._kept_at(), *columns, places)
+            arguments = self._columns(plan, plan.groups, *self._addresses("grads"), self._kept_at(), *columns)
             for x in plan.launches:
-                launches.launch(kernel, x, *arguments, grad_scale, found_inf, partials, x.first)
+                launches.launch(kernel, x, *arguments, grad_scale, found_inf, x.first)
             journal.clear()
-            return None if partials is None else launches.root_of(partials)
-
-    def _measured(self, groups: list[Any], sizes: bytes) -> tuple[bytes | None, Tensor | None]:
-        """(column, partials): where each tensor's sums of squares of momentum are to go, where they would go in `norm`
-        of it; -1 for those that do not count. None if none does."""
-        if not any(group.measured for group in groups):
-            return None, None
-        counted = [group.measured for group in groups for _ in range(group.size)]
-        plan = tables.plan(tables.as_momenta(self._operands.kinds(True, False), counted), sizes, (len(counted),))
-        return plan.places(), launches.float64(self._device, plan.total)
 
     def _state_columns(self, needs: list[list[bool]], groups: list[Any]) -> list[bytes]:
         """The addresses of each kind of state, of which every group says whether it needs it."""
@@ -224,8 +212,8 @@ class Batch:
         """The columns of the parameters and of what else is named."""
         return tuple(self._operands.addresses(of) for of in ("params", *others))
 
-    def _columns(self, plan: tables.Plan, *columns: bytes | Tensor | None) -> list[Any]:
-        """The columns on the device, where a tensor is already; None for one that there is not."""
+    def _columns(self, plan: tables.Plan, *columns: bytes | Tensor) -> list[Any]:
+        """Return the columns on the device, where a tensor is already."""
         if not plan.launches:
             return []
         columns = plan.chunks, plan.sizes, *columns

@@ -15,7 +15,6 @@ from fused_sam.backends.triton.tiles import (
     scalar,
     source_of,
     store,
-    sum_of_squares,
     widened,
 )
 
@@ -44,14 +43,6 @@ def _multiplier(grad_scale, C: tl.constexpr):
         else:
             inverse = tl.div_rn(inverse, scale.to(tl.float32))
     return inverse.to(C)
-
-
-@triton.jit
-def _measure(m_address, m_, partials, place, index, count, C: tl.constexpr, TILE: tl.constexpr):
-    """The sum of squares of a chunk of momentum that has just been written, if it has a place."""
-    if place >= 0:
-        tl.debug_barrier()  # threads read what others have written
-        tl.store(partials + place + index, sum_of_squares(m_address, m_, count, C, TILE))
 
 
 @triton.jit
@@ -96,8 +87,8 @@ def _sgd_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "chunks", "sizes", "groups", "weights", "grads", "backups", "momenta", "sgd", "places", "grad_scale",
-        "found_inf", "partials", "first",
+        "chunks", "sizes", "groups", "weights", "grads", "backups", "momenta", "sgd", "grad_scale", "found_inf",
+        "first",
     ]
 )  # fmt: skip
 def sgd_update(
@@ -109,10 +100,8 @@ def sgd_update(
     backups,
     momenta,
     sgd,
-    places,
     grad_scale,
     found_inf,
-    partials,
     first,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -120,12 +109,8 @@ def sgd_update(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     REST: tl.constexpr,
-    NORM_TILE: tl.constexpr,
 ):
-    """w = backup where there is one, then SGD where there is a gradient and found_inf is 0.
-
-    partials[place of the tensor + chunk] = what norm_partials would give of the momentum, if wanted.
-    """
+    """w = backup where there is one, then SGD where there is a gradient and found_inf is 0."""
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
@@ -146,8 +131,6 @@ def sgd_update(
         _sgd_tile(w, source, g, m, i, count, live, k, sign, minus_lr, momentum, undamped, decay, flags, C, TILE, True)
     for i in range(full, count, REST):
         _sgd_tile(w, source, g, m, i, count, live, k, sign, minus_lr, momentum, undamped, decay, flags, C, REST, False)
-    if partials is not None:
-        _measure(m_address, m, partials, tl.load(places + row), begin // CHUNK, count, C, NORM_TILE)
 
 
 @triton.jit
@@ -239,7 +222,7 @@ def _adam_tile(
 @triton.jit(
     do_not_specialize=[
         "chunks", "sizes", "groups", "weights", "grads", "backups", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs",
-        "steps", "adam", "places", "grad_scale", "found_inf", "partials", "first",
+        "steps", "adam", "grad_scale", "found_inf", "first",
     ]
 )  # fmt: skip
 def adam_update(
@@ -254,10 +237,8 @@ def adam_update(
     max_exp_avg_sqs,
     steps,
     adam,
-    places,
     grad_scale,
     found_inf,
-    partials,
     first,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -265,11 +246,10 @@ def adam_update(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     REST: tl.constexpr,
-    NORM_TILE: tl.constexpr,
 ):
     """w = backup where there is one, then Adam where there is a gradient and found_inf is 0.
 
-    What depends on hyperparameters alone is computed in float64 and rounded once. The partials as in sgd_update.
+    What depends on hyperparameters alone is computed in float64 and rounded once.
     """
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
@@ -308,5 +288,3 @@ def adam_update(
             w, source, g, m, v, u, i, count, live, k, sign, step, kept, decay, weight1, near, beta2, weight2, root, eps,
             flags, C, REST, False,
         )  # fmt: skip
-    if partials is not None:
-        _measure(m_address, m, partials, tl.load(places + row), begin // CHUNK, count, C, NORM_TILE)

@@ -20,7 +20,6 @@ Tables (int64, one entry per tensor of the op unless said otherwise; an address 
     adam        [groups, 9]  lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, sqrt(1 - beta2^t) as bits (0 where the
                              kernel reads the step), the address of lr or 0, and flags
     means       [groups, 2]  the weight as bits, and flags
-    places      where an update puts the sums of squares of the tensor's momentum: the number of the first; or -1
 """
 
 from __future__ import annotations

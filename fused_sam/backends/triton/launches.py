@@ -30,7 +30,7 @@ def _constants(kernel: Any, dtypes: tables.Dtypes, more: tuple[tuple[str, Any], 
     param, grad = dtypes
     computed = torch.float64 if param == torch.float64 else torch.float32
     constants = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed], **dict(more)}
-    constants |= {"CHUNK": kernels.CHUNK, "NORM_TILE": kernels.TILES["TILE"], **kernels.tiles_of(kernel)}
+    constants |= {"CHUNK": kernels.CHUNK, **kernels.tiles_of(kernel)}
     return {name: x for name, x in constants.items() if name in kernel.arg_names} | kernels.OPTIONS
 
 
@@ -41,16 +41,10 @@ def float64(device: torch.device, *size: int) -> Tensor:
 
 def sum_of_squares(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
     """||x||_2, shape []."""
-    partials = float64(columns[0].device, plan.total)
+    partials, result = float64(columns[0].device, plan.total), float64(columns[0].device)
     for x in plan.launches:
         launch(kernels.norm_partials, x, *columns, partials, x.first)
-    return root_of(partials)
-
-
-def root_of(partials: Tensor) -> Tensor:
-    """The root of the sum of sums of squares, shape []."""
-    result = float64(partials.device)
-    kernels.norm_total[(1,)](partials, result, partials.numel(), TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
+    kernels.norm_total[(1,)](partials, result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
     return result
 
 

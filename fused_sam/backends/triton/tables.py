@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.triton import kernels
-from fused_sam.backends.triton.operands import column, dtypes_of, kind_of
+from fused_sam.backends.triton.operands import column, dtypes_of
 
 if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, MeanGroup, SGDGroup
@@ -34,7 +34,6 @@ class Launch(NamedTuple):
     dtypes: Dtypes
     first: int
     programs: int  # one per chunk, from the first
-    rows: tuple[int, ...]
 
 
 class Plan(NamedTuple):
@@ -50,17 +49,6 @@ class Plan(NamedTuple):
     def total(self) -> int:
         """How many chunks there are."""
         return len(self.chunks) // 8
-
-    def places(self) -> bytes:
-        """A column: the number of each tensor's first chunk; -1 for those without any."""
-        sizes = numbers(self.sizes)
-        places = [-1] * len(sizes)
-        for launch in self.launches:
-            first = launch.first
-            for row in launch.rows:
-                places[row] = first
-                first += -(-sizes[row] // kernels.CHUNK)
-        return column(places)
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,15 +66,9 @@ def plan(kinds: bytes, sizes: bytes, group_sizes: tuple[int, ...]) -> Plan:
         first = len(chunks)
         for row in rows:
             chunks.extend(range(row << 32, (row << 32) + -(-elements[row] // kernels.CHUNK)))
-        launches.append(Launch(dtypes_of(kind), first, len(chunks) - first, tuple(rows)))
+        launches.append(Launch(dtypes_of(kind), first, len(chunks) - first))
     groups = [k for k, size in enumerate(group_sizes) for _ in range(size)]
     return Plan(tuple(launches), chunks.tobytes(), kinds, sizes, column(groups))
-
-
-def as_momenta(kinds: bytes, counted: list[bool]) -> bytes:
-    """The kinds of momenta, which have the dtypes of their parameters, for a norm of those that count."""
-    params = [dtypes_of(kind)[0] if kind >= 0 and counts else None for kind, counts in zip(numbers(kinds), counted)]
-    return column(-1 if dtype is None else kind_of(dtype, dtype) for dtype in params)
 
 
 def numbers(column: bytes) -> array[int]:

@@ -97,17 +97,3 @@ def sum_of_lanes(x, SIZE: tl.constexpr):
     if n > 1:
         return sum_of_lanes(x, n)
     return tl.sum(x, axis=0)
-
-
-@triton.jit
-def sum_of_squares(address, x_, count, C: tl.constexpr, TILE: tl.constexpr):
-    """Of a chunk of one tensor, in float64; element i goes to lane i % TILE."""
-    full = in_full_tiles(address, count, TILE)
-    acc = tl.zeros([TILE], tl.float64)
-    for start in range(0, full, TILE):
-        x = widened(load(x_, start, count, True, TILE, True), C).to(tl.float64)
-        acc = tl.fma(x, x, acc)
-    for start in range(full, count, TILE):
-        x = widened(load(x_, start, count, True, TILE, False), C).to(tl.float64)
-        acc = tl.fma(x, x, acc)
-    return sum_of_lanes(acc, TILE)
