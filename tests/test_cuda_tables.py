@@ -135,6 +135,14 @@ def test_the_norm_of_a_list_of_several_launches() -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-14)
 
 
+def test_the_norm_has_the_same_bits_however_its_list_is_cut() -> None:
+    """With a group for each tensor, a launch takes about a third of the tensors."""
+    grads = [torch.randn(1 + 37 * k % 700) for k in range(1500)]
+    params = [torch.ones_like(g) for g in grads]
+    cuts = [ascent_groups(len(grads)), ascent_groups(1) * len(grads)]
+    assert len({ops.norm(params, grads, groups, backend="interpreted").item() for groups in cuts}) == 1
+
+
 def test_means_and_parameters_to_restore_take_several_launches() -> None:
     sizes, results = [k % 9 for k in range(1300)], []
     for backend in ("native", "interpreted"):

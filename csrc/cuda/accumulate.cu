@@ -1,26 +1,28 @@
 // Restore, and a running mean of gradients.
-#include "kernels.cuh"
-#include "unit_mean.h"
+#include "launch.cuh"
+#include "ops.cuh"
 
 namespace fused_sam::cuda::device {
 namespace {
 
-constexpr int kBlocks = 3;  // as in norm.cu
+constexpr int kBlocks = 4;  // as in norm.cu
 
-template <int kBytes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+template <class Types, int kBytes>
+__global__ void __launch_bounds__(kThreads, Types::kConstant ? kBlocks : 2)
     accumulate_kernel(const __grid_constant__ Arguments<MeanTerms, kBytes> arguments, const MeanUnits) {
   const Place here = place(false);
   if (here.unit >= arguments.units) return;
   const auto unit = arguments.walk().locate(here.unit);
-  accumulate_unit(unit, arguments.group(unit.entry->group()), here.lane);
+  accumulate_unit<Types>(unit, arguments.group(unit.entry->group()), here.lane);
 }
 
 }  // namespace
 
-void accumulate(const Target& target, const Slice<MeanTerms>& slice, int shift, const MeanUnits& terms) {
-  launch(accumulate_kernel<kSmallPayload>, accumulate_kernel<kMostPayload>, target, slice, shift, terms,
-         "restore_accumulate");
+void accumulate(const Target& target, const WorkList<MeanTerms>& list, const MeanUnits& terms) {
+  const void* kernel = kernel_of(list.types(), list.bytes(), [](auto types, auto bytes) {
+    return reinterpret_cast<const void*>(&accumulate_kernel<decltype(types), decltype(bytes)::value>);
+  });
+  launch(kernel, target, list, terms, "restore_accumulate");
 }
 
 }  // namespace fused_sam::cuda::device

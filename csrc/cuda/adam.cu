@@ -1,25 +1,32 @@
 // Restore and Adam step in one pass.
-#include "kernels.cuh"
+#include "launch.cuh"
+#include "ops.cuh"
 
 namespace fused_sam::cuda::device {
 namespace {
 
-constexpr int kBlocks = 2;  // as in update.cu
+// As in norm.cu, where the registers do.
+template <class Types>
+constexpr int kBlocks = 2;
+template <class G, class M>
+constexpr int kBlocks<OneType<float, G, M>> = 3;
 
-template <int kBytes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+template <class Types, int kBytes>
+__global__ void __launch_bounds__(kThreads, kBlocks<Types>)
     adam_kernel(const __grid_constant__ Arguments<AdamTerms, kBytes> arguments, const UpdateTerms terms) {
   const Place here = place(false);
   if (here.unit >= arguments.units) return;
-  const float multiplier = terms.multiplier();
   const auto unit = arguments.walk().locate(here.unit);
-  adam_unit(unit, arguments.group(unit.entry->group()), multiplier, terms.skip(), here.lane);
+  adam_unit<Types>(unit, arguments.group(unit.entry->group()), terms.multiplier(), terms.skip(), here.lane);
 }
 
 }  // namespace
 
-void adam_update(const Target& target, const Slice<AdamTerms>& slice, int shift, const UpdateTerms& terms) {
-  launch(adam_kernel<kSmallPayload>, adam_kernel<kMostPayload>, target, slice, shift, terms, "adam_update");
+void adam_update(const Target& target, const WorkList<AdamTerms>& list, const UpdateTerms& terms) {
+  const void* kernel = kernel_of(list.types(), list.bytes(), [](auto types, auto bytes) {
+    return reinterpret_cast<const void*>(&adam_kernel<decltype(types), decltype(bytes)::value>);
+  });
+  launch(kernel, target, list, terms, "adam_update");
 }
 
 }  // namespace fused_sam::cuda::device

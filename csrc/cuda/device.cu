@@ -1,6 +1,6 @@
 // What this build and this machine can do.
-#include "kernels.cuh"
-#include "launch.h"
+#include "launch.cuh"
+#include "ops.cuh"
 
 namespace fused_sam::cuda {
 namespace {
@@ -17,6 +17,7 @@ std::string loaded_driver_why_not() {
   if (!reason.empty()) return reason;
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess ? "" : std::string("the NVIDIA driver says: ") + cudaGetErrorString(error);
 }
 
@@ -43,9 +44,11 @@ std::string why_not(int device) {
   return architecture_why_not(architectures(), std::to_string(major) + std::to_string(minor), device);
 }
 
-size_t device::capacity() {
-  static const size_t bytes = driver_version() >= 12010 ? kMostPayload : kSmallPayload;
-  return bytes;
+const Ops& device_ops() {
+  using namespace device;
+  static const auto capacity = [] { return static_cast<size_t>(driver_version() >= 12010 ? kMostPayload : kSmallPayload); };
+  static const Ops ops{capacity, norm, peak, powers, clear, perturb, accumulate, sgd_update, adam_update};
+  return ops;
 }
 
 }  // namespace fused_sam::cuda

@@ -1,9 +1,9 @@
-// Finding the block of a launch that finishes last: it adds up what the others have left.
+// What blocks of a norm leave, and finding the one that finishes last: it adds up what the others have left.
 #pragma once
 
 #include <atomic>
 
-#include "kernels.cuh"
+#include "launch.cuh"
 
 namespace fused_sam::cuda::device {
 namespace {
@@ -21,33 +21,46 @@ uint32_t take_ticket(const Target& target) {
   return status == cudaStreamCaptureStatusNone ? eager++ % kTickets : kTickets + captured++ % kTickets;
 }
 
-// To be called by all threads of all blocks. What they wrote to global memory before is visible where it is true.
+// To be called by all threads of all blocks. What a block's first thread wrote to global memory before is visible where
+// it is true.
 __device__ bool is_last_block(uint32_t ticket) {
   __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicInc(&tickets[ticket], gridDim.x - 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(&tickets[ticket], gridDim.x - 1) == gridDim.x - 1;
+  }
   __syncthreads();
   if (is_last) __threadfence();
   return is_last;
+}
+
+__device__ double add_lanes(double sum) {
+  for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_down_sync(0xffffffff, sum, half);
+  return sum;
+}
+
+// Adds up the sums of all threads and leaves the block's. To be called by all threads of all blocks; true in the one
+// that is to add up the blocks'.
+__device__ bool leave_sum(double sum, const NormTerms& terms) {
+  __shared__ double warps[kUnitsPerBlock];
+  sum = add_lanes(sum);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) terms.partials[terms.first_block + blockIdx.x] = add_pairwise(warps, kUnitsPerBlock);
+  return terms.last && is_last_block(terms.ticket);
 }
 
 // The sum of all partials, on thread 0.
 __device__ double add_partials(const NormTerms& terms) {
   __shared__ double lanes[kThreads];
   double sum = 0.0;
-  for (uint32_t i = threadIdx.x; i < terms.total; i += kThreads) sum += __ldcg(terms.partials + i);
+  for (uint32_t i = threadIdx.x; i < terms.blocks; i += kThreads) sum += __ldcg(terms.partials + i);
   lanes[threadIdx.x] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) lanes[threadIdx.x] += lanes[threadIdx.x + half];
   }
   return lanes[0];
-}
-
-__device__ double add_lanes(double sum) {
-  for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_down_sync(0xffffffff, sum, half);
-  return sum;
 }
 
 }  // namespace

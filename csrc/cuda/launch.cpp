@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "ops.h"
+#include "targets.h"
 
 namespace fused_sam::cuda {
 namespace {
@@ -11,35 +11,47 @@ bool has_grad(const Tensor& t) {
   return t.grad != nullptr;
 }
 
-// Ascents have no use for the momentum buffer's place: it tells the tensor's number in the list instead.
-std::vector<Tensor> with_numbers(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> numbered = tensors;
-  for (size_t i = 0; i < numbered.size(); ++i) numbered[i].state[0] = reinterpret_cast<void*>(i);
-  return numbered;
-}
-
 // Whether a base step does anything to a tensor.
 bool moves(const Tensor& t) {
   return t.grad != nullptr || t.backup != nullptr;
 }
 
-bool on_host(const Target& target) {
-  return target.device < 0;
+const Ops& ops_of(const Target& target) {
+  return target.device < 0 ? host_ops() : device_ops();
 }
 
-size_t capacity(const Target& target) {
-  return on_host(target) ? interpreted::capacity() : device::capacity();
-}
-
-// Runs `op` (a pair of functions, for the host and for a device) on every slice of the tensors that take part.
+// Launches an op on the tensors that take part. *covered tells how many tensors, from the first on, that is done for.
 template <class Group, class Terms, class Takes>
 void run(const Target& target, const std::vector<Tensor>& tensors, const std::vector<Group>& groups, const Terms& terms,
-         void (*on_device)(const Target&, const Slice<Group>&, int, const Terms&),
-         void (*interpret)(const Target&, const Slice<Group>&, int, const Terms&), const Takes& takes) {
-  const int shift = shift_of(tensors, kMostUnits, takes);
-  for (const auto& slice : slices_of(tensors, groups, shift, capacity(target), takes)) {
-    (on_host(target) ? interpret : on_device)(target, slice, shift, terms);
+         Launch<Group, Terms> Ops::* op, const Takes& takes, bool numbered = false, size_t* covered = nullptr) {
+  require_representable(tensors);
+  const Ops& ops = ops_of(target);
+  const Cut cut{shift_of(tensors, takes), ops.capacity(), false, numbered};
+  for_each_launch(tensors, groups, cut, takes, [&](const WorkList<Group>& list, bool, size_t end) {
+    (ops.*op)(target, list, terms);
+    if (covered != nullptr) *covered = end;
+  });
+}
+
+// How a norm is cut; which units share a block must not depend on `capacity`.
+Cut norm_cut(const std::vector<Tensor>& tensors, size_t capacity) {
+  return {shift_of(tensors, has_grad), capacity, true, true};
+}
+
+// Blocks of all launches of a norm.
+int64_t norm_blocks(const std::vector<Tensor>& tensors) {
+  const int shift = norm_cut(tensors, 0).shift;
+  int64_t blocks = 0, units = 0;
+  size_t taken = 0;
+  for (const Tensor& t : tensors) {
+    if (t.numel == 0 || !has_grad(t)) continue;
+    if (taken++ % kRun == 0) {
+      blocks += (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
+      units = 0;
+    }
+    units += units_of(t.numel, shift);
   }
+  return blocks + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
 }
 
 }  // namespace
@@ -73,58 +85,48 @@ std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped) {
     tensors.push_back(t);
   }
   const std::vector<AscentTerms> groups(grouped ? tensors.size() : 1);
-  const int shift = shift_of(tensors, kMostUnits, has_grad);
+  const Cut cut{shift_of(tensors, has_grad), host_ops().capacity(), false, false};
   std::vector<UnitPlace> places;
   int64_t launch = 0;
-  for (const auto& slice : slices_of(tensors, groups, shift, interpreted::capacity(), has_grad)) {
-    const Walk<SlimEntry> walk{slice.entries.data(), static_cast<uint32_t>(slice.entries.size()),
-                               static_cast<uint32_t>(slice.units), shift};
+  for_each_launch(tensors, groups, cut, has_grad, [&](const WorkList<AscentTerms>& list, bool, size_t) {
+    const auto walk = list.arguments().walk();
     for (uint32_t i = 0; i < walk.units; ++i) {
       const auto unit = walk.locate(i);
       const auto tensor = static_cast<int64_t>(reinterpret_cast<uintptr_t>(unit.entry->param())) - 1;
       places.push_back({launch, tensor, unit.begin, unit.count});
     }
     ++launch;
-  }
+  });
   return places;
 }
 
 int64_t norm_partials(const std::vector<Tensor>& tensors, double q) {
-  const int shift = shift_of(tensors, kMostNormUnits, has_grad);
-  int64_t units = 0;
-  for (const Tensor& t : tensors) units += has_grad(t) ? units_of(t.numel, shift) : 0;
-  return q == 2.0 ? units : 3 * units;
+  return (q == 2.0 ? 1 : 3) * norm_blocks(tensors);
 }
 
 void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
           double* partials, Norm* out) {
-  const int shift = shift_of(tensors, kMostNormUnits, has_grad);
-  const auto numbered = with_numbers(tensors);
-  const auto slices = slices_of(numbered, groups, shift, capacity(target), has_grad);
-  if (slices.empty()) return (on_host(target) ? interpreted::clear : device::clear)(target, out);
-  using Pass = void (*)(const Target&, const Slice<AscentTerms>&, int, const NormTerms&);
-  const auto run_pass = [&](Pass on_device, Pass interpret) {
-    NormTerms terms{q, partials, out, 0, 0, 0, false};
-    for (const auto& slice : slices) terms.total += static_cast<uint32_t>(slice.units);
-    for (const auto& slice : slices) {
-      terms.last = &slice == &slices.back();
-      (on_host(target) ? interpret : on_device)(target, slice, shift, terms);
-      terms.first_partial += static_cast<uint32_t>(slice.units);
-    }
+  require_representable(tensors);
+  const Ops& ops = ops_of(target);
+  const int64_t blocks = norm_blocks(tensors);
+  if (blocks == 0) return ops.clear(target, out);
+  const auto run_pass = [&](Launch<AscentTerms, NormTerms> pass) {
+    NormTerms terms{q, partials, out, 0, static_cast<uint32_t>(blocks), 0, false};
+    const Cut cut = norm_cut(tensors, ops.capacity());
+    for_each_launch(tensors, groups, cut, has_grad, [&](const WorkList<AscentTerms>& list, bool last, size_t) {
+      terms.last = last;
+      pass(target, list, terms);
+      terms.first_block += list.blocks();
+    });
   };
-  if (q == 2.0) return run_pass(device::norm, interpreted::norm);
-  run_pass(device::peak, interpreted::peak);
-  if (!std::isinf(q)) run_pass(device::powers, interpreted::powers);
+  if (q == 2.0) return run_pass(ops.norm);
+  run_pass(ops.peak);
+  if (!std::isinf(q)) run_pass(ops.powers);
 }
 
 void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
-             const Norm* norm) {
-  const PerturbTerms terms{q, norm};
-  if (q == 1.0 || q == 2.0) {
-    run(target, tensors, groups, terms, device::perturb, interpreted::perturb, has_grad);
-  } else {
-    run(target, with_numbers(tensors), groups, terms, device::power_perturb, interpreted::power_perturb, has_grad);
-  }
+             const Norm* norm, size_t* displaced) {
+  run(target, tensors, groups, PerturbTerms{q, norm}, &Ops::perturb, has_grad, true, displaced);
 }
 
 void restore(const Target& target, const std::vector<Tensor>& tensors) {
@@ -133,24 +135,22 @@ void restore(const Target& target, const std::vector<Tensor>& tensors) {
     t.grad = nullptr;
     t.group = 0;
   }
-  run(target, moved, std::vector<SgdTerms>(1), UpdateTerms{}, device::sgd_update, interpreted::sgd_update,
-      [](const Tensor& t) { return t.backup != nullptr; });
+  run(target, moved, std::vector<SgdTerms>(1), UpdateTerms{}, &Ops::sgd_update, moves);
 }
 
 void restore_accumulate(const Target& target, const std::vector<Tensor>& tensors,
                         const std::vector<MeanTerms>& groups) {
-  run(target, tensors, groups, MeanUnits{}, device::accumulate, interpreted::accumulate, moves);
+  run(target, tensors, groups, MeanUnits{}, &Ops::accumulate, moves);
 }
 
 void sgd_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups,
                 const float* grad_scale, const float* found_inf) {
-  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, device::sgd_update, interpreted::sgd_update, moves);
+  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, &Ops::sgd_update, moves);
 }
 
 void adam_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AdamTerms>& groups,
                  const float* grad_scale, const float* found_inf) {
-  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, device::adam_update, interpreted::adam_update,
-      moves);
+  run(target, tensors, groups, UpdateTerms{grad_scale, found_inf}, &Ops::adam_update, moves);
 }
 
 }  // namespace fused_sam::cuda

@@ -5,12 +5,12 @@
 #include <string>
 #include <vector>
 
-#include "unit_mean.h"
+#include "warp_accumulate.h"
 
 namespace fused_sam::cuda {
 
-// Where to run: a stream (cudaStream_t) of a device, or, with device < 0, the interpreter: the same functions called
-// lane by lane on host memory, which is how the tests run the kernels where there is no GPU.
+// Where to run: a stream (cudaStream_t) of a device, or, with device < 0, the host: the same functions called lane by
+// lane on host memory, which is how the tests run the kernels where there is no GPU.
 struct Target {
   int device;
   void* stream;
@@ -40,13 +40,14 @@ std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped);
 int64_t norm_partials(const std::vector<Tensor>& tensors, double q);
 
 // *out = ||T g||_q, on the device; q > 1, possibly infinite. `partials` holds norm_partials() numbers; one or three per
-// unit, which are added in an order that depends on the sizes alone. One launch for q = 2 and infinity, else two.
+// block, which are added in an order that depends on the sizes alone. One launch for q = 2 and infinity, else two.
 void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
           double* partials, Norm* out);
 
-// As cpu::perturb, with the norm read on the device. For q = 1 and 2 only its value is.
+// As cpu::perturb, with the norm read on the device. For q = 1 and 2 only its value is. *displaced tells how many
+// tensors, from the first on, its launches cover so far: where one of them throws, the others have moved theirs.
 void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
-             const Norm* norm);
+             const Norm* norm, size_t* displaced);
 
 // As cpu::restore.
 void restore(const Target& target, const std::vector<Tensor>& tensors);

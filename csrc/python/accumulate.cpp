@@ -59,7 +59,12 @@ void on_cpu(Batch& means, const py::object& restored, Py_ssize_t size, const std
 void on_device(Batch& means, const py::object& restored, Py_ssize_t size, const std::vector<MeanTuple>& groups,
                uintptr_t stream, py::list journal) {
   const auto tensors = joined(means, groups, restored, size);
-  cuda::restore_accumulate(target_of(means, stream), tensors, mean_groups<cuda::MeanTerms>(groups));
+  const auto converted = mean_groups<cuda::MeanTerms>(groups);
+  const cuda::Target target = target_of(means, stream);
+  {
+    const py::gil_scoped_release unlocked;
+    cuda::restore_accumulate(target, tensors, converted);
+  }
   journal.attr("clear")();
 }
 

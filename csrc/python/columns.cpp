@@ -74,7 +74,7 @@ void bind_columns(py::class_<Batch>& batch) {
       .def("require_state", &require_state_of)
       .def("require_backups",
            [](Batch& self, const std::vector<int64_t>& sizes) { require_backups(self.gather(sizes)); })
-      .def("keep_backups", &Batch::keep_backups)
+      .def("keep_backups", &Batch::keep_backups, pybind11::arg("displaced") = SIZE_MAX)
       .def("refresh", &Batch::refresh);
 }
 

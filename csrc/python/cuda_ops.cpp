@@ -84,8 +84,10 @@ void norm(Batch& batch, const std::vector<AscentTuple>& groups, double q, const 
   const int64_t least = kNormNumbers + cuda::norm_partials(tensors, q);
   auto* numbers = pointer_of<double>(workspace, batch.device(), DType::f64, least, "workspace");
   if (numbers == nullptr) throw py::value_error("Invalid workspace=None. Must be a tensor.");
-  cuda::norm(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), q, numbers + kNormNumbers,
-             reinterpret_cast<Norm*>(numbers));
+  const auto terms = ascent_terms(groups, batch.device());
+  const cuda::Target target = target_of(batch, stream);
+  const py::gil_scoped_release unlocked;  // a full queue of launches must not stop other threads
+  cuda::norm(target, tensors, terms, q, numbers + kNormNumbers, reinterpret_cast<Norm*>(numbers));
 }
 
 int64_t norm_partials(Batch& batch, const std::vector<AscentTuple>& groups, double q) {
@@ -99,14 +101,28 @@ void perturb(Batch& batch, const py::object& norm, const std::vector<AscentTuple
   const int64_t least = q == 1.0 || q == 2.0 ? 1 : kNormNumbers;
   const auto* value = pointer_of<const Norm>(norm, batch.device(), DType::f64, least, "norm");
   if (value == nullptr) throw py::value_error("Invalid norm=None. Must be a tensor.");
-  cuda::perturb(target_of(batch, stream), tensors, ascent_terms(groups, batch.device()), q, value);
-  batch.keep_backups();
+  const auto terms = ascent_terms(groups, batch.device());
+  const cuda::Target target = target_of(batch, stream);
+  // Entered before the first launch: where a later one fails, what the others have displaced can be brought back.
   journal.append(entry);
+  size_t displaced = 0;
+  try {
+    const py::gil_scoped_release unlocked;
+    cuda::perturb(target, tensors, terms, q, value, &displaced);
+  } catch (...) {
+    batch.keep_backups(displaced);
+    if (displaced == 0) journal.attr("pop")();
+    throw;
+  }
+  batch.keep_backups();
 }
 
 void restore(Batch& batch, Py_ssize_t size, uintptr_t stream) {
   batch.refresh();
-  cuda::restore(target_of(batch, stream), batch.gather({size}));
+  const auto& tensors = batch.gather({size});
+  const cuda::Target target = target_of(batch, stream);
+  const py::gil_scoped_release unlocked;
+  cuda::restore(target, tensors);
 }
 
 void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, const py::object& grad_scale,
@@ -116,7 +132,11 @@ void sgd_update(Batch& batch, const std::vector<SgdTuple>& groups, const py::obj
   require_momentum(tensors, [&](size_t group) -> const SgdGroup& { return terms[group].group; });
   const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, 1, "grad_scale");
   const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, 1, "found_inf");
-  cuda::sgd_update(target_of(batch, stream), tensors, terms, scale, inf);
+  const cuda::Target target = target_of(batch, stream);
+  {
+    const py::gil_scoped_release unlocked;
+    cuda::sgd_update(target, tensors, terms, scale, inf);
+  }
   journal.attr("clear")();
 }
 
@@ -128,7 +148,11 @@ void adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::o
   require_adam_state(tensors, [&](size_t group) -> const AdamGroup& { return terms[group].group; });
   const auto* scale = pointer_of<const float>(grad_scale, batch.device(), DType::f32, 1, "grad_scale");
   const auto* inf = pointer_of<const float>(found_inf, batch.device(), DType::f32, 1, "found_inf");
-  cuda::adam_update(target_of(batch, stream), tensors, terms, scale, inf);
+  const cuda::Target target = target_of(batch, stream);
+  {
+    const py::gil_scoped_release unlocked;
+    cuda::adam_update(target, tensors, terms, scale, inf);
+  }
   journal.attr("clear")();
 }
 

@@ -212,9 +212,10 @@ py::list Batch::kept() const {
   return answers;
 }
 
-void Batch::keep_backups() {
+void Batch::keep_backups(size_t displaced) {
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
+    if (static_cast<size_t>(i) >= displaced) t.backup = nullptr;
     if (t.backup != nullptr && t.backup == t.grad) memory_.append(py::handle(item(grads_, i)));
     t.grad = nullptr;
   }

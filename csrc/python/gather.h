@@ -50,8 +50,8 @@ class Batch {
   // True for every parameter that has a backup, None for the others.
   pybind11::list kept() const;
 
-  // Lets go of everything but the backups: what an ascent has to keep between the passes.
-  void keep_backups();
+  // Lets go of everything but the backups, of the first `displaced` tensors: what an ascent has to keep between the passes.
+  void keep_backups(size_t displaced = SIZE_MAX);
 
   // Reads the parameters once more: between two calls they may have been given other memory. Throws ValueError if they
   // no longer fit.

@@ -1,7 +1,7 @@
 // Where weights go: copies, and the model's 16-bit weights where the kernels work on fp32 master copies.
 #pragma once
 
-#include "lane.h"
+#include "vector.h"
 
 namespace fused_sam::cuda {
 
@@ -33,7 +33,7 @@ struct Copy {
 template <class T, class F>
 FUSED_SAM_HD void copy(T* to, const F* from, int count, int lane) {
   constexpr int V = pack_width<T, F>();
-  walk<V>(Copy<T, F>{to, from}, count, head_of<V>(count, to, from), lane);
+  walk(path_of<V>(count, to, from), Copy<T, F>{to, from}, lane);
 }
 
 // What is left to do with a unit's new weights, in memory of type M beside that of type P.

@@ -2,7 +2,7 @@
 // where those of an update have the momentum buffer.
 #pragma once
 
-#include "unit_kernels.h"
+#include "warp_ops.h"
 
 namespace fused_sam::cuda {
 
@@ -23,14 +23,30 @@ FUSED_SAM_HD void for_each_element(const Unit<SlimEntry>& u, int lane, const Vis
   });
 }
 
-FUSED_SAM_HD Peak peak_unit(const Unit<SlimEntry>& u, const AscentGroup& group, int lane) {
+// The largest |x| of a unit, a block or all, and where it is.
+struct PeakPartial {
+  double value = 0.0, tensor = -1.0, element = -1.0;
+
+  // Of equal ones the first in the list stays.
+  FUSED_SAM_HD void raise(const PeakPartial& other) {
+    const bool equal = other.value == value || (other.value != other.value && value != value);
+    const bool before = other.element >= 0 &&
+                        (element < 0 || other.tensor < tensor || (other.tensor == tensor && other.element < element));
+    if (Peak{value, 0}.is_below(other.value) || (equal && before)) *this = other;
+  }
+};
+
+// That of one lane. A unit without a gradient is what is left of a block.
+FUSED_SAM_HD PeakPartial peak_unit(const Unit<SlimEntry>& u, const AscentGroup& group, int lane) {
+  if (u.entry->grad() == nullptr) return {};
   Peak result;
   for_each_element(u, lane, [&](double w, double g, int64_t i) { result.add(scaled(w, g, group), i); });
-  return result;
+  return {result.value, static_cast<double>(tensor_number(*u.entry)), static_cast<double>(result.element)};
 }
 
 FUSED_SAM_HD double powers_unit(const Unit<SlimEntry>& u, const AscentGroup& group, double q, double scale, int lane) {
   double sum = 0.0;
+  if (u.entry->grad() == nullptr) return sum;
   for_each_element(u, lane, [&](double w, double g, int64_t) { sum += power_of(scaled(w, g, group), scale, q); });
   return sum;
 }
@@ -67,18 +83,5 @@ FUSED_SAM_HD Norm norm_of_powers(double scale, double sum, double q) {
   const bool usable = scale > 0.0 && scale <= 1.7976931348623157e308;
   return {usable ? scale * ::pow(sum, 1.0 / q) : scale, -1.0, -1.0};
 }
-
-// Peaks of units as three numbers: partials[3 i ...].
-struct PeakPartial {
-  double value, tensor, element;
-
-  // Of equal ones the first in the list comes first.
-  FUSED_SAM_HD bool is_below(const PeakPartial& other) const {
-    if (Peak{value, 0}.is_below(other.value)) return true;
-    const bool equal = other.value == value || (other.value != other.value && value != value);
-    return equal && other.element >= 0 &&
-           (element < 0 || other.tensor < tensor || (other.tensor == tensor && other.element < element));
-  }
-};
 
 }  // namespace fused_sam::cuda

@@ -1,7 +1,7 @@
 // What a lane does to its share of a running mean of gradients, or of a parameter that is restored beside it.
 #pragma once
 
-#include "unit_kernels.h"
+#include "warp_ops.h"
 
 namespace fused_sam::cuda {
 
@@ -42,15 +42,22 @@ struct Accumulate {
 };
 
 // Of a mean if there is a gradient, else of a parameter.
+template <class Types>
 FUSED_SAM_HD void accumulate_unit(const Unit<SlimEntry>& u, const MeanTerms& terms, int lane) {
-  descend_unit(u, false, lane, [&](auto* mean, const auto*, auto* gradient, auto model) {
+  descend_unit<Types>(u, false, lane, [&](auto* mean, const auto*, auto* gradient, auto model) {
     using P = Pointee<decltype(mean)>;
     using G = Pointee<decltype(gradient)>;
     // A mean is nobody's master: for those the restore alone is compiled.
     if constexpr (std::is_same<typename decltype(model)::Type, NoModel>::value) {
       constexpr int V = pack_width<P, G>();
       const Accumulate<P, G> op{mean, gradient, MeanMath<Lane<typename Computed<P>::type>>(terms.group)};
-      walk<V>(op, u.count, head_of<V>(u.count, mean, gradient), lane);
+      const Path<V> path = path_of<V>(u.count, mean, gradient);
+      path.walk_singles(op, lane);
+      settle<Types::kConstant>(op.math.first, [&](auto first) {
+        Accumulate<P, G> settled = op;
+        settled.math.first = first;
+        path.walk_packs(settled, lane);
+      });
     }
   });
 }

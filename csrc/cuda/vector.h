@@ -7,7 +7,7 @@
 
 #include "../arithmetic.h"
 #include "../powers.h"
-#include "table.h"
+#include "work_list.h"
 
 #if defined(__CUDA_ARCH__)
 #define FUSED_SAM_UNROLL _Pragma("unroll")
@@ -90,6 +90,18 @@ FUSED_SAM_HD Pack<T, V> load(const T* p) {
 #endif
 }
 
+// The same, one by one where memory is not aligned.
+template <int V, bool kAligned, class T>
+FUSED_SAM_HD Pack<T, V> load_as(const T* p) {
+  Pack<T, V> pack;
+  if constexpr (kAligned) {
+    pack = load<V>(p);
+  } else {
+    for (int e = 0; e < V; ++e) pack.v[e] = p[e];
+  }
+  return pack;
+}
+
 template <int V, class T>
 FUSED_SAM_HD void store(T* p, const Pack<T, V>& pack) {
 #if defined(__CUDA_ARCH__)
@@ -121,28 +133,66 @@ FUSED_SAM_HD int head_of(int count, const T* p, const Others*... others) {
   return alike && head < count ? head : count;
 }
 
-// Calls op.load<W>(i) and then op.finish<W>(i, ...) for this lane's share of [0, count): packs of V where all memory is
-// aligned, single elements before and after. Op::kUnroll packs are in flight before the first is used.
-template <int V, class Op>
-FUSED_SAM_HD void walk(const Op& op, int count, int head, int lane) {
+// For this lane's share of n packs of V elements calls op.load<V>(i) and then op.finish<V>(i, ...), where i = first(k)
+// is the place of the k-th pack. kUnroll packs are in flight before the first is used.
+template <int V, int kUnroll, class Op, class First>
+FUSED_SAM_HD void in_batches(const Op& op, int n, int lane, const First& first) {
   FUSED_SAM_ROLLED
-  for (int i = lane; i < head; i += kWarp) op.template finish<1>(i, op.template load<1>(i));
-  constexpr int kUnroll = Op::kUnroll;
-  const int packs = (count - head) / V;
-  FUSED_SAM_ROLLED
-  for (int j = lane; j < packs; j += kWarp * kUnroll) {
+  for (int j = lane; j < n; j += kWarp * kUnroll) {
     typename Op::template Regs<V> regs[kUnroll];
     FUSED_SAM_UNROLL
     for (int k = 0; k < kUnroll; ++k) {
-      if (j + k * kWarp < packs) regs[k] = op.template load<V>(head + (j + k * kWarp) * V);
+      if (j + k * kWarp < n) regs[k] = op.template load<V>(first(j + k * kWarp));
     }
     FUSED_SAM_UNROLL
     for (int k = 0; k < kUnroll; ++k) {
-      if (j + k * kWarp < packs) op.template finish<V>(head + (j + k * kWarp) * V, regs[k]);
+      if (j + k * kWarp < n) op.template finish<V>(first(j + k * kWarp), regs[k]);
     }
   }
-  FUSED_SAM_ROLLED
-  for (int i = head + packs * V + lane; i < count; i += kWarp) op.template finish<1>(i, op.template load<1>(i));
+}
+
+// How [0, count) is walked: in packs of V from `head` on, one by one before and behind them.
+template <int V>
+struct Path {
+  int count, head;
+
+  FUSED_SAM_HD int packs() const { return (count - head) / V; }
+
+  template <class Op, int kUnroll = Op::kUnroll>
+  FUSED_SAM_HD void walk_packs(const Op& op, int lane) const {
+    const int begin = head;
+    in_batches<V, kUnroll>(op, packs(), lane, [begin](int k) { return begin + k * V; });
+  }
+  template <class Op>
+  FUSED_SAM_HD void walk_singles(const Op& op, int lane) const {
+    constexpr int kSingles = 4;
+    const int before = head, packed = packs() * V;
+    in_batches<1, kSingles>(op, count - packed, lane, [before, packed](int k) { return k < before ? k : k + packed; });
+  }
+};
+
+// The path on which packs are aligned in all memory, or where there is none, all elements one by one.
+template <int V, class... T>
+FUSED_SAM_HD Path<V> path_of(int count, const T*... memory) {
+  return {count, head_of<V>(count, memory...)};
+}
+
+template <int V, class Op>
+FUSED_SAM_HD void walk(const Path<V>& path, const Op& op, int lane) {
+  path.walk_singles(op, lane);
+  path.walk_packs(op, lane);
+}
+
+// Calls f with `flag`, as a constant if kConstant: f is compiled for both then, and neither tests the flag again.
+template <bool kConstant, class F>
+FUSED_SAM_HD void settle(bool flag, const F& f) {
+  if constexpr (!kConstant) {
+    f(flag);
+  } else if (flag) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
 }
 
 }  // namespace fused_sam::cuda
