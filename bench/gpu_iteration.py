@@ -198,7 +198,7 @@ class Job:
                 self.failed[name] = records.reason(error)
 
     def measure(self, rounds: int, deadline: float) -> None:
-        """Rounds in an order drawn anew, fewer past the deadline."""
+        """Make rounds in an order drawn anew, fewer past the deadline; one that is interrupted does not count."""
         names = list(self.trainers)
         self.seen = {name: [] for name in names}
         shuffle = random.Random(0).shuffle
@@ -206,13 +206,16 @@ class Job:
             if number >= FEWEST_ROUNDS and time.monotonic() > deadline:
                 break
             shuffle(names)
+            taken: dict[str, Iteration] = {}
             for name in names:
                 if name in self.failed:
                     continue
                 try:
-                    self.seen[name].append(self.trainers[name].visit(self.iterations))
+                    taken[name] = self.trainers[name].visit(self.iterations)
                 except Exception as error:
                     self.failed[name] = records.reason(error)
+            for name, iteration in taken.items():
+                self.seen[name].append(iteration)
 
     def rows(self) -> list[Row]:
         """One per variant, those that failed included."""
@@ -221,7 +224,7 @@ class Job:
         failed = [common | {"variant": name, "failed": reason} for name, reason in self.failed.items()]
         for name in self.failed:
             self.seen.pop(name, None)
-        return [common | self._figures(name) for name in self.seen] + failed
+        return [common | self._figures(name) for name, own in self.seen.items() if own] + failed
 
     def _figures(self, name: str) -> Row:
         own = self.seen[name]
@@ -261,7 +264,7 @@ def describe(row: Row) -> str:
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
-    """Measure every model at every batch size, append rows."""
+    """Measure every model at every batch size; append the rows of each when it ends, or is interrupted."""
     end = time.monotonic() + options.seconds
     path = options.out or (records.RESULTS / f"{KIND}.jsonl" if options.device == "cuda" else None)
     image = SMALL_IMAGE if options.smoke else IMAGE
@@ -272,13 +275,15 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
         if begin > end:
             say(f"{job.model} batch {job.size}: not measured, the time is up")
             continue
-        job.prepare()
-        job.measure(options.rounds, begin + (end - begin) / (len(jobs) - number))
-        new = job.rows()
-        for row in new:
-            say(describe(row))
-        if path and not options.dry_run:
-            records.write_rows(new, path)
+        try:
+            job.prepare()
+            job.measure(options.rounds, begin + (end - begin) / (len(jobs) - number))
+        finally:
+            new = job.rows()
+            if path and not options.dry_run:
+                records.write_rows(new, path)
+            for row in new:
+                say(describe(row))
         rows += new
         job.trainers.clear()
         gpu_timing.collect(options.device)

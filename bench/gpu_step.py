@@ -137,23 +137,21 @@ class Job:
             self.failed[name] = records.reason(error)
 
     def measure(self, rounds: int, deadline: float, tick: Callable[[], None]) -> None:
-        """Rounds in an order drawn anew, fewer past the deadline."""
+        """Make rounds in an order drawn anew, fewer past the deadline; one that is interrupted does not count."""
         names = list(self.subjects)
-        shuffle = random.Random(0).shuffle
         self.samples = {name: [] for name in names}
+        shuffle = random.Random(0).shuffle
         for number in range(-WARM_UP_ROUNDS, rounds):
             if number >= FEWEST_ROUNDS and time.monotonic() > deadline:
                 break
             shuffle(names)
+            taken: dict[str, Sample] = {}
             for name in names:
                 if name not in self.failed:
-                    self._attempt(name, lambda n=name, counts=number >= 0: self._sample(n, counts))
+                    self._attempt(name, lambda n=name, t=taken: t.update({n: self.subjects[n].visit()}))
+            for name, sample in taken.items() if number >= 0 else ():
+                self.samples[name].append(sample)
             tick()
-
-    def _sample(self, name: str, counts: bool) -> None:
-        sample = self.subjects[name].visit()
-        if counts:
-            self.samples[name].append(sample)
 
     def count(self) -> None:
         """Launches and waits of a step of each, which nobody times."""
@@ -182,7 +180,7 @@ class Job:
         failed = [common | {"variant": name, "failed": reason} for name, reason in self.failed.items()]
         for name in self.failed:
             self.samples.pop(name, None)
-        return [common | self._figures(name) for name in self.samples] + failed
+        return [common | self._figures(name) for name, own in self.samples.items() if own] + failed
 
     def _figures(self, name: str) -> Row:
         own, counts = self.samples[name], self.counts.get(name)
@@ -225,14 +223,14 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def jobs(options: argparse.Namespace, sets: dict[str, Callable[[], list[Shape]]]) -> list[Job]:
-    """All sets of a dtype and mode before the next."""
+    """List all sets of a dtype and mode before the next, the first mode's first."""
     cuda = options.device == "cuda"
     l2_bytes = records.gpu_hardware()["l2_bytes"] if cuda else 0
     made = []
-    for dtype_name in options.dtypes:
-        for mode in options.modes:
-            known = gpu_rivals.variants(options.device, mode)
-            chosen = {n: v for n, v in known.items() if not options.variants or n in options.variants}
+    for mode in options.modes:
+        known = gpu_rivals.variants(options.device, mode)
+        chosen = {n: v for n, v in known.items() if not options.variants or n in options.variants}
+        for dtype_name in options.dtypes:
             for name in options.sets:
                 shapes = sets[name]()
                 copies = copies_for(shapes, DTYPES[dtype_name], l2_bytes)
@@ -259,7 +257,7 @@ def describe(row: Row) -> str:
 def run(
     options: argparse.Namespace, console: Console, sets: dict[str, Callable[[], list[Shape]]] = GPU_SETS
 ) -> list[Row]:
-    """Measure all jobs, append their rows."""
+    """Measure all jobs; append the rows of each when it ends, or is interrupted."""
     end = time.monotonic() + options.seconds
     budget = CompileBudget(options.compile_seconds)
     counting = options.device == "cuda" and gpu_timing.counter_works()
@@ -277,21 +275,22 @@ def run(
                 console.print(f"{job.name} {job.dtype_name} {job.mode}: not measured, the time is up")
                 continue
             bar = progress.add_task(f"{job.name} {job.dtype_name} {job.mode}", total=options.rounds + WARM_UP_ROUNDS)
-            job.prepare(budget)
-            gc.collect()
-            gc.disable()
-            job.measure(
-                options.rounds, begin + (end - begin) / (len(all_jobs) - number), lambda b=bar: _tick(progress, b)
-            )
-            gc.enable()
-            if counting:
-                job.count()
-            progress.remove_task(bar)
-            new = job.rows()
-            for row in new:
-                console.print(describe(row))
-            if path and not options.dry_run:
-                records.write_rows(new, path)
+            deadline = begin + (end - begin) / (len(all_jobs) - number)
+            try:
+                job.prepare(budget)
+                gc.collect()
+                gc.disable()
+                job.measure(options.rounds, deadline, lambda b=bar: _tick(progress, b))
+                if counting:
+                    job.count()
+            finally:
+                gc.enable()
+                new = job.rows()
+                if path and not options.dry_run:
+                    records.write_rows(new, path)
+                progress.remove_task(bar)
+                for row in new:
+                    console.print(describe(row))
             rows += new
             job.subjects.clear()
             gpu_timing.collect(options.device)
