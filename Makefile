@@ -2,7 +2,7 @@
 # make paper   one experiment of the SAM paper, small; EXPERIMENT=label_noise and the other names of docs/paper.md
 # make test    set up, and run every check: lint, types, tests
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
-# make gpu     on a machine with a GPU, without network: build, tests, sanitizers, benchmarks; OUT=folder for logs and rows
+# make gpu     ten minutes of a GPU, without network: build, tests, benchmarks, sanitizers; OUT=folder for logs and rows
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
 # make soak    random calls, hostile calls, 10^5 steps of flat memory, 2^31 elements, every GPU architecture; hours
 # make help    this list
@@ -61,7 +61,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.report
 
-# With the interpreter that has torch for the GPU, not one of ours. ARGS="--steps ..." for a part, --help for all.
+# With the interpreter that has torch for the GPU, not one of ours. ARGS="--steps ..." for a part, --rehearse without a GPU.
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
 

@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from bench import gpu_counters, gpu_tables, records, tables
-from bench.gpu_counters import METRICS, UNITS
+from bench.gpu_counters import METRICS
 
 HEAD = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size", "Grid Size"]
 UNITS_LINE = [""] * len(HEAD) + ["ns", "byte", "byte", "%", "%", "%"]
@@ -76,19 +76,6 @@ def test_a_unit_that_is_not_known_is_refused() -> None:
         gpu_counters.read(output((NATIVE, NUMBERS)).replace('"ns"', '"fortnight"'))
 
 
-def test_every_unit_has_a_factor() -> None:
-    """Base units are asked for; should the tool answer in others they are known as well."""
-    assert {"ns", "byte", "%"} < UNITS.keys()
-    assert UNITS["usecond"] == UNITS["us"] == pytest.approx(1e3 * UNITS["ns"])
-
-
-def test_the_tool_is_asked_for_every_metric_of_one_step() -> None:
-    asked = gpu_counters.command("ncu", "resnet50", "fp32", "fused_sam")
-    assert asked[asked.index("--metrics") + 1].split(",") == list(METRICS.values())
-    assert asked[asked.index("--print-units") + 1] == "base"
-    assert asked[-7:] == ["--step", "--sets", "resnet50", "--dtypes", "fp32", "--variants", "fused_sam"]
-
-
 def made(monkeypatch: pytest.MonkeyPatch, *answers: object) -> tuple[list[records.Row], str]:
     """The rows of as many steps, each answered by an exception or an (exit code, output), and what was said."""
     given = iter(answers)
@@ -140,18 +127,3 @@ def test_the_table_shows_the_newest_step_alone(monkeypatch: pytest.MonkeyPatch) 
     assert shown.count("| perturb |") == 2
     assert shown.endswith("</sub>")
     assert gpu_tables.counters_all([]) == gpu_tables.NOTHING_YET
-
-
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_counters.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as end:
-        gpu_counters.parse_arguments([])
-    assert end.value.code == 1
-    assert capsys.readouterr().err.startswith("No GPU")
-    monkeypatch.setattr(gpu_counters.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_counters, "find_tool", lambda: None)
-    with pytest.raises(SystemExit) as end:
-        gpu_counters.parse_arguments([])
-    assert end.value.code == 1
-    assert "No counters: ncu (Nsight Compute) is neither on the PATH nor in" in capsys.readouterr().err
-    assert gpu_counters.parse_arguments(["--step"]).step

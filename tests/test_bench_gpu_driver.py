@@ -1,8 +1,10 @@
-"""What `make gpu` does, without a GPU: its plan, its budget, its logs, and how it judges what it ran."""
+"""What `make gpu` promises, without a GPU: the most valuable first, nothing lost, and every step's command in order."""
 
 from __future__ import annotations
 
-import re
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,130 +12,158 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import gpu
+from bench import gpu, gpu_commands, gpu_steps
+from bench.gpu_steps import FAILED, OK, SKIPPED
 
 ROOT = Path(__file__).parent.parent
+HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+CRASHES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+ENDS_WELL = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("all that is known")
+"""
+TESTS = """
+import time
+def test_wrong():
+    assert 1 == 2
+def test_hangs():
+    time.sleep(600)
+def test_afterwards():
+    pass
+"""
 
 
-class Clock:
-    """A clock that only steps move."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def action(self, name: str, takes: float, state: str = gpu.OK):
-        def act(runner, seconds):
-            self.now += min(takes, seconds)
-            return gpu.Outcome(name, state, min(takes, seconds))
-
-        return act
+def runner(out: Path) -> gpu_commands.Runner:
+    return gpu_commands.Runner(out, gpu_steps.environment(rehearse=True))
 
 
-NAMES = [step.name for step in gpu.PLAN]
+def step(name: str, code: str, limit_s: float = 300) -> gpu.Step:
+    def act(runner, seconds):
+        return gpu_steps.verdict(runner.run([sys.executable, "-c", code], "a.log", seconds, grace_s=1)[0])
+
+    return gpu.Step(name, limit_s, 0, act)
 
 
-def test_the_plan_is_the_documented_one():
-    assert ["build", "selfcheck", "tests", *gpu.TOOLS, "counters", "step", "iteration"] == NAMES
-    assert gpu.ACTIONS.keys() == set(NAMES)
-    assert all(step.least_s > gpu.SLACK_S.get(step.name, 0) for step in gpu.PLAN)
+def test_steps_that_take_all_they_may_leave_time_for_the_others():
+    left, whole = gpu.BUDGET_S, []
+    for number, one in enumerate(gpu.PLAN):
+        seconds = gpu.time_for(one, left, gpu.PLAN[number + 1 :])
+        assert seconds >= one.least_s, one.name
+        left -= seconds
+        whole += [one.name] if seconds == one.limit_s else []
+    assert left >= 0
+    assert whole[:7] == ["build", "selfcheck", "tests", "step", "memcheck", "counters", "iteration"]
 
 
-def test_steps_that_use_all_they_get_end_within_the_budget():
-    clock = Clock()
-    outcomes = gpu.carry_out(NAMES, None, gpu.BUDGET_S, {n: clock.action(n, 1e9) for n in NAMES}, clock)
-    assert [one.state for one in outcomes] == [gpu.OK] * len(NAMES)
-    assert clock.now - 100.0 <= gpu.BUDGET_S
-    assert all(one.seconds >= step.least_s for one, step in zip(outcomes, gpu.PLAN, strict=True))
+def test_what_hangs_crashes_or_fails_costs_the_others_nothing(tmp_path):
+    def fail(runner, seconds):
+        raise ValueError("a mistake of this program's")
+
+    steps = [step("hangs", HANGS, 4), step("crashes", CRASHES), gpu.Step("fails", 9, 0, fail), step("works", "")]
+    (tmp_path / "gpu.jsonl").write_text('{"kind": "gpu_st')  # a row that was cut off
+    report, seen = gpu.Report(tmp_path), []
+
+    def look(outcomes):
+        report(outcomes)
+        seen.append([line.split()[:2] for line in (tmp_path / "summary.txt").read_text().splitlines()])
+
+    gpu.run_plan(steps, runner(tmp_path), 600, look)
+    states = [["hangs", FAILED], ["crashes", FAILED], ["fails", FAILED], ["works", OK]]
+    for number in range(len(steps)):
+        assert seen[2 * number][: number + 1] == [*states[:number], [steps[number].name, "begun"]]
+        assert seen[2 * number + 1][: number + 1] == states[: number + 1]
+    for words in ("not done in time", "exit code -11", "ValueError: a mistake", "no tables: ValueError: Invalid row"):
+        assert words in report.text
 
 
-def test_steps_are_skipped_when_the_budget_is_used_up():
-    clock = Clock()
-    outcomes = gpu.carry_out(["build", "step"], None, 30, {n: clock.action(n, 1e9) for n in NAMES}, clock)
-    assert [(one.name, one.state, one.note) for one in outcomes] == [
-        ("build", gpu.SKIPPED, "the time is up"),
-        ("step", gpu.SKIPPED, "the time is up"),
-    ]
+def test_without_time_steps_are_skipped(tmp_path):
+    report = gpu.Report(tmp_path)
+    gpu.run_plan(gpu.PLAN[:2], runner(tmp_path), 5, report)
+    assert report.text.count(f"{SKIPPED}      0 s  the time is up") == 2
+    assert not report.failed
 
 
-def test_a_failure_does_not_stop_the_steps_after_it():
-    clock = Clock()
-    actions = {n: clock.action(n, 1, gpu.FAILED if n == "build" else gpu.OK) for n in NAMES}
-    states = [one.state for one in gpu.carry_out(NAMES, None, gpu.BUDGET_S, actions, clock)]
-    assert states == [gpu.FAILED] + [gpu.OK] * (len(NAMES) - 1)
-
-
-def test_without_a_gpu_the_driver_says_so_at_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith("No GPU: torch sees no CUDA device")
-    assert not (tmp_path / "out").exists()
-
-
-def test_commands_are_logged_limited_and_ended(tmp_path):
-    runner = gpu.Runner(tmp_path, {"PATH": "/usr/bin:/bin"})
-    assert runner.run(["sh", "-c", "echo $MORE; exit 3"], "a.log", 10, MORE="words") == (
-        3,
-        "$ sh -c echo $MORE; exit 3\nwords\n",
-    )
-    code, output = runner.run(["sh", "-c", "echo before; sleep 60; echo after"], "a.log", 0.3)
+def test_a_command_is_interrupted_before_it_is_killed(tmp_path):
+    code, output = runner(tmp_path).run([sys.executable, "-c", ENDS_WELL], "a.log", 66, grace_s=60)
     assert code is None
-    assert "\nbefore\n" in output
-    assert "\nafter\n" not in output
-    assert (tmp_path / "a.log").read_text().count("$ sh") == 2
+    assert output.endswith("all that is known\n")
 
 
 def test_logs_stay_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LARGEST_LOG", 1000)
-    runner = gpu.Runner(tmp_path, {"PATH": "/usr/bin:/bin"})
-    _, output = runner.run(["sh", "-c", "seq 1 2000; echo the end"], "a.log", 10)
+    monkeypatch.setattr(gpu_commands, "LARGEST_LOG", 1000)
+    _, output = runner(tmp_path).run([sys.executable, "-c", "print(*range(2000), sep='\\n')"], "a.log", 60)
     assert "\n999\n" in output
     kept = (tmp_path / "a.log").read_text()
     assert len(kept) < 1100
-    assert kept.endswith("the end\n")
+    assert kept.endswith("1999\n")
+
+
+def test_a_failure_is_written_at_once_and_a_test_that_hangs_costs_itself(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(TESTS)
+    variables = gpu_steps.tests_environment(runner(tmp_path), 10)
+    command = [sys.executable, "-m", "pytest", *gpu_steps.PYTEST_OPTIONS, "-n1", "-c/dev/null", str(tmp_path)]
+    code, output = runner(tmp_path).run(command, "tests.log", 300, **variables)
+    assert code == 1
+    assert gpu_steps.counts(output).startswith("2 failed, 1 passed")
+    failures = (tmp_path / "failures.log").read_text()
+    for words in ("test_wrong (call)", "assert 1 == 2", "in test_hangs", "crashed while running"):
+        assert words in failures
+
+
+def test_every_kernel_has_a_sanitized_test(tmp_path):
+    """As collected on a GPU."""
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_pretended"]
+    command = [sys.executable, "-m", "pytest", *options, *gpu_steps.SANITIZED_TESTS]
+    command += ["-k", f"native-cuda and {gpu_steps.FEW_DTYPES}"]
+    code, output = runner(tmp_path).run(command, "a.log", 300)
+    assert code == 0, output
+    assert {line.partition("[")[0] for line in output.splitlines() if "[" in line} == set(gpu_steps.SANITIZED_TESTS)
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_kind_of_step(tmp_path):
+    pytest.importorskip("fused_sam._native", reason="the native core is not built")
+    steps = ["build", "selfcheck", "tests", "step", "memcheck", "counters"]
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--out", str(tmp_path), "--steps", *steps]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = [line.split()[:2] for line in (tmp_path / "summary.txt").read_text().splitlines()[: len(steps)]]
+    assert states == [[name, SKIPPED if name == "counters" else OK] for name in steps]
+    assert len(list(tmp_path.iterdir())) <= 7
+    assert '"kind": "smoke"' in (tmp_path / "gpu.jsonl").read_text()
 
 
 OURS = "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at fused_sam::norm()+0x10\n"
 THEIRS = OURS.replace("fused_sam", "at::native")
-END = "\n24 passed\n========= ERROR SUMMARY: 1 error\n"
+END = "\n24 passed in 1.00s\n========= ERROR SUMMARY: 1 error\n"
 
 
 @pytest.mark.parametrize(
     ("tool", "code", "output", "state"),
     [
-        ("memcheck", 0, "24 passed\n========= ERROR SUMMARY: 0 errors\n", gpu.OK),
-        ("memcheck", 9, OURS + END, gpu.FAILED),
-        ("memcheck", 0, "24 skipped\n", gpu.FAILED),
-        ("memcheck", None, "", gpu.FAILED),
-        ("initcheck", 9, THEIRS + END, gpu.OK),
-        ("initcheck", 9, THEIRS + OURS + END, gpu.FAILED),
+        ("memcheck", 0, "24 passed in 1.00s\n========= ERROR SUMMARY: 0 errors\n", OK),
+        ("memcheck", 9, OURS + END, FAILED),
+        ("memcheck", 0, "24 skipped in 1.00s\n", FAILED),
+        ("memcheck", None, "", FAILED),
+        ("initcheck", 9, THEIRS + END, OK),
+        ("initcheck", 9, THEIRS + OURS + END, FAILED),
+        ("initcheck", 9, THEIRS + "2 failed, 22 passed in 1.00s\n", FAILED),
     ],
 )
-def test_what_a_sanitizer_says_is_judged(tool, code, output, state):
-    assert gpu.judge(tool, code, output, 1.0).state == state
+def test_what_a_sanitizer_reports(tool, code, output, state):
+    assert gpu_steps.parse_report(tool, code, output).state == state
 
 
-def test_sanitizers_without_the_tool_are_skipped(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu.shutil, "which", lambda *arguments, **options: None)
-    outcome = gpu.sanitize("memcheck")(gpu.Runner(tmp_path, {}), 1.0)
-    assert (outcome.state, outcome.note) == (gpu.SKIPPED, "compute-sanitizer is not installed")
-
-
-def test_the_sanitized_tests_exist():
-    tests = "".join((ROOT / name).read_text() for name in gpu.SANITIZED)
-    selected = re.findall(r"test_\w+", gpu.SELECTION)
-    assert selected
-    for name in selected:
-        assert f"def {name}" in tests
-
-
-@pytest.mark.parametrize(
-    ("said", "state"), [("5 passed, 3 skipped in 1s", gpu.OK), ("8 skipped in 1s", gpu.FAILED), ("", gpu.FAILED)]
-)
-def test_tests_that_were_all_skipped_are_no_success(monkeypatch, tmp_path, said, state):
-    monkeypatch.setattr(gpu.Runner, "run", lambda self, *arguments, **environment: (0, f"$ pytest\n{said}\n"))
-    outcome = gpu.tests(gpu.Runner(tmp_path, {}), 10)
-    assert outcome.state == state
-    assert said in outcome.note
+@pytest.mark.parametrize("module", ["gpu", "gpu_step", "gpu_iteration", "gpu_counters"])
+def test_without_a_gpu_it_says_so_at_once(module, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        raise SystemExit(importlib.import_module(f"bench.{module}").main(["--out", str(tmp_path / "out")]))
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("No GPU: torch sees no CUDA device")
+    assert not (tmp_path / "out").exists()
