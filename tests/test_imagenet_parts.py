@@ -148,6 +148,20 @@ def test_a_step_is_that_of_the_optimizer(options, scaled):
     assert loss == pytest.approx(expected_loss, rel=FLOAT64_RTOL)
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd"}, {"micro_batches": 3, "m_sharpness": "micro"}], ids=str)
+def test_a_step_of_a_tiny_rate_lowers_the_loss_of_its_batch(options):
+    """By lr times the square of the gradient, which in float64 is far more than rounding, whatever the processor."""
+    trainer = make_trainer(ALONE, lr=1e-6, rho=1e-3, **options)
+    images, labels = batch()
+
+    def loss():
+        return trainer.loss(trainer.model(trainer.normalise(images)), labels).item()
+
+    before = loss()
+    trainer.train_step([*zip(*(x.chunk(options.get("micro_batches", 1)) for x in (images, labels)))])
+    assert loss() < before
+
+
 @pytest.fixture(scope="module")
 def pair():
     processes = Processes(2)
