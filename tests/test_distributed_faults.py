@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -222,10 +221,8 @@ def loses_a_rank(wrap: str, form: str, failing_pass: int, path: str) -> None:
             opt.restore()
             raise
 
-    start = time.monotonic()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="by peer"):  # not a timeout: it does not wait for the dead
         step()
-    assert time.monotonic() - start < 30
     assert not opt.perturbed
     assert snapshot(net.parameters()) == w
     torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, path)
@@ -249,14 +246,15 @@ def test_a_rank_that_dies(wrap: str, form: str, failing_pass: int, doomed: Ranks
 
 def waits_for_a_rank(m: str) -> None:
     """Rank 1 does not come to the collectives of a step: rank 0 raises after the timeout of the group."""
-    rank, timeout = dist.get_rank(), timedelta(seconds=2)
-    group = dist.new_group(timeout=timeout)
+    rank, group = dist.get_rank(), dist.new_group()
     net = small_net()
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     data_parallel(net, opt, m_sharpness=m, process_group=group)
     w = snapshot(net.parameters())
     if rank == 0:
-        with pytest.raises(RuntimeError):
+        # From here on: before, rank 1 does come, however late a busy machine lets it.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+        with pytest.raises(RuntimeError, match="imed out"):
             opt.step(closure_for(net, batches(2)[rank]))
         assert snapshot(net.parameters()) == w
         assert not opt.perturbed

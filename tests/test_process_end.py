@@ -59,17 +59,17 @@ def beyond_the_disk():
     save(-1)
 
 save(0)
-unfinished = 0
-for i in range(15):
+last = unfinished = i = 0
+while i < 15 or not last or not unfinished:  # however slow the machine is
     pid = child(for_ever)
     time.sleep(0.03 + 0.0077 * i)
+    i += 1
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     unfinished += len(list(folder.glob("*.part*")))
     for part in folder.glob("*.part*"):
         part.unlink()
     last = whole()
-assert last > 0 and unfinished > 0, (last, unfinished)
 os.waitpid(child(beyond_the_disk), 0)
 assert whole() == last
 assert [p.name for p in folder.iterdir()] == ["checkpoint.pt"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,10 +91,8 @@ def loses_a_rank(moment: str) -> None:
 
     if rank == 1 and moment == "gather":
         sharded_state.all_gather = dies
-    start = time.monotonic()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="by peer"):  # not a timeout: it does not wait for the dead
         opt.step(closure)
-    assert time.monotonic() - start < 30
     assert not opt.perturbed
     assert snapshot(net.parameters()) == w
     assert [bits(s["momentum_buffer"]) for s in opt.state.values()] == state

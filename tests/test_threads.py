@@ -235,9 +235,10 @@ def test_no_thread_spins_after_the_work_is_done() -> None:
         norm = ops.norm(lists.params, lists.grads, ascent_groups(1), backend="native")
         ops.perturb(lists.params, lists.grads, lists.backups, norm, ascent_groups(1), backend="native")
     time.sleep(0.05)
-    before = time.process_time()
+    begin, before = time.monotonic(), time.process_time()
     time.sleep(0.4)
-    assert time.process_time() - before < 0.1
+    # Of the process itself: what others do to a busy machine makes the sleep longer and this no larger.
+    assert time.process_time() - before < (time.monotonic() - begin) / 4
 
 
 # A parent that has used the kernels with two threads forks, as a DataLoader does. torch's own parallel loops
