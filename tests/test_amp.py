@@ -270,21 +270,28 @@ def test_the_loss_scale_of_one_optimizer_leaves_the_next_alone(backend: str, dev
     assert float((params[0].detach() - w).abs().max()) < 1.0
 
 
-def test_autocast_bf16_trains(device: str, backend: str) -> None:
-    net, data = small_net(torch.float32, device), batches(1, torch.float32, device) * 15
+def test_under_bf16_autocast_a_step_is_that_of_the_gradients_which_are_fp32(device: str, backend: str) -> None:
+    net, (batch,) = small_net(torch.float32, device), batches(1, torch.float32, device)
     opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, lr=0.2, momentum=0.5)
-    losses = []
-    for batch in data:
+    params = list(net.parameters())
+    w, seen = [p.detach().clone() for p in params], []
 
-        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
-            with torch.autocast(device, dtype=torch.bfloat16):
-                loss = loss_of(net, batch)
-            loss.backward()
-            return loss.detach()
+    def closure() -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            output = net(batch[0])
+            loss = nn.functional.cross_entropy(output, batch[1])
+        loss.backward()
+        seen.append((output.dtype, [(p.detach() - x, p.grad.clone()) for p, x in zip(params, w, strict=True)]))
+        return loss.detach()
 
-        losses.append(float(opt.step(closure)))
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(p.dtype == torch.float32 for p in net.parameters())
+    opt.step(closure)
+    (first_dtype, first), (second_dtype, second) = seen
+    assert first_dtype == second_dtype == torch.bfloat16
+    norm = torch.cat([g.flatten() for _, g in first]).norm()
+    for p, start, (_, g), (e, g_at_e) in zip(params, w, first, second, strict=True):
+        assert p.dtype == g.dtype == torch.float32
+        torch.testing.assert_close(e, RHO / norm * g)
+        torch.testing.assert_close(p.detach(), start - 0.2 * g_at_e)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf], ids=str)
