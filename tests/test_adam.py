@@ -30,6 +30,7 @@ from helpers import (
     small_net,
     snapshot,
     strided_pairs,
+    torch_fuses,
     zeroing,
 )
 from torch import Tensor
@@ -117,6 +118,9 @@ def test_rho_zero_with_torchs_own_root(dtype: torch.dtype, base: str, backend: s
         plain.step()
         assert_as_torch(state_of(opt), state_of(plain), "state")
         for p, q, w in zip(params, theirs, old, strict=True):
+            if not p.is_cuda and not torch_fuses():  # then the averages are not the same bits either
+                assert_as_torch([p], [q], "w")
+                continue
             # torch's root is an ulp off, which may be two of the quotient; then the sum may round the other way.
             size = np.maximum(np.maximum(np.abs(exact(w)), np.abs(exact(q))), np.abs(exact(q) - exact(w)))
             assert_within_ulp(p, exact(q), size, ROOT_ULP if not p.is_cuda else ADAM_ULP, "w")

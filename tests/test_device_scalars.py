@@ -19,6 +19,7 @@ from helpers import (
     scalar,
     sgd_groups,
     snapshot,
+    torch_fuses,
 )
 
 from fused_sam import FusedSAM, ops
@@ -40,8 +41,8 @@ def test_ops_give_the_same_bits_for_tensors_and_numbers(
         groups = sgd_groups(len(FEW_SIZES), **{**HYPER, "lr": lr_})
         ops.sgd_update(lists.params, lists.grads, lists.backups, lists.momentum, groups, backend=backend)
         results.append((displaced, snapshot(lists.params), snapshot(lists.momentum)))
-    if backend == "eager" and dtype == torch.float64:
-        # The eager backend has no fused multiply-add with a tensor for a factor.
+    if backend == "eager" and (dtype == torch.float64 or not torch_fuses()):
+        # With a tensor for a factor the eager backend rounds once, but in fp64; with a number, where torch fuses.
         assert results[0][0] == results[1][0]
         return
     assert results[0] == results[1]

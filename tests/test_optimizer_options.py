@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RHO, assert_as_torch, assert_same_bits, leaves, quadratic
+from helpers import RHO, assert_as_torch, assert_bits_of_torch, leaves, quadratic
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fused_sam import FusedSAM
@@ -134,4 +134,4 @@ def test_schedulers_drive_the_base_step_without_warning(
             ours.step()
             theirs.step()
             assert opt.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
-            (assert_same_bits if base is torch.optim.SGD else assert_as_torch)(params, twins)
+            (assert_bits_of_torch if base is torch.optim.SGD else assert_as_torch)(params, twins)
