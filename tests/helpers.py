@@ -56,6 +56,9 @@ FEW_SIZES = [0, 1, 3, 16, 67, 129, 1009, BLOCK + 1]
 # the gradient, and beyond one thread's work.
 LARGE = 181 * 182
 
+# Seconds after which a process or thread that hangs is given up; work that goes on takes far less on any machine.
+PATIENCE = 900
+
 # No hyperparameter at a value where two formulas coincide.
 HYPER = {"lr": 0.13, "momentum": 0.87, "weight_decay": 0.017}
 RHO = 0.07

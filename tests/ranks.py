@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_SECONDS = 60  # until a collective that a rank does not come to raises on the others
-CASE_SECONDS = 120  # until a case is ended by force: no failure may hang
+COLLECTIVE_SECONDS = 300  # until a collective that a rank does not come to raises on the others
+CASE_SECONDS = 600  # until a case is ended by force: no failure may hang
 
 
 class Ranks:

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from helpers import PATIENCE
 
 from fused_sam import FusedSAM, backends
 
@@ -18,7 +19,7 @@ from fused_sam import FusedSAM, backends
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter of its own, with the environment variables given."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_SAM_")} | environment
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 
 WITHOUT_NATIVE = "import sys; sys.modules['fused_sam._native'] = None; import torch, fused_sam; "

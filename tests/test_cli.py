@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import snapshot
+from helpers import PATIENCE, snapshot
 from torch import nn
 
 from fused_sam import analysis
@@ -82,7 +82,7 @@ def test_no_command_is_the_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_doctor_needs_torch_alone() -> None:
     absent = "import sys; sys.modules.update(dict.fromkeys(['scipy', 'matplotlib', 'rich']))\n"
     code = absent + "from fused_sam.cli.main import main; sys.exit(main([]) or main(['spectrum', 'a:b']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert "ok, one step checked" in done.stdout
     assert done.stderr.strip().endswith("This needs scipy: pip install 'fused-sam[analysis]'")
     assert done.returncode == 2
@@ -319,7 +319,7 @@ def test_modules_are_found_in_the_current_folder(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].startswith("mine:flat")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import PATIENCE
 from imagenet_images import FLAGS, STEPS, VALIDATION, checkpoint, rows, same, without_times, write_tree
 
 import fused_sam
@@ -41,7 +42,7 @@ def run(tree, tmp_path):
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=PATIENCE,
         )
         return done.returncode, done.stdout + done.stderr
 

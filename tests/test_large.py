@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    PATIENCE,
     SGD_CONFIGS,
     SIXTEEN_BIT,
     Carved,
@@ -133,7 +134,7 @@ def test_calls_beyond_the_cache_equal_calls_within_it(isa: str, tmp_path: Path) 
         env=os.environ | {"LD_PRELOAD": str(shim), "FUSED_SAM_CPU_ISA": isa},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr

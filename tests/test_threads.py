@@ -22,6 +22,7 @@ from helpers import (
     BLOCK,
     DTYPES,
     FEW_SIZES,
+    PATIENCE,
     RHO,
     SGD_CONFIGS,
     SIXTEEN_BIT,
@@ -144,7 +145,7 @@ def digests_by_isa() -> dict[str, Any]:
         )
         for isa in ISAS
     }
-    outputs = {isa: (p.communicate(timeout=120), p.returncode) for isa, p in processes.items()}
+    outputs = {isa: (p.communicate(timeout=PATIENCE), p.returncode) for isa, p in processes.items()}
     return {isa: json.loads(out) if code == 0 else err for isa, ((out, err), code) in outputs.items()}
 
 
@@ -221,7 +222,7 @@ def test_python_threads_with_an_optimizer_each_do_not_disturb_one_another(backen
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=60)
+        worker.join(timeout=PATIENCE)
         assert not worker.is_alive()
     assert together == alone * 3
 
@@ -286,7 +287,7 @@ def test_a_forked_child_steps_right_and_does_not_hang(variant: str) -> None:
         start_new_session=True,
     ) as process:
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             pytest.fail("a step in a forked child hangs")

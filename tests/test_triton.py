@@ -23,6 +23,7 @@ from helpers import (
     BLOCK,
     DTYPES,
     FEW_SIZES,
+    PATIENCE,
     AdamLists,
     adam_groups,
     ascent_groups,
@@ -263,7 +264,7 @@ def test_the_plan_covers_every_element_once_whatever_the_dtypes() -> None:
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
