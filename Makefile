@@ -4,7 +4,7 @@
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     ten minutes of a GPU, without network: build, tests, benchmarks, sanitizers; OUT=folder for logs and rows
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
-# make soak    random calls, hostile calls, 10^5 steps of flat memory, 2^31 elements, every GPU architecture; hours
+# make soak    random and hostile calls, 10^5 steps, 2^31 elements, every GPU architecture, other processors; hours
 # make help    this list
 
 PYTHON ?= python3
@@ -45,8 +45,10 @@ paper: $(READY) fashion-mnist
 	$(BIN)/python -m bench.paper.$(EXPERIMENT) $(ARGS)
 
 # passive: threads that wait leave the cores to the tests beside them.
+SUITE := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: $(READY) lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(SUITE) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -68,10 +70,13 @@ gpu:
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python tests/sanitize.sh $(ARGS)
 
+# Last the whole suite with torch's kernels for other processors: a loss or a bit that only these reach is no promise.
 soak: $(READY)
 	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_faults.py tests/test_large.py -k "grow or 32_bits" $(ARGS)
 	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py tests/test_cuda_build.py $(ARGS)
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)
+	ATEN_CPU_CAPABILITY=default $(SUITE) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE $(SUITE) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info fused_sam/_native*.so $(READY)
