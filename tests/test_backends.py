@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import re
 import subprocess
 import sys
 
@@ -71,7 +70,7 @@ def test_asking_for_a_missing_native_core_says_why_and_what_to_run() -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode != 0
     assert last.startswith("RuntimeError: backend='native' was asked for but cannot be used")
-    assert re.search(r"Usable: \[('triton', )?'eager'\]", last)
+    assert "Usable: ['eager']" in last
     assert "FUSED_SAM_NATIVE=ON pip install" in last
 
 

@@ -50,10 +50,6 @@ SUITES = {
         "test_triton_chunks.py",
         "",
     ),
-    "operands without the core": (
-        "test_ops_arguments.py test_gradient_ownership.py",
-        "arguments or never_written or bucket",
-    ),
     "p-norms": (
         "test_p_norms.py test_decay_in_ascent.py",
         "perturb and swap and ((1.0 or 3.0) and (float32 or bfloat16) or inf and float32) or p_1 or p_inf or length "
@@ -79,9 +75,6 @@ def test_the_suite_passes_in_the_interpreter(suite: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(here / f) for f in files.split())]
     command += ["-k", f"triton and ({which})" if which else "triton"]
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    if suite.endswith("without the core"):
-        command += ["-p", "without_native"]
-        env["PYTHONPATH"] = str(here)
     done = subprocess.run(command, env=env, cwd=here.parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -128,8 +121,6 @@ def test_p_1_finds_the_first_of_the_largest_in_every_chunk_and_launch() -> None:
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 def test_adam_has_the_bits_of_the_native_kernels(dtype: torch.dtype, capturable: bool) -> None:
-    if backends.available()["native"] != "ok":
-        pytest.skip("the native core is not built")
     for config in ADAM_CONFIGS.values():
         results = []
         for backend in ("native", "triton"):
@@ -282,6 +273,36 @@ def test_without_triton_the_backend_says_so() -> None:
     assert state.startswith("Triton is not installed (to get it: pip install triton")
     assert chosen == "fused_sam.backends.eager"
     assert refusal.startswith("backend='triton' was asked for but cannot be used: Triton is not installed.")
+
+
+@needs_triton
+def test_without_the_native_core_the_backend_says_so() -> None:
+    """Nothing else reads tensors for its kernels."""
+    output = run_python(
+        "import sys; sys.modules['fused_sam._native'] = None\n"
+        "from fused_sam import FusedSAM, backends\n"
+        "print(backends.available('cuda')['triton'])\n"
+        "print(backends.for_device('cuda').__name__)\n"
+        "try: FusedSAM([__import__('torch').zeros(1)], backend='triton')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    state, chosen, refusal = output.splitlines()
+    reason = "the native core, which reads tensors for the Triton kernels, does not load"
+    assert state.startswith(f"{reason} (to get it: reinstall where a C++17 compiler is found: FUSED_SAM_NATIVE=ON pip")
+    assert chosen == "fused_sam.backends.eager"
+    assert refusal.startswith(f"backend='triton' was asked for but cannot be used: {reason}.")
+    assert refusal.endswith("pip install --force-reinstall --no-deps .")
+
+
+@interpreted
+def test_an_ascent_of_fewer_parameters_is_refused() -> None:
+    """The kernels would read beyond the end of what it has written."""
+    from fused_sam.backends import triton
+
+    params = [torch.randn(5), torch.randn(3)]
+    ascent = triton.Batch(params[:1], [torch.randn(5)])
+    with pytest.raises(ValueError, match="Must be of the same parameters"):
+        triton.Batch(params, None, ascent)
 
 
 @needs_triton

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
 import torch
+from triton_tests import STATE
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+if STATE != "ok":
+    pytest.skip(STATE, allow_module_level=True)
 
 import triton
 import triton.language as tl

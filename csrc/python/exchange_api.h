@@ -7,7 +7,7 @@
 
 namespace fused_sam::dlpack {
 
-constexpr int32_t kCpu = 1, kCuda = 2;
+constexpr int32_t kCpu = 1, kCuda = 2, kOneApi = 14;
 constexpr uint8_t kFloat = 2, kBfloat = 4;
 
 struct Description {

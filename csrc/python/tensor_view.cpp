@@ -63,7 +63,7 @@ bool read_sizes(PyObject* sequence, int64_t* out, int* count) {
 }
 
 bool is_on(PyObject* tensor, Device device) {
-  PyObject* answer = attribute(tensor, device.cpu() ? "is_cpu" : "is_cuda");
+  PyObject* answer = attribute(tensor, ("is_" + device.kind()).c_str());
   const bool kind = answer == Py_True;
   Py_XDECREF(answer);
   if (!kind || device.cpu()) return kind;
@@ -74,7 +74,7 @@ bool is_on(PyObject* tensor, Device device) {
   return same;
 }
 
-// For torch before 2.10: the same through Python attributes.
+// Reads the same through Python attributes: for torch before 2.10, and for devices that DLPack counts in its own way.
 bool read_attributes(PyObject* object, Device device, TensorView* view) {
   PyObject* dtype = attribute(object, "dtype");
   const auto& dtypes = TorchApi::get().dtypes;
@@ -104,15 +104,12 @@ bool read_attributes(PyObject* object, Device device, TensorView* view) {
 
 }  // namespace
 
-std::string Device::name() const {
-  return cpu() ? "cpu" : "cuda:" + std::to_string(index);
-}
-
 bool read_tensor(PyObject* object, Device device, TensorView* view) {
   // A real subtype, not what the metaclass would also accept as an instance.
   const TorchApi& api = TorchApi::get();
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(api.tensor_type))) return false;
-  const bool read = api.describe ? read_described(object, device, view) : read_attributes(object, device, view);
+  const bool described = api.describe != nullptr && device.numbered_alike();
+  const bool read = described ? read_described(object, device, view) : read_attributes(object, device, view);
   return read && count_elements(view);
 }
 

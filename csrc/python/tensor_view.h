@@ -11,14 +11,18 @@
 
 namespace fused_sam {
 
-// Where a tensor lies: DLPack's number of the kind of device, and which of that kind, from 0. Of CPUs there is one;
-// what is neither CPU nor CUDA is AMD's, which torch calls cuda as well.
+// Where a tensor lies: DLPack's number of the kind of device, and torch's of the device among those, from 0. Of CPUs
+// there is one; what is none of the three kinds here is AMD's, which torch calls cuda as well.
 struct Device {
   int32_t type, index;
 
   bool cpu() const { return type == dlpack::kCpu; }
   bool cuda() const { return type == dlpack::kCuda; }
-  std::string name() const;  // as torch calls it
+  // Whether DLPack counts the devices of this kind as torch does. Those of Intel it does not.
+  bool numbered_alike() const { return type != dlpack::kOneApi; }
+  // As torch calls the kind, and the device.
+  std::string kind() const { return cpu() ? "cpu" : type == dlpack::kOneApi ? "xpu" : "cuda"; }
+  std::string name() const { return cpu() ? kind() : kind() + ":" + std::to_string(index); }
   bool operator==(const Device& other) const { return type == other.type && (cpu() || index == other.index); }
   bool operator!=(const Device& other) const { return !(*this == other); }
 };

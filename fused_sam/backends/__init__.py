@@ -54,8 +54,13 @@ def available(device_type: str | None = None) -> dict[str, str]:
 def _state(backend: Backend, device_type: str | None) -> str:
     module = _load(backend)
     if isinstance(module, ImportError):
-        return f"{module} (to get it: {backend.remedy})"
+        return f"{module} (to get it: {_remedy(backend, module)})"
     return (device_type and module.why_not(device_type)) or "ok"
+
+
+def _remedy(backend: Backend, error: ImportError) -> str:
+    """Return how to get a backend that does not load: that of another backend, if the error names one that it needs."""
+    return next((needed.remedy for needed in REGISTRY if needed.module == error.name), backend.remedy)
 
 
 def requested(name: str | None = None) -> str | None:
@@ -75,7 +80,7 @@ def requested(name: str | None = None) -> str | None:
         usable = [n for n, state in available().items() if state == "ok"]
         raise RuntimeError(
             f"backend={name!r} was asked for but cannot be used: {reason}. Usable: {usable}. To get it: "
-            f"{known[name].remedy}"
+            f"{_remedy(known[name], reason)}"
         )
     return name
 

@@ -38,9 +38,8 @@ def _why_not_device(index: int) -> str | None:
         return _native.cuda.why_not(index) or None
 
 
-# DLPack's numbers of the kinds of devices whose tensors the core can read. AMD's are torch's "cuda", too. (Of Intel's
-# DLPack counts in another way than torch.)
-DEVICE_TYPES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2}
+# DLPack's numbers of the kinds of devices whose tensors the core can read. AMD's are torch's "cuda", too.
+DEVICE_TYPES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 
 
 def operands(

@@ -1,4 +1,6 @@
-"""The kernels in Triton, for GPUs of any vendor: no compiler of CUDA or C++ is needed where the package is installed.
+"""The kernels in Triton, for GPUs of any vendor: no compiler of CUDA is needed where the package is installed.
+
+The native core reads the tensors, and checks them, as it does for its own kernels.
 
 The norm is two launches (for p other than 2 and 1 four), perturb, restore and update are one each, for any number of
 tensors; as many times that as there are pairs of parameter and gradient dtypes among them. Nothing waits for the
@@ -21,10 +23,17 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 
+try:
+    from fused_sam.backends import native
+except ImportError as error:
+    raise ImportError(
+        "the native core, which reads tensors for the Triton kernels, does not load", name="fused_sam.backends.native"
+    ) from error
+
 from fused_sam.backends.triton import kernels, launches, tables
-from fused_sam.backends.triton.operands import operands
 
 if TYPE_CHECKING:
+    from fused_sam import _native
     from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
     from fused_sam.routing import TensorList
 
@@ -72,7 +81,7 @@ class Batch:
         if ascent is not None and len(ascent.params) != len(params):
             raise ValueError("Invalid backups. Must be of the same parameters.")
         kept: Any = backups if ascent is None else ascent._operands
-        self._operands: Any = operands(self._device, params, grads, kept, states)
+        self._operands: _native.Batch = native.operands(self._device, params, grads, kept, states)
         #: The column of backups that the kernels have written, if this is an ascent, or of the ascent.
         self._moved: Tensor | None = None if ascent is None else ascent._moved
 

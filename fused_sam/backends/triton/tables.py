@@ -12,14 +12,14 @@ import functools
 import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_sam.backends.triton import kernels
-from fused_sam.backends.triton.operands import column, dtypes_of
+from fused_sam.routing import DTYPES
 
 if TYPE_CHECKING:
     from fused_sam.ops import AdamGroup, AscentGroup, MeanGroup, SGDGroup
@@ -53,8 +53,8 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def plan(kinds: bytes, sizes: bytes, group_sizes: tuple[int, ...]) -> Plan:
-    """The division of the tensors into chunks, a function of the arguments alone: `Operands.kinds` and
-    `Operands.sizes`, by which those without a kind have no part in it."""
+    """Divide the tensors into chunks, by nothing but the arguments: the core's columns of kinds, in which -1 stands for
+    a tensor that has no part in the op, and of sizes."""
     launches = []
     chunks = array("q")
     elements = numbers(sizes)
@@ -66,14 +66,20 @@ def plan(kinds: bytes, sizes: bytes, group_sizes: tuple[int, ...]) -> Plan:
         first = len(chunks)
         for row in rows:
             chunks.extend(range(row << 32, (row << 32) + -(-elements[row] // kernels.CHUNK)))
-        launches.append(Launch(dtypes_of(kind), first, len(chunks) - first))
+        # A kind is a pair of numbers of dtypes, as in csrc/python/columns.cpp.
+        launches.append(Launch((DTYPES[kind >> 2], DTYPES[kind & 3]), first, len(chunks) - first))
     groups = [k for k, size in enumerate(group_sizes) for _ in range(size)]
     return Plan(tuple(launches), chunks.tobytes(), kinds, sizes, column(groups))
 
 
 def numbers(column: bytes) -> array[int]:
-    """What is in a column."""
+    """Return what is in a column."""
     return array("q", column)
+
+
+def column(numbers: Iterable[int]) -> bytes:
+    """Return a column of these numbers."""
+    return array("q", numbers).tobytes()
 
 
 def addresses_of(tensors: TensorList | None, count: int) -> bytes:
