@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -89,11 +90,13 @@ def route(
     backups: TensorList | Any | None = None,
     states: Sequence[TensorList | None] = (),
     masters: TensorList | None = None,
+    q: float | None = None,
 ) -> list[Part]:
     """One part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
 
     ``states``: the lists of state that the base step reads and writes, of which any may be None. ``masters``: fp32
-    copies of 16-bit parameters, which state matches then. Where a backend takes none torch's operations do.
+    copies of 16-bit parameters, which state matches then. ``q``: the exponent of an ascent's norm. Where a backend
+    takes no masters, or not this q, torch's operations do; the backups of such an ascent are a list to it afterwards.
 
     Raises:
         InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match
@@ -110,7 +113,9 @@ def route(
     if not params:
         return []
     device = params[0].device
-    first = _module_for(device, backend, masters)
+    first = _module_for(device, backend, masters, q)
+    if isinstance(backups, eager.Batch) and first is not eager:
+        backups = backups.backups
     batch = make_batch(first, params, grads, backups, *states, masters=masters)
     odd = set(batch.odd)
     if not odd:
@@ -125,7 +130,7 @@ def route(
             state = [x[i] for x in states if x is not None and x[i] is not None]
             _require_supported(i, param, grads[i] if grads else None, kept, state, masters[i] if masters else None)
             stage = first.NEEDS_DENSE
-        module = _module_for(param.device, backend, masters)
+        module = _module_for(param.device, backend, masters, q)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
     involved = [i for index in members.values() for i in index]
     written = [x[i] for x in (params, backups, masters, *states) if isinstance(x, list) for i in involved]
@@ -142,9 +147,11 @@ def route(
     return parts
 
 
-def _module_for(device: torch.device, backend: str | None, masters: TensorList | None) -> ModuleType:
+def _module_for(device: torch.device, backend: str | None, masters: TensorList | None, q: float | None) -> ModuleType:
     module = backends.for_device(device.type, backend)
-    return module if masters is None or module.TAKES_MASTERS else eager
+    takes_masters = masters is None or module.TAKES_MASTERS
+    takes_q = q in (None, 1, 2, math.inf) or module.TAKES_POWERS
+    return module if takes_masters and takes_q else eager
 
 
 def make_batch(module: ModuleType, *lists: Any, masters: TensorList | None) -> Any:

@@ -17,6 +17,7 @@ __all__ = [
     "BASE_STEPS",
     "NEEDS_DENSE",
     "TAKES_MASTERS",
+    "TAKES_POWERS",
     "batch",
     "why_not",
 ]
@@ -24,6 +25,7 @@ __all__ = [
 NEEDS_DENSE = native.NEEDS_DENSE
 BASE_STEPS = native.BASE_STEPS
 TAKES_MASTERS = native.TAKES_MASTERS
+TAKES_POWERS = native.TAKES_POWERS
 BACKEND = Backend("interpreted", "interpreted", "nothing: it is for the tests only")
 
 

@@ -27,8 +27,9 @@ NEEDS_DENSE = False
 # The base steps that a batch has.
 BASE_STEPS = ("sgd_update", "adam_update")
 
-# Whether a batch takes masters.
+# Whether a batch takes masters, and p other than 1, 2 and inf.
 TAKES_MASTERS = True
+TAKES_POWERS = True
 
 
 def why_not(device_type: str) -> str | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEEDS_DENSE = True
 BASE_STEPS = ("sgd_update", "adam_update")
 TAKES_MASTERS = True
+TAKES_POWERS = True
 
 
 def why_not(device_type: str) -> str | None:

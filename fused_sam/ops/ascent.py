@@ -39,7 +39,7 @@ class Ascent:
         self.groups = groups
         self.masters = masters
         self._choice = backend, p, masters
-        self._parts = route(backend, params, grads, masters=masters)
+        self._parts = route(backend, params, grads, masters=masters, q=self.q)
 
     def of(self, index: set[int]) -> Ascent:
         """That of some of the tensors: the others count as without a gradient."""
@@ -146,7 +146,7 @@ def perturb(
     Raises:
         InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched backup; nothing has been changed then.
     """
-    route(backend, params, grads, backups, masters=masters)
+    route(backend, params, grads, backups, masters=masters, q=dual_exponent(p))
     needed = [g is not None and m is None for g, m in zip(grads, masters or [None] * len(grads))]
     if any(need == (b is None) for need, b in zip(needed, backups)):
         raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient, no master.")

@@ -2,9 +2,10 @@
 
 The native core reads the tensors, and checks them, as it does for its own kernels.
 
-The norm is two launches (for p other than 2 and 1 four), perturb, restore and update are one each, for any number of
-tensors; as many times that as there are pairs of parameter and gradient dtypes among them. Nothing waits for the
-device. On CPU tensors the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+The norm is two launches, perturb, restore and update are one each, for any number of tensors; as many times that as
+there are pairs of parameter and gradient dtypes among them. Nothing waits for the device. For p other than 1, 2 and inf
+an ascent runs in torch operations. On CPU tensors the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), for
+tests.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ __all__ = [
     "BASE_STEPS",
     "NEEDS_DENSE",
     "TAKES_MASTERS",
+    "TAKES_POWERS",
     "Batch",
     "batch",
     "why_not",
@@ -49,6 +51,7 @@ __all__ = [
 NEEDS_DENSE = True
 BASE_STEPS = ("sgd_update", "adam_update")
 TAKES_MASTERS = False
+TAKES_POWERS = False
 
 _columns = tables.Columns()
 
@@ -105,11 +108,8 @@ class Batch:
         if plan.total == 0:
             return torch.zeros(shape, dtype=torch.float64, device=self._device)
         with tables.on_device(self._device):
-            columns = self._columns(plan, plan.groups, *self._addresses("grads"), tables.ascent_table(groups, q))
-            if q == 2:
-                return launches.sum_of_squares(plan, columns)
-            peak = launches.peak(plan, columns)
-            return peak if q == math.inf else launches.sum_of_powers(plan, columns, peak)
+            columns = self._columns(plan, plan.groups, *self._addresses("grads"), tables.ascent_table(groups))
+            return (launches.peak if q == math.inf else launches.sum_of_squares)(plan, columns)
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         groups = [group._replace(rho=tables.readable(group.rho)) for group in groups]
@@ -123,19 +123,18 @@ class Batch:
     def _move(
         self, plan: tables.Plan, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal
     ) -> None:
-        kernel, how = kernels.perturb, {}
-        if q not in (1, 2):
-            kernel, how = kernels.perturb_by_powers, {"PEAK": q == math.inf}
+        # The one element that p = 1 moves is computed in fp64.
+        how = {"PEAK": True, "C": triton.language.float64} if q == math.inf else {"PEAK": False}
         addresses = self._addresses("grads", "backups")
         zeros = bytes(8 * len(self.params))
-        columns = self._columns(plan, plan.groups, *addresses, tables.ascent_table(groups, q), zeros)
+        columns = self._columns(plan, plan.groups, *addresses, tables.ascent_table(groups), zeros)
         moved = columns[-1] = self._moved = columns[-1].clone()
         norm = None if norm is None else norm.to(torch.float64).contiguous()
         # Entered first: a restore goes by what the kernels have written, which is nothing where none was launched.
         journal.append(self)
         try:
             for x in plan.launches:
-                launches.launch(kernel, x, *columns, norm, x.first + x.programs - 1, **how)
+                launches.launch(kernels.perturb, x, *columns, norm, x.first + x.programs - 1, **how)
         except BaseException:
             if not moved.any():
                 journal.remove(self)

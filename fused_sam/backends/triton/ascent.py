@@ -1,4 +1,4 @@
-"""Kernels for p = 2 and p = inf: the 2-norm, the way to w + e, and the way back."""
+"""Kernels of the 2-norm, the way to w + e, and the way back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fused_sam.backends.triton.tiles import (
     chunk,
     in_full_tiles,
     load,
+    narrowed,
     number,
     pointer,
     scalar,
@@ -20,10 +21,10 @@ from fused_sam.backends.triton.tiles import (
 
 @triton.jit
 def terms_of(ascent, groups, row):
-    """(entry of the table, flags, whether adaptive, eta, decay) of a tensor."""
-    entry = ascent + tl.load(groups + row) * 6
+    """Return (entry of the table, flags, whether adaptive, eta, decay) of a tensor."""
+    entry = ascent + tl.load(groups + row) * 5
     flags = tl.load(entry + 2)
-    return entry, flags, (flags & 2) != 0, number(tl.load(entry + 3)), number(tl.load(entry + 5))
+    return entry, flags, (flags & 2) != 0, number(tl.load(entry + 3)), number(tl.load(entry + 4))
 
 
 @triton.jit
@@ -107,6 +108,7 @@ def _perturb_tile(
     pre,
     post,
     active,
+    element,
     adaptive,
     eta,
     decay,
@@ -123,7 +125,10 @@ def _perturb_tile(
     t = tl.abs(w) + eta
     if SIGN:
         step = tl.where(g > 0, post, tl.where(g < 0, post * -1.0, post * 0.0))
-        moved = tl.where(adaptive, tl.fma(t, step, w), w + step)
+        if element is None:
+            moved = tl.where(adaptive, tl.fma(t, step, w), w + step)
+        else:
+            moved = tl.where(start + tl.arange(0, TILE) == element, w + tl.where(adaptive, t, 1.0) * step, w)
     else:
         g = g * pre
         if adaptive:
@@ -131,7 +136,7 @@ def _perturb_tile(
         else:
             moved = tl.fma(g, tl.broadcast_to(post, [TILE]), w)
     store(b_, raw, start, count, True, TILE, FULL)
-    store(w_, moved.to(raw.dtype), start, count, active, TILE, FULL)
+    store(w_, narrowed(moved, raw.dtype), start, count, active, TILE, FULL)
 
 
 @triton.jit(
@@ -156,8 +161,10 @@ def perturb(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     REST: tl.constexpr,
+    PEAK: tl.constexpr,
 ):
-    """backup = w, w = w + e; without a norm, the e of p = inf. moved[tensor] = where the backup is, now that it is one.
+    """backup = w, w = w + e; without a norm, the e of p = inf, and with PEAK that of p = 1: all of rho T at the largest
+    element. moved[tensor] = where the backup is, now that it is one.
 
     From the last chunk to the first: the cache still holds what the norm read last.
     """
@@ -167,17 +174,22 @@ def perturb(
     b_address, b = pointer(backups, row, begin, P)
     entry, flags, adaptive, eta, decay = terms_of(ascent, groups, row)
     rho = scalar(tl.load(entry), tl.load(entry + 1), (flags & 1) != 0)
-    SIGN: tl.constexpr = norm is None
-    if SIGN:
-        pre, post, active = 1.0, rho.to(C), rho != 0
+    SIGN: tl.constexpr = PEAK or norm is None
+    if PEAK:
+        largest = tl.load(norm)
+        active = (rho != 0) & (largest > 0) & (largest < float("inf")) & (tl.load(norm + 1) == row.to(tl.float64))
+        pre, post, element = 1.0, rho.to(C), tl.load(norm + 2).to(tl.int64) - begin
+    elif SIGN:
+        pre, post, active, element = 1.0, rho.to(C), rho != 0, None
     else:
         pre, post, active = _ascent_factors(rho, tl.load(norm), C)
+        element = None
     eta, decay = eta.to(C), decay.to(C)
     full = in_full_tiles(w_address | g_address | b_address, count, TILE)
     for start in range(0, full, TILE):
-        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, TILE, True)
+        _perturb_tile(w, g, b, start, count, pre, post, active, element, adaptive, eta, decay, C, SIGN, TILE, True)
     for start in range(full, count, REST):
-        _perturb_tile(w, g, b, start, count, pre, post, active, adaptive, eta, decay, C, SIGN, REST, False)
+        _perturb_tile(w, g, b, start, count, pre, post, active, element, adaptive, eta, decay, C, SIGN, REST, False)
     tl.store(moved + row, b_address)
 
 

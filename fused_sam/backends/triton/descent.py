@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_sam.backends.triton.powers import power
 from fused_sam.backends.triton.tiles import (
     chunk,
     in_full_tiles,
@@ -152,15 +151,39 @@ def _root(x):
 
 
 @triton.jit
+def _product(x, x_low, y, y_low):
+    """Return the product of two fp64 numbers, each given as a sum of two, as such a sum."""
+    high = x * y
+    low = tl.fma(x, y, high * -1.0) + (x * y_low + x_low * y)
+    total = high + low
+    return total, low - (total - high)
+
+
+@triton.jit
+def _power(x, n):
+    """Return x^n of an fp64 number and an integer, rounded once: the same bits on every GPU, of which no two vendors
+    have one pow."""
+    zero = tl.full([], 0.0, tl.float64)
+    high, low = zero + 1.0, zero
+    x_low = zero
+    while n > 0:
+        if (n & 1) != 0:
+            high, low = _product(high, low, x, x_low)
+        x, x_low = _product(x, x_low, x, x_low)
+        n = n >> 1
+    return high
+
+
+@triton.jit
 def _adam_corrections(entry, steps, row):
-    """(1 - beta1^t, sqrt(1 - beta2^t)) as float64, from the table, or of the step after the one in device memory."""
+    """Return (1 - beta1^t, sqrt(1 - beta2^t)) as float64, from the table, or of the step after the last one."""
     correction1 = number(tl.load(entry + 5))
     correction2_root = number(tl.load(entry + 6))
     address = tl.load(steps + row)
     if (correction1 == 0) & (address != 0):
-        t = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
-        correction1 = 1.0 - power(number(tl.load(entry + 1)), t)
-        correction2_root = tl.sqrt(1.0 - power(number(tl.load(entry + 2)), t))
+        t = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.int64) + 1
+        correction1 = 1.0 - _power(number(tl.load(entry + 1)), t)
+        correction2_root = tl.sqrt(1.0 - _power(number(tl.load(entry + 2)), t))
     return correction1, correction2_root
 
 

@@ -1,9 +1,8 @@
 """The kernels, in Triton: one program per chunk of a tensor, no matter how many tensors there are.
 
 Every address is an int64 in a table in device memory, and so is every hyperparameter: only dtypes are compiled in.
-What changes between steps changes a table, never the code. Arithmetic is that of ``csrc/arithmetic.h`` and
-``csrc/powers.h``: each product and each fused multiply-add is written out, and the launches forbid the compiler to fuse
-any other (`OPTIONS`).
+What changes between steps changes a table, never the code. Arithmetic is that of ``csrc/arithmetic.h``: each product
+and each fused multiply-add is written out, and the launches forbid the compiler to fuse any other (`OPTIONS`).
 
 Tables (int64, one entry per tensor of the op unless said otherwise; an address of 0 stands for "there is none"):
 
@@ -14,8 +13,7 @@ Tables (int64, one entry per tensor of the op unless said otherwise; an address 
                 addresses (of parameters: an argument called "params" clashes with the code that Triton generates)
     moved       the address of the backup, written by the kernel that puts w there, and 0 before: true whenever Python
                 is interrupted
-    ascent      [groups, 6]  rho as the bits of a float64, or the address of a scalar, flags, then eta, q (the same in
-                             all groups) and decay as bits
+    ascent      [groups, 5]  rho as the bits of a float64, or the address of a scalar, flags, then eta and decay as bits
     sgd         [groups, 6]  lr, momentum, 1 - dampening, weight_decay as bits, the address of lr or 0, and flags
     adam        [groups, 9]  lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, sqrt(1 - beta2^t) as bits (0 where the
                              kernel reads the step), the address of lr or 0, and flags
@@ -29,7 +27,7 @@ from typing import Any
 from fused_sam.backends.triton.ascent import norm_partials, norm_total, perturb, restore
 from fused_sam.backends.triton.descent import adam_update, sgd_update
 from fused_sam.backends.triton.means import restore_accumulate
-from fused_sam.backends.triton.powers import peak_partials, peak_total, perturb_by_powers, power_partials, power_total
+from fused_sam.backends.triton.peak import peak_partials, peak_total
 
 __all__ = [
     "adam_update",
@@ -38,9 +36,6 @@ __all__ = [
     "peak_partials",
     "peak_total",
     "perturb",
-    "perturb_by_powers",
-    "power_partials",
-    "power_total",
     "restore",
     "restore_accumulate",
     "sgd_update",
@@ -54,9 +49,9 @@ CHUNK = 8192
 # TILE: the compiler gives accesses of one shape one distribution over threads, and stores of the other size another. In
 # the swap a thread must write where it has read itself.
 TILES = {"TILE": 2048, "REST": 1024}
-# For kernels of five tensors, or of powers in fp64: half the elements fill the registers.
+# For kernels of five tensors, or of places beside numbers in fp64: half the elements fill the registers.
 NARROW_TILES = {"TILE": 1024, "REST": 512}
-NARROW = (adam_update, peak_partials, perturb_by_powers, power_partials)
+NARROW = (adam_update, peak_partials)
 # Elements that the program which adds up the partials reads at a time, and the one which compares the peaks of chunks.
 TOTAL_TILE = 8192
 PEAK_TOTAL_TILE = 2048

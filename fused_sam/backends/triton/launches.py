@@ -59,14 +59,3 @@ def peak(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
         columns[0], peaks, elements, result, plan.total, TILE=kernels.PEAK_TOTAL_TILE, **kernels.TOTAL_OPTIONS
     )
     return result
-
-
-def sum_of_powers(plan: tables.Plan, columns: list[Tensor], largest: Tensor) -> Tensor:
-    """||x||_q with the q of the last column, the table of the groups; shape []."""
-    partials, result = float64(columns[0].device, plan.total), float64(columns[0].device)
-    for x in plan.launches:
-        launch(kernels.power_partials, x, *columns, largest, partials, x.first)
-    kernels.power_total[(1,)](
-        partials, largest, columns[-1], result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS
-    )
-    return result

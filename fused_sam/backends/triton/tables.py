@@ -87,13 +87,13 @@ def addresses_of(tensors: TensorList | None, count: int) -> bytes:
     return bytes(8 * count) if tensors is None else column(0 if x is None else x.data_ptr() for x in tensors)
 
 
-def ascent_table(groups: list[AscentGroup], q: float) -> bytes:
-    """The hyperparameters of an ascent as the kernels read them."""
+def ascent_table(groups: list[AscentGroup]) -> bytes:
+    """Return the hyperparameters of an ascent as the kernels read them."""
     rows = []
     for group in groups:
         number, address, flags = _scalar(group.rho)
         flags |= kernels.ADAPTIVE * group.adaptive
-        rows.append(struct.pack("=dqqddd", number, address, flags, group.eta, q, group.decay))
+        rows.append(struct.pack("=dqqdd", number, address, flags, group.eta, group.decay))
     return b"".join(rows)
 
 

@@ -72,6 +72,14 @@ def widened(x, C: tl.constexpr):
 
 
 @triton.jit
+def narrowed(x, T: tl.constexpr):
+    """The inverse of `widened`, rounded: 16-bit data by way of fp32."""
+    if T.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(T)
+
+
+@triton.jit
 def number(bits):
     """The float64 of these bits."""
     return bits.to(tl.float64, bitcast=True)
