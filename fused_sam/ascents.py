@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import masters, ops, param_groups, param_lists, projected
+from fused_sam import masters, ops, param_groups, projected
+from fused_sam.ops import lists
 from fused_sam.telemetry import Probe
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class AlongGradient:
 
     def _first(self, optimizer: FusedSAM, params: list[Tensor], take_grads: bool) -> None:
         local = optimizer._peers.local
-        grads = param_lists.get_grads(params)
+        grads = lists.get_grads(params)
         left_out = param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
         copies = masters.of(optimizer, params, grads)
@@ -137,7 +138,7 @@ class AlongGradient:
         optimizer._ascent = state
         try:
             if take_grads:
-                param_lists.clear_grads(params)
+                lists.clear_grads(params)
             ascent.perturb(norm, state.journal, state.backups, owned=take_grads)
             masters.enter(optimizer, params, copies)
             if state.probe is not None:
@@ -151,7 +152,7 @@ class AlongGradient:
             raise
 
     def _next(self, optimizer: FusedSAM, params: list[Tensor], state: Displacement, take_grads: bool) -> None:
-        grads = param_lists.get_grads(params)
+        grads = lists.get_grads(params)
         param_groups.take_out(optimizer.param_groups, grads)
         groups = param_groups.ascent_groups(optimizer.param_groups)
         assert state.backups is not None
@@ -166,7 +167,7 @@ class AlongGradient:
         if state.probe is not None:
             state.probe.measure_radius(final=state.steps == self.steps)
         if take_grads:
-            param_lists.clear_grads(params)
+            lists.clear_grads(params)
 
 
 class AlongMomentum:
@@ -201,7 +202,7 @@ class AlongMomentum:
         optimizer._ascent = state
         try:
             if take_grads:
-                param_lists.clear_grads(params)
+                lists.clear_grads(params)
             ascent.perturb(norm, state.journal)
             masters.enter(optimizer, params, copies)
             if state.probe is not None:
@@ -213,7 +214,7 @@ class AlongMomentum:
 
     def _momenta(self, optimizer: FusedSAM, params: list[Tensor]) -> list[Any]:
         for key in self.KEYS:
-            found = param_lists.lookup(optimizer.state, params, key)
+            found = lists.lookup(optimizer.state, params, key)
             if any(m is not None for m in found):
                 return found
         if any(optimizer.state.values()):

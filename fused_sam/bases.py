@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fused_sam import backends, clipping, looksam, masters, ops, param_lists
+from fused_sam import backends, clipping, looksam, masters, ops
+from fused_sam.ops import lists
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -29,13 +30,13 @@ class FusedSGD:
     ) -> None:
         """One `ops.sgd_update` over all groups; new momentum buffers stay in the state only if it is made."""
         params, local = optimizer._flat_params(), optimizer._peers.local
-        grads = param_lists.get_grads(params)
+        grads = lists.get_grads(params)
         copies = masters.of(optimizer, params, grads)
         buffers: list[Any] | None = None
         fresh: set[int] = set()
         if any(group["momentum"] for group in optimizer.param_groups):
-            buffers = param_lists.lookup(optimizer.state, params, "momentum_buffer")
-            if not param_lists.all_present(buffers):
+            buffers = lists.lookup(optimizer.state, params, "momentum_buffer")
+            if not lists.all_present(buffers):
                 fresh = _make_buffers(optimizer.param_groups, _weights(params, copies), grads, buffers)
         if fresh and ops.is_capturing(params):
             raise RuntimeError(
@@ -43,10 +44,10 @@ class FusedSGD:
             )
         if fresh and found_inf is not None and bool(found_inf):
             # A buffer that is skipped must not come into being, and only the host can see to that.
-            ops.bring_back(journal)
+            ops.restore_weights(journal)
             journal.clear()
             return
-        backups = ops.one_batch(journal, len(params))
+        backups = ops.joint_backup(journal, len(params))
         if buffers is not None and fresh:
             _enter(optimizer, params, fresh, {"momentum_buffer": buffers}, journal)
         groups = _sgd_groups(optimizer.param_groups, fresh)
@@ -139,7 +140,7 @@ class AnyBase:
         self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Restore, unscale or skip as a GradScaler would, and let the base step."""
-        ops.bring_back(journal)
+        ops.restore_weights(journal)
         if found_inf is not None and bool(found_inf):
             journal.clear()
             return
@@ -171,19 +172,19 @@ class FusedAdam(AnyBase):
                 raise RuntimeError("master_weights=True needs betas that are numbers, and capturable=False on a CPU.")
             super().step(optimizer, journal, grad_scale, found_inf)
             return
-        grads = param_lists.get_grads(params)
+        grads = lists.get_grads(params)
         copies = masters.of(optimizer, params, grads)
-        state = {key: param_lists.lookup(optimizer.state, params, key) for key in _ADAM_STATE}
+        state = {key: lists.lookup(optimizer.state, params, key) for key in _ADAM_STATE}
         steps = state["step"]
         fresh = {i for i, (t, g) in enumerate(zip(steps, grads)) if t is None and g is not None}
         if fresh and ops.is_capturing(params):
             raise RuntimeError("State of Adam would be made in every replay: step once before capturing a CUDA graph.")
         if fresh and found_inf is not None and bool(found_inf):
             # State that is skipped must not come into being, and only the host can see to that.
-            ops.bring_back(journal)
+            ops.restore_weights(journal)
             journal.clear()
             return
-        backups = ops.one_batch(journal, len(params))
+        backups = ops.joint_backup(journal, len(params))
         if fresh:
             _make_adam_state(optimizer.param_groups, _weights(params, copies), fresh, state)
             _enter(optimizer, params, fresh, state, journal)

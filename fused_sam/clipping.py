@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_sam.memory import overlaps_itself
+from fused_sam.backends.memory import overlaps_itself
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_sam import masters, ops, param_lists
+from fused_sam import masters, ops
 from fused_sam.backends.eager import ordered_sum, wide
-from fused_sam.memory import overlaps_itself
-from fused_sam.routing import require_match
+from fused_sam.backends.memory import overlaps_itself
+from fused_sam.ops import lists
+from fused_sam.ops.routing import require_match
 
 if TYPE_CHECKING:
     from fused_sam.ascents import Displacement
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 KEY = "orthogonal_grad"
 
 
-class Kept(ops.Done):
+class Kept(ops.StateEntry):
     """A journal entry for the g_v of these parameters."""
 
     def __init__(self, state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> None:
@@ -101,7 +102,7 @@ def apply(optimizer: FusedSAM, alpha: float) -> None:
         InvalidTensor: as `keep`.
     """
     params = optimizer._flat_params()
-    found = param_lists.lookup(optimizer.state, params, KEY)
+    found = lists.lookup(optimizer.state, params, KEY)
     parts = [part if p.grad is not None else None for p, part in zip(params, found)]
     grads: list[Any] = [p.grad if part is not None else None for p, part in zip(params, parts)]
     if not any(part is not None for part in parts):

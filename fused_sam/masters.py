@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_sam import ops, param_lists
-from fused_sam.routing import SIXTEEN_BIT, TensorList
+from fused_sam import ops
+from fused_sam.backends.interface import SIXTEEN_BIT, TensorList
+from fused_sam.ops import lists
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -85,7 +86,7 @@ def of(optimizer: FusedSAM, params: TensorList, grads: TensorList) -> TensorList
     masters = optimizer._masters
     if masters is None:
         return None
-    copies = masters.of(param_lists.lookup(optimizer.state, params, KEY), params, grads)
+    copies = masters.of(lists.lookup(optimizer.state, params, KEY), params, grads)
     if not optimizer.perturbed:
         masters.refresh(params, copies)
     return copies if any(m is not None for m in copies) else None

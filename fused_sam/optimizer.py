@@ -16,16 +16,16 @@ from fused_sam import (
     closures,
     descents,
     masters,
-    memory,
     ops,
     param_groups,
-    param_lists,
     schedule,
 )
+from fused_sam.backends import memory
 from fused_sam.distributed import shards
 from fused_sam.distributed.alone import Alone
 from fused_sam.distributed.peers import Peers
 from fused_sam.dynamo import untraced
+from fused_sam.ops import lists
 from fused_sam.options import positive_or_none
 from fused_sam.telemetry import Report
 
@@ -280,7 +280,7 @@ class FusedSAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`."""
         if set_to_none:
-            param_lists.clear_grads(self._flat_params())
+            lists.clear_grads(self._flat_params())
         else:
             super().zero_grad(set_to_none)
         self._peers.cleared()
@@ -291,10 +291,10 @@ class FusedSAM(Optimizer):
     def restore(self) -> None:
         """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
         self._peers.reset()
-        ops.undo(self._journal)
+        ops.roll_back(self._journal)
         if self._ascent is None:
             return
-        ops.undo(self._ascent.journal)
+        ops.roll_back(self._ascent.journal)
         self._ascent = None
         masters.note(self)
 

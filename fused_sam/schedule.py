@@ -51,7 +51,7 @@ class Schedule:
         return self.stop is not None and param_groups[0].get(KEY, 0) >= self.stop
 
 
-class Counted(ops.Done):
+class Counted(ops.StateEntry):
     """A journal entry for the count, which an interrupted step does not advance."""
 
     def __init__(self, group: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from twin import Twin
 
 from fused_sam import FusedSAM, ReferenceSAM
-from fused_sam.memory import overlaps_itself
+from fused_sam.backends.memory import overlaps_itself
 
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.87, "dampening": 0.3, "weight_decay": 0.017}),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from fused_sam.backends import Backend, native
+from fused_sam.backends import Candidate, native
+from fused_sam.backends.interface import TensorList
 from fused_sam.backends.native import CUDABatch
-from fused_sam.routing import TensorList
 
 __all__ = [
     "BACKEND",
@@ -26,7 +26,7 @@ NEEDS_DENSE = native.NEEDS_DENSE
 BASE_STEPS = native.BASE_STEPS
 TAKES_MASTERS = native.TAKES_MASTERS
 TAKES_POWERS = native.TAKES_POWERS
-BACKEND = Backend("interpreted", "interpreted", "nothing: it is for the tests only")
+BACKEND = Candidate("interpreted", "interpreted", "nothing: it is for the tests only")
 
 
 def why_not(device_type: str) -> str | None:

@@ -25,7 +25,7 @@ from helpers import (
 from torch import Tensor
 
 from fused_sam import FusedSAM, backends, ops
-from fused_sam.routing import can_mix
+from fused_sam.backends.interface import can_mix
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 

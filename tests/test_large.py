@@ -95,7 +95,7 @@ def master_step(calls: list[slice]) -> list[list[Tensor]]:
             ascent.perturb(scalar(41.7, "cpu"), journal)
             seen.append([x.clone() for x in p])
             if restored:
-                ops.undo(journal)
+                ops.roll_back(journal)
                 seen.append([x.clone() for x in p])
                 continue
             groups = sgd_groups(len(p), **SGD_CONFIGS["nesterov-decay"])

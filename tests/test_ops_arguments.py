@@ -11,7 +11,7 @@ import torch
 from helpers import HYPER, ascent_groups, assert_same_bits, sgd_groups, snapshot
 
 from fused_sam import ops
-from fused_sam.routing import InvalidTensor
+from fused_sam.backends.interface import InvalidTensor
 
 Arguments = dict[str, Any]
 REFUSED = (TypeError, ValueError)

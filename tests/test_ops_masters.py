@@ -102,7 +102,7 @@ def test_w_plus_e_is_rounded_into_the_parameter_and_the_master_stays(
     assert snapshot(problem.params) != params
     assert snapshot(problem.masters) == masters
     versions = [x._version for x in problem.params]
-    ops.undo(journals[0])
+    ops.roll_back(journals[0])
     assert snapshot(problem.params) == params
     assert snapshot(problem.masters) == masters
     assert all(x._version > before for x, before in zip(problem.params, versions, strict=True) if x.numel())
@@ -126,7 +126,7 @@ def test_sgd(
         (journals[0], problem.params, problem.grads, problem.states[0], problem.masters, backend),
         (journals[1], problem.weights, problem.wide_grads, problem.wide_states[0], None, twin),
     ):
-        backups = ops.one_batch(journal, count)
+        backups = ops.joint_backup(journal, count)
         ops.sgd_update(params, grads, backups, state, groups, scale, None, by, journal, masters)
         assert journal == []
     problem.check()
@@ -146,7 +146,7 @@ def test_adam(dtype: torch.dtype, wide: bool, config: str, backend: str, device:
         (journals[1], problem.weights, problem.wide_grads, problem.wide_states, None, twin),
     ):
         steps = [torch.tensor(6.0) for _ in params]
-        lists = params, grads, ops.one_batch(journal, count), *states, steps
+        lists = params, grads, ops.joint_backup(journal, count), *states, steps
         ops.adam_update(*lists, groups, backend=by, journal=journal, masters=masters)
         assert [float(t) for t in steps] == [7.0] * count
     problem.check()
@@ -160,7 +160,7 @@ def test_found_inf_only_restores(dtype: torch.dtype, backend: str, device: str, 
     count = len(problem.params)
     inf = torch.tensor(1.0, device=device)
     groups = sgd_groups(count, **SGD_CONFIGS["momentum"])
-    backups = ops.one_batch(journal, count)
+    backups = ops.joint_backup(journal, count)
     lists = problem.params, problem.grads, backups, problem.states[0]
     ops.sgd_update(*lists, groups, None, inf, backend, journal, problem.masters)
     assert [snapshot(x) for x in (problem.params, problem.masters, problem.states[0])] == before
@@ -180,7 +180,7 @@ def test_missing_gradients_and_parameters_without_masters(backend: str, device: 
     ascent = ops.Ascent(params, first, groups, backend, masters=masters)
     ascent.perturb(ascent.norm(), journal)
     assert [a == b for a, b in zip(snapshot(params), old, strict=True)] == [False, False, True, False, False, True]
-    backups = ops.one_batch(journal, 6)
+    backups = ops.joint_backup(journal, 6)
     lists = params, second, backups, [None] * 6
     ops.sgd_update(*lists, sgd_groups(6, lr=0.13), None, None, backend, journal, masters)
     assert [a == b for a, b in zip(snapshot(params), old, strict=True)] == [False, False, False, True, False, True]
@@ -202,7 +202,7 @@ def test_strided_parameters(dtype: torch.dtype, backend: str, device: str, twin:
         ops.Ascent([p], [g], groups, backend, masters=[master]).perturb(norm, journal)
         ops.perturb([weight], [g.float()], [torch.empty_like(weight)], norm, groups, twin)
         assert_same_bits([p], [weight.to(dtype)], name)
-        ops.undo(journal)
+        ops.roll_back(journal)
         assert_same_bits([p], [before], name)
         weight, momentum = master.clone(), torch.randn_like(master)
         wide_momentum = momentum.clone()
@@ -264,5 +264,5 @@ def test_a_master_replaced_between_the_passes_is_refused(device: str) -> None:
     for replaced in (master.clone(), None):
         with pytest.raises(ValueError, match="while perturbed"):
             ops.sgd_update(*lists, journal=journal, backend="native", masters=[replaced])
-    ops.undo(journal)
+    ops.roll_back(journal)
     assert_same_bits([p], [torch.ones_like(p)])

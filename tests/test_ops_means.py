@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(
         ops.restore_accumulate([fine, fine[2:]], [fine, fine[2:]], groups, perturbed.journal, backend)
     assert snapshot(perturbed.params) == moved
     assert bits(fine) == bits(torch.ones(9))
-    ops.undo(perturbed.journal)
+    ops.roll_back(perturbed.journal)
     perturbed.check()
 
 

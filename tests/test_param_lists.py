@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from fused_sam import param_lists
+from fused_sam.ops import lists as package_lists
 
 
 def in_python(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as it is where the native core does not load."""
     monkeypatch.setitem(sys.modules, "fused_sam._native", None)
-    spec = importlib.util.find_spec("fused_sam.param_lists")
+    spec = importlib.util.find_spec("fused_sam.ops.lists")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,7 +28,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(params=["as installed", "python"])
 def lists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return param_lists if request.param == "as installed" else in_python(monkeypatch)
+    return package_lists if request.param == "as installed" else in_python(monkeypatch)
 
 
 def some_params() -> list[nn.Parameter]:

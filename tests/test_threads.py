@@ -57,7 +57,7 @@ def master_step(x: Lists, base: str, wide: bool, backend: str) -> list[list[torc
     ascent = ops.Ascent(x.params, grads, groups, backend, 1.5 if wide else 2.0, masters)
     ascent.perturb(ascent.norm(), journal)
     seen = [[p.clone() for p in x.params]]
-    ops.undo(journal)
+    ops.roll_back(journal)
     seen.append([p.clone() for p in x.params])
     if base == "sgd":
         config = sgd_groups(len(SIZES), **SGD_CONFIGS["nesterov-decay"])

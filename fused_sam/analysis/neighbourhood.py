@@ -79,4 +79,4 @@ class Climb:
 
     def undo(self) -> None:
         """Back to w."""
-        ops.undo(self._journal)
+        ops.roll_back(self._journal)

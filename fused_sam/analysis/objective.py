@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from fused_sam import batchnorm, rng
-from fused_sam.routing import DTYPES
+from fused_sam.backends.interface import DTYPES
 
 LossFn = Callable[[Any, Any], Tensor]
 

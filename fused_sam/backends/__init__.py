@@ -1,8 +1,7 @@
 """The implementations of the op surface, and the choice among them.
 
-A backend is a module with the names of `fused_sam.backends.eager`: helpers over parameter lists, and `batch`, which
-makes an object whose methods are the ops. An explicitly requested backend is used or raises; otherwise each device gets
-the first one of `REGISTRY` that loads and takes it.
+A backend is a module with the names of `fused_sam.backends.interface.Backend`. An explicitly requested backend is used
+or raises; otherwise each device gets the first one of `REGISTRY` that loads and takes it.
 """
 
 from __future__ import annotations
@@ -12,13 +11,23 @@ import importlib
 import logging
 import os
 from dataclasses import dataclass
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from fused_sam.backends.interface import Backend
+
+if TYPE_CHECKING:
+    from fused_sam.backends import eager, native, triton
+
+    # mypy compares each with the interface.
+    _native: Backend = native
+    _triton: Backend = triton
+    _eager: Backend = eager
 
 logger = logging.getLogger("fused_sam")
 
 
 @dataclass(frozen=True)
-class Backend:
+class Candidate:
     """A row of the registry: the name users ask for, where it lives, and how to get it when it does not load."""
 
     name: str
@@ -28,18 +37,19 @@ class Backend:
 
 # Best first.
 REGISTRY = (
-    Backend(
+    Candidate(
         "native",
         "fused_sam.backends.native",
         "reinstall where a C++17 compiler is found: FUSED_SAM_NATIVE=ON pip install --force-reinstall --no-deps .",
     ),
-    Backend("triton", "fused_sam.backends.triton", "pip install triton (CUDA and ROCm builds of torch bring it)"),
-    Backend("eager", "fused_sam.backends.eager", "reinstall torch"),
+    Candidate("triton", "fused_sam.backends.triton", "pip install triton (CUDA and ROCm builds of torch bring it)"),
+    Candidate("eager", "fused_sam.backends.eager", "reinstall torch"),
 )
 
 
 @functools.cache
-def _load(backend: Backend) -> ModuleType | ImportError:
+def _load(backend: Candidate) -> Any:
+    """Return the module, or the ImportError that it raises."""
     try:
         return importlib.import_module(backend.module)
     except ImportError as error:
@@ -47,11 +57,11 @@ def _load(backend: Backend) -> ModuleType | ImportError:
 
 
 def available(device_type: str | None = None) -> dict[str, str]:
-    """State of every known backend, for tensors of a device type if given: ``"ok"``, or why it cannot be used."""
+    """Return the state of every known backend, for a device type if given: ``"ok"``, or why it cannot be used."""
     return {backend.name: _state(backend, device_type) for backend in REGISTRY}
 
 
-def _state(backend: Backend, device_type: str | None) -> str:
+def _state(backend: Candidate, device_type: str | None) -> str:
     module = _load(backend)
     if isinstance(module, ImportError):
         return f"{module} (to get it: {_remedy(backend, module)})"
@@ -64,7 +74,7 @@ def _remedy(backend: Backend, error: ImportError) -> str:
 
 
 def requested(name: str | None = None) -> str | None:
-    """The backend asked for by argument, else by ``FUSED_SAM_BACKEND``, else None.
+    """Return the backend asked for by argument, else by ``FUSED_SAM_BACKEND``, else None.
 
     Raises:
         ValueError: if there is no backend of that name.
@@ -86,8 +96,8 @@ def requested(name: str | None = None) -> str | None:
 
 
 @functools.cache
-def for_device(device_type: str, name: str | None = None) -> ModuleType:
-    """The backend for tensors of a device type such as ``"cpu"`` or ``"cuda"``.
+def for_device(device_type: str, name: str | None = None) -> Backend:
+    """Return the backend for tensors of a device type such as ``"cpu"`` or ``"cuda"``.
 
     Raises:
         RuntimeError: if the requested backend cannot take tensors of the device; the message says why.
@@ -98,8 +108,7 @@ def for_device(device_type: str, name: str | None = None) -> ModuleType:
         if _state(backend, device_type) == "ok":
             if name is None:
                 logger.info("backend %r chosen for %s tensors", backend.name, device_type)
-            module = _load(backend)
-            assert isinstance(module, ModuleType)
+            module: Backend = _load(backend)
             return module
     raise RuntimeError(
         f"backend={name!r} was asked for but cannot take {device_type} tensors: "

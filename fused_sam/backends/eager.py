@@ -1,8 +1,4 @@
-"""The op surface in plain torch: any device, any strides, no compiler. Never synchronises with the device.
-
-It is also the interface that every backend has: `batch` gathers the tensors of one op, and the methods of what it
-returns are the ops.
-"""
+"""The op surface in plain torch: any device, any strides, no compiler. Never synchronises with the device."""
 
 from __future__ import annotations
 
@@ -10,41 +6,25 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_sam.memory import overlaps_itself
+from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
+from fused_sam.backends.memory import overlaps_itself
 
-if TYPE_CHECKING:
-    from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
-    from fused_sam.routing import TensorList
-
-# Whether tensors of other layouts than dense ones must be replaced by contiguous stand-ins.
 NEEDS_DENSE = False
-
-# The base steps that a batch has.
 BASE_STEPS = ("sgd_update", "adam_update")
-
-# Whether a batch takes masters, and p other than 1, 2 and inf.
 TAKES_MASTERS = True
 TAKES_POWERS = True
 
 
 def why_not(device_type: str) -> str | None:
-    """Why this backend cannot take tensors of a device type; None where it can."""
     return None
 
 
 class Batch:
-    """The tensors of one op. Arguments and results of the methods are those of the functions in `fused_sam.ops`.
-
-    ``states``: what the base step keeps, the momentum buffers of SGD, or the exp_avgs, exp_avg_sqs and max_exp_avg_sqs
-    of Adam. ``masters``: w in fp32 of 16-bit parameters, which hold it rounded; None for the others.
-    """
-
-    # Whether an update by the same backend can restore what this has perturbed.
     joins_update = True
 
     def __init__(
@@ -64,12 +44,11 @@ class Batch:
 
     @property
     def odd(self) -> list[int]:
-        """Indices of tensors that want a look by `fused_sam.routing`: all, as torch copes with any that pass."""
+        # All, as torch copes with any that pass.
         return list(range(len(self.params)))
 
     def make_backups(self, owned: bool) -> None:
-        """Memory for w of each parameter with a gradient. ``owned`` gradients could lend theirs; only one kernel that
-        reads and writes both makes that worth it."""
+        # Owned gradients could lend their memory; only one kernel that reads and writes both makes that worth it.
         self.set_backups(
             [
                 torch.empty_like(p) if m is None and g is not None else None
@@ -82,7 +61,6 @@ class Batch:
 
     @property
     def kept(self) -> list[Any | None]:
-        """None for each parameter without a backup."""
         return self.backups or [None] * len(self.params)
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
@@ -148,8 +126,7 @@ class Batch:
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [b for _, b in pairs])
 
-    def restore_accumulate(self, restored: Batch | None, groups: list[MeanGroup], journal: Journal) -> None:
-        """The parameters of this batch are the means; those to restore are ``restored``'s, an ascent's, if any."""
+    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
         members = itertools.groupby(self._members(groups), operator.itemgetter(1))
         for group, run in members:
             _accumulate([(self.params[i], self.grads[i]) for i, _ in run], group)
@@ -175,7 +152,6 @@ class Batch:
         found_inf: Tensor | None,
         journal: Journal,
     ) -> None:
-        """``steps`` done before are read where the groups do not hold the corrections; None if none is."""
         self.restore()
         for i, group in self._members(groups):
             state = self._state(0, i), self._state(1, i), self._state(2, i) if group.amsgrad else None

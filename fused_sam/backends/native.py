@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_sam import _native
-
-if TYPE_CHECKING:
-    from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
-    from fused_sam.routing import TensorList
+import fused_sam._native as _native
+from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
 
 NEEDS_DENSE = True
 BASE_STEPS = ("sgd_update", "adam_update")
@@ -51,7 +48,7 @@ def operands(
     states: tuple[TensorList | None, ...],
     masters: TensorList | None = None,
 ) -> _native.Batch:
-    """The tensors of an op as kernels see them: addresses, checked."""
+    """Return the tensors of an op as kernels see them: addresses, checked. For backends of other kernels."""
     index = device.index or 0
     return _native.Batch(params, grads, backups, states, masters, DEVICE_TYPES[device.type], index)
 
@@ -85,46 +82,47 @@ class CPUBatch:
     ) -> None:
         self.device = device
         self.params = params
-        kept: Any = backups._batch if isinstance(backups, CPUBatch) else backups
-        self._batch: _native.Batch = operands(device, params, grads, kept, states, masters)
-
-    @property
-    def odd(self) -> list[int]:
-        return self._batch.odd
+        moved: Any = backups.core if isinstance(backups, CPUBatch) else backups
+        kind, index = DEVICE_TYPES[device.type], device.index or 0
+        self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index)
+        self.odd = self.core.odd
 
     def make_backups(self, owned: bool) -> None:
-        self._batch.make_backups(owned)
+        self.core.make_backups(owned)
 
     def set_backups(self, backups: TensorList) -> None:
-        self._batch.set_backups(backups)
+        self.core.set_backups(backups)
 
     @property
     def kept(self) -> list[bool | None]:
-        return self._batch.kept
+        return self.core.kept
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        value, tensor, element = self._batch.norm(groups, q, torch.get_num_threads())
+        value, tensor, element = self.core.norm(groups, q, torch.get_num_threads())
         if q == math.inf:
             return torch.tensor([value, tensor, element], dtype=torch.float64)
         return torch.scalar_tensor(value, dtype=torch.float64)
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
-        value, tensor, element = (0.0, -1.0, -1.0) if norm is None else _numbers(norm)
-        self._batch.perturb((value, tensor, element), groups, q, torch.get_num_threads(), journal, self)
+        numbers: Any = (0.0, -1.0, -1.0)
+        if norm is not None:
+            numbers = norm.tolist() if norm.dim() else (norm.item(), -1.0, -1.0)
+        self.core.perturb(numbers, groups, q, torch.get_num_threads(), journal, self)
 
     def restore(self) -> None:
-        self._batch.restore(len(self.params), torch.get_num_threads())
+        self.core.restore(len(self.params), torch.get_num_threads())
 
-    def restore_accumulate(self, restored: CPUBatch | None, groups: list[MeanGroup], journal: Journal) -> None:
+    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
         moved, size = _moved(restored)
-        _native.restore_accumulate(self._batch, moved, size, groups, torch.get_num_threads(), journal)
+        _native.restore_accumulate(self.core, moved, size, groups, torch.get_num_threads(), journal)
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
-        if self._skips(found_inf, journal):
+        if found_inf is not None and self._skips(found_inf, journal):
             return
-        self._batch.sgd_update(groups, _multiplier(grad_scale), torch.get_num_threads(), journal)
+        multiplier = 1.0 if grad_scale is None else _multiplier(grad_scale)
+        self.core.sgd_update(groups, multiplier, torch.get_num_threads(), journal)
 
     def adam_update(
         self,
@@ -134,31 +132,28 @@ class CPUBatch:
         found_inf: Tensor | None,
         journal: Journal,
     ) -> None:
-        if self._skips(found_inf, journal):
+        if found_inf is not None and self._skips(found_inf, journal):
             return
-        self._batch.adam_update(groups, steps, _multiplier(grad_scale), torch.get_num_threads(), journal)
+        multiplier = 1.0 if grad_scale is None else _multiplier(grad_scale)
+        self.core.adam_update(groups, steps, multiplier, torch.get_num_threads(), journal)
 
-    def _skips(self, found_inf: Tensor | None, journal: Journal) -> bool:
-        """Whether there is only to restore, which is done then."""
-        if found_inf is None or found_inf.item() == 0.0:
+    def _skips(self, found_inf: Tensor, journal: Journal) -> bool:
+        """Return whether there is only to restore, which is done then."""
+        if found_inf.item() == 0.0:
             return False
         self.restore()
         journal.clear()
         return True
 
 
-def _multiplier(grad_scale: Tensor | None) -> float:
-    """The reciprocal in fp64, rounded once, is what torch.amp.GradScaler multiplies by."""
-    return 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
+def _multiplier(grad_scale: Tensor) -> float:
+    """Return what torch.amp.GradScaler multiplies by, the reciprocal in fp64, rounded once."""
+    return grad_scale.double().reciprocal().float().item()
 
 
 def _moved(restored: CPUBatch | None) -> tuple[_native.Batch | None, int]:
-    """The core's view of an ascent, and of how many parameters it is."""
-    return (None, 0) if restored is None else (restored._batch, len(restored.params))
-
-
-def _numbers(norm: Tensor) -> list[float]:
-    return norm.tolist() if norm.dim() else [norm.item(), -1.0, -1.0]
+    """Return the core's view of an ascent, and of how many parameters it is."""
+    return (None, 0) if restored is None else (restored.core, len(restored.params))
 
 
 class CUDABatch(CPUBatch):
@@ -168,10 +163,10 @@ class CUDABatch(CPUBatch):
     """
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        partials = _native.cuda.norm_partials(self._batch, groups, q)
+        partials = _native.cuda.norm_partials(self.core, groups, q)
         workspace = torch.empty(3 + partials, dtype=torch.float64, device=self.device)
         with self._launching() as stream:
-            _native.cuda.norm(self._batch, groups, q, workspace, stream)
+            _native.cuda.norm(self.core, groups, q, workspace, stream)
         return workspace[:3] if q == math.inf else workspace[0]
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
@@ -180,23 +175,23 @@ class CUDABatch(CPUBatch):
         if numbers.dim() == 0 and q != 1 and q != 2:
             numbers = numbers.expand(3).contiguous()
         with self._launching() as stream:
-            _native.cuda.perturb(self._batch, numbers, groups, q, stream, journal, self)
+            _native.cuda.perturb(self.core, numbers, groups, q, stream, journal, self)
 
     def restore(self) -> None:
         with self._launching() as stream:
-            _native.cuda.restore(self._batch, len(self.params), stream)
+            _native.cuda.restore(self.core, len(self.params), stream)
 
-    def restore_accumulate(self, restored: CPUBatch | None, groups: list[MeanGroup], journal: Journal) -> None:
+    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
         moved, size = _moved(restored)
         with self._launching() as stream:
-            _native.cuda.restore_accumulate(self._batch, moved, size, groups, stream, journal)
+            _native.cuda.restore_accumulate(self.core, moved, size, groups, stream, journal)
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
         scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
         with self._launching() as stream:
-            _native.cuda.sgd_update(self._batch, groups, scale, skip, stream, journal)
+            _native.cuda.sgd_update(self.core, groups, scale, skip, stream, journal)
 
     def adam_update(
         self,
@@ -208,7 +203,7 @@ class CUDABatch(CPUBatch):
     ) -> None:
         scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
         with self._launching() as stream:
-            _native.cuda.adam_update(self._batch, groups, steps, scale, skip, stream, journal)
+            _native.cuda.adam_update(self.core, groups, steps, scale, skip, stream, journal)
 
     def _launching(self) -> _Launching:
         return _Launching(self.device)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_sam.memory import is_dense
+from fused_sam.backends.memory import is_dense
 
 ALIGNMENT = 16  # bytes, of every gradient in a bucket: what the widest loads of the kernels want
 

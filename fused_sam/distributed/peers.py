@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_sam import ops, param_lists
+from fused_sam import ops
+from fused_sam.ops import lists
 
 if TYPE_CHECKING:
+    from fused_sam.backends.interface import TensorList
     from fused_sam.optimizer import FusedSAM
-    from fused_sam.routing import TensorList
 
 
 class Peers:
@@ -66,7 +67,7 @@ class Peers:
             InvalidTensor: as `ops.norm`.
         """
         params = optimizer._flat_params()
-        grads = param_lists.get_grads(params)
+        grads = lists.get_grads(params)
         groups = [ops.AscentGroup(len(params), 0.0, False)]
         norm: Any = self.norm(ops.Ascent(self.local(params), self.local(grads), groups, optimizer.backend), params)
         return norm

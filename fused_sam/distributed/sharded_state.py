@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_sam import ops
+from fused_sam.backends.memory import is_dense
 from fused_sam.distributed import state_slices
 from fused_sam.distributed.collectives import all_gather
 from fused_sam.distributed.overlap import Overlap
 from fused_sam.distributed.peers import Peers, gathered
 from fused_sam.distributed.replicas import Replicas
 from fused_sam.distributed.slices import Piece, SlicedBucket, SlicedLayout
-from fused_sam.memory import is_dense
 
 if TYPE_CHECKING:
     from fused_sam.optimizer import FusedSAM
@@ -73,7 +73,7 @@ class ShardedState(Replicas):
 
         What fails before that, a lost rank included, leaves the weights at w and the state as it was.
         """
-        ops.bring_back(journal)
+        ops.restore_weights(journal)
         staged: Staged = []
         for bucket in self._slices.trained:
             size = bucket.share * bucket.ranks

@@ -17,8 +17,8 @@ from fused_sam import ops
 from fused_sam.distributed.peers import Peers, any_of, gathered
 
 if TYPE_CHECKING:
+    from fused_sam.backends.interface import TensorList
     from fused_sam.optimizer import FusedSAM
-    from fused_sam.routing import TensorList
 
 # A mesh, and those of its dimensions along which a tensor is cut.
 Sharding: TypeAlias = tuple[Any, tuple[int, ...]]

@@ -15,33 +15,33 @@ means that there is none. Groups cover the lists in order, ``size`` tensors each
 fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm always in fp64.
 """
 
+from fused_sam.backends.interface import AdamGroup, AscentGroup, InvalidTensor, Journal, MeanGroup, SGDGroup
 from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, restore_accumulate, sgd_update
-from fused_sam.ops.groups import AdamGroup, AscentGroup, MeanGroup, SGDGroup, dual_exponent, host_number, is_capturing
-from fused_sam.ops.journal import Done, Journal, NewState, bring_back, one_batch, undo
-from fused_sam.routing import InvalidTensor
+from fused_sam.ops.groups import dual_exponent, host_number, is_capturing
+from fused_sam.ops.journal import NewState, StateEntry, joint_backup, restore_weights, roll_back
 
 __all__ = [
     "AdamGroup",
     "Ascent",
     "AscentGroup",
-    "Done",
     "InvalidTensor",
     "Journal",
     "MeanGroup",
     "NewState",
     "SGDGroup",
+    "StateEntry",
     "adam_update",
-    "bring_back",
     "dual_exponent",
     "host_number",
     "is_capturing",
+    "joint_backup",
     "joint_norm",
     "norm",
-    "one_batch",
     "perturb",
     "restore",
     "restore_accumulate",
+    "restore_weights",
+    "roll_back",
     "sgd_update",
-    "undo",
 ]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sam.ops.groups import AscentGroup, dual_exponent, require_sizes
-from fused_sam.ops.journal import Copies, Journal, bump_versions
-from fused_sam.routing import Part, TensorList, contiguous, make_batch, route, stand_ins
+from fused_sam.backends.interface import AscentGroup, Journal, TensorList
+from fused_sam.ops.groups import dual_exponent, require_sizes
+from fused_sam.ops.journal import Copies, bump_versions
+from fused_sam.ops.routing import Part, contiguous, route, stand_ins
 
 
 class Ascent:
@@ -39,22 +40,23 @@ class Ascent:
         self.groups = groups
         self.masters = masters
         self._choice = backend, p, masters
-        self._parts = route(backend, params, grads, masters=masters, q=self.q)
+        self._parts = route(backend, groups, params, grads, masters=masters, q=self.q)
 
     def of(self, index: set[int]) -> Ascent:
-        """That of some of the tensors: the others count as without a gradient."""
+        """Return the ascent of some of the tensors: the others count as without a gradient."""
         grads = [g if i in index else None for i, g in enumerate(self.grads)]
         return Ascent(self.params, grads, self.groups, *self._choice)
 
     def norm(self) -> Tensor | None:
-        """||T g||_q as a float64 tensor of shape [] on the device of the first gradient; None for p = inf, which needs
-        none. For p = 1 of shape [3]: the largest |T g|, the number of its tensor, and its place in that tensor."""
+        """Return ||T g||_q as a float64 tensor of shape [] on the device of the first gradient; None for p = inf, which
+        needs none. For p = 1 of shape [3]: the largest |T g|, the index of its tensor, and its place in that tensor."""
         if self.q == 1:
             return None
         norms = []
         for part in self._parts:
             batch = self._on_stand_ins(part) if part.batch is None else part.batch
-            norms.append(part.globally(batch.norm(part.regroup(self.groups), self.q)))
+            norm: Tensor = batch.norm(part.groups, self.q)
+            norms.append(norm if part.index is None else part.to_list_index(norm))
         if not norms:
             return torch.zeros(3 if self.q == math.inf else (), dtype=torch.float64)
         return norms[0] if len(norms) == 1 else joint_norm([n.to(norms[0].device) for n in norms], self.q)
@@ -62,46 +64,48 @@ class Ascent:
     def perturb(
         self, norm: Tensor | None, journal: Journal, backups: TensorList | None = None, owned: bool = False
     ) -> None:
-        """w = w + e in place, with w kept in ``backups``, or in memory found here.
+        """Move w to w + e in place, with w kept in ``backups``, or in memory found here.
 
         With ``owned``, the gradients are the caller's to give: one whose memory nothing else can reach comes to hold
         its parameter (the in-place swap: no memory is taken and none stays behind). Nothing but the list given to the
         constructor may refer to it then. Backups of small tensors share one allocation instead.
         """
         for part in self._parts:
-            there = None if norm is None else part.locally(norm.to(part.device))
-            scalars = there, part.regroup(self.groups), self.q
-            kept = part.take_any(backups)
+            there = None if norm is None else norm.to(part.device)
+            if there is not None and part.index is not None:
+                there = part.to_part_index(there)
+            kept = None if backups is None else part.take(backups)
             if part.batch is not None:
                 if kept is None:
                     part.batch.make_backups(owned)
                 else:
                     part.batch.set_backups(kept)
-                part.batch.perturb(*scalars, journal)
+                part.batch.perturb(there, part.groups, self.q, journal)
                 continue
             p, g = part.take(self.params), part.take(self.grads)
+            p_: Any
             memory = [
                 torch.empty_like(w) if b is None and x is not None else b
                 for w, x, b in zip(p, g, kept or [None] * len(p))
             ]
             journal.append(Copies(p, memory))
             with stand_ins(p) as p_:
-                batch = make_batch(part.backend, p_, contiguous(g), masters=self._masters_of(part))
+                batch = part.backend.batch(p_, contiguous(g), masters=self._masters_of(part))
                 batch.make_backups(owned=False)
-                batch.perturb(*scalars, [])
+                batch.perturb(there, part.groups, self.q, [])
         bump_versions(self.params, self.grads)
 
     def _on_stand_ins(self, part: Part) -> Any:
-        lists = contiguous(part.take(self.params)), contiguous(part.take(self.grads))
-        return make_batch(part.backend, *lists, masters=self._masters_of(part))
+        p, g = contiguous(part.take(self.params)), contiguous(part.take(self.grads))
+        return part.backend.batch(p, g, masters=self._masters_of(part))
 
     def _masters_of(self, part: Part) -> TensorList | None:
-        """For a call on stand-ins; an ascent only reads them."""
+        """Return the masters for a call on stand-ins; an ascent only reads them."""
         return None if self.masters is None else contiguous(part.take(self.masters))
 
 
 def joint_norm(norms: list[Tensor], q: float) -> Tensor:
-    """The norm of all parts from those of each, as `Ascent.norm` returns them."""
+    """Return the norm of all parts from those of each, as `Ascent.norm` returns them."""
     values = torch.stack(norms)
     if q == 2:
         return torch.linalg.vector_norm(values)
@@ -121,7 +125,7 @@ def norm(
     p: float = 2,
     masters: TensorList | None = None,
 ) -> Any:
-    """||T g||_q over the gradients of all groups, accumulated in fp64. Returns and raises as `Ascent`."""
+    """Return ||T g||_q over the gradients of all groups, accumulated in fp64. Returns and raises as `Ascent`."""
     return Ascent(params, grads, groups, backend, p, masters).norm()
 
 
@@ -136,7 +140,7 @@ def perturb(
     p: float = 2,
     masters: TensorList | None = None,
 ) -> None:
-    """backup = w and w = w + e, in place, for every parameter with a gradient; ``norm`` is as `norm` returns it.
+    """Write backup = w and w = w + e, in place, for every parameter with a gradient; ``norm`` is as `norm` returns it.
 
     A parameter that has a master has no other backup: it becomes master + e, rounded, and the master stays.
 
@@ -146,7 +150,7 @@ def perturb(
     Raises:
         InvalidTensor, ValueError: as `Ascent`, and for a missing or mismatched backup; nothing has been changed then.
     """
-    route(backend, params, grads, backups, masters=masters, q=dual_exponent(p))
+    route(backend, [], params, grads, backups, masters=masters, q=dual_exponent(p))
     needed = [g is not None and m is None for g, m in zip(grads, masters or [None] * len(grads))]
     if any(need == (b is None) for need, b in zip(needed, backups)):
         raise ValueError("Invalid backups. Must be there for exactly the parameters that have a gradient, no master.")

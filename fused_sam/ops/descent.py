@@ -9,21 +9,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_sam.ops.groups import AdamGroup, MeanGroup, SGDGroup, require_sizes
-from fused_sam.ops.journal import Counted, Journal, bump_versions, copy, undo
-from fused_sam.param_lists import all_present
-from fused_sam.routing import Part, TensorList, contiguous, make_batch, route, stand_ins
+from fused_sam.backends.interface import AdamGroup, Journal, MeanGroup, SGDGroup, TensorList
+from fused_sam.ops.groups import require_sizes
+from fused_sam.ops.journal import AdamStepEntry, bump_versions, copy, roll_back
+from fused_sam.ops.lists import all_present
+from fused_sam.ops.routing import Part, contiguous, route, stand_ins
 
 G = TypeVar("G", bound=Any)  # a group of one of the ops
 
 
 def restore(params: TensorList, backups: TensorList, backend: str | None = None) -> None:
-    """w = backup for every parameter that has one, bit for bit.
+    """Write w = backup for every parameter that has one, bit for bit.
 
     Raises:
         InvalidTensor, ValueError: for a backup that does not match its parameter; nothing has been changed then.
     """
-    for part in route(backend, params, None, backups):
+    for part in route(backend, [], params, None, backups):
         if part.batch is not None:
             part.batch.restore()
             continue
@@ -38,7 +39,7 @@ def restore_accumulate(
     journal: Journal | None = None,
     backend: str | None = None,
 ) -> None:
-    """w = backup wherever the journal says that w is displaced, and a running mean of gradients, in one pass:
+    """Write w = backup wherever the journal says that w is displaced, and a running mean of gradients, in one pass:
 
         mean = mean + weight * (g - mean)        weight * g in groups that say ``first``, where g may be the mean itself
 
@@ -51,25 +52,24 @@ def restore_accumulate(
     """
     require_sizes(means, groups)
     journal = [] if journal is None else journal
-    parts = route(backend, means, grads)
+    parts = route(backend, groups, means, grads)
     restored: Any = journal[0] if len(journal) == 1 and _joins(journal[0], parts) else None
     if restored is None:
-        undo(journal)
+        roll_back(journal)
     for part in parts:
-        mine = part.regroup(groups)
         if part.batch is not None:
-            part.batch.restore_accumulate(restored, mine, journal)
+            part.batch.restore_accumulate(restored, part.groups, journal)
             continue
         with stand_ins(part.take(means)) as means_:
-            batch = make_batch(part.backend, means_, contiguous(part.take(grads)), masters=None)
-            batch.restore_accumulate(None, mine, [])
+            batch = part.backend.batch(means_, contiguous(part.take(grads)))  # type: ignore[arg-type]
+            batch.restore_accumulate(None, part.groups, [])
     if restored is not None:
         bump_versions(restored.params, restored)
     bump_versions(means, grads)
 
 
 def _joins(entry: Any, parts: list[Part]) -> bool:
-    """Whether one call can restore what a journal entry says, and do the parts."""
+    """Return whether one call can restore what a journal entry says, and do the parts."""
     if len(parts) != 1 or parts[0].index is not None or parts[0].batch is None:
         return False
     alike = type(entry) is type(parts[0].batch) and entry.joins_update
@@ -88,7 +88,7 @@ def sgd_update(
     journal: Journal | None = None,
     masters: TensorList | None = None,
 ) -> None:
-    """w = backup (w itself where there is none), then one step of SGD with the gradients given, in one pass.
+    """Write w = backup (w itself where there is none), then make one step of SGD with the gradients given, in one pass.
 
         d = (-g if maximize else g) + weight_decay * w
         m = d if first else momentum * m + (1 - dampening) * d
@@ -96,7 +96,7 @@ def sgd_update(
 
     Parameters without a gradient are only restored. Momentum buffers are written in place. With ``grad_scale`` (a
     GradScaler's, shape []) the gradients are divided by it in place first; with a nonzero ``found_inf`` (shape [])
-    every parameter is only restored. ``backups`` may be `one_batch` of a journal. ``journal`` is cleared as
+    every parameter is only restored. ``backups`` may be `joint_backup` of a journal. ``journal`` is cleared as
     soon as there is nothing left to undo. For a parameter that has a master w is that, and state is fp32 as it is;
     the parameter becomes the master, rounded.
 
@@ -108,10 +108,10 @@ def sgd_update(
     _require_state("momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0)
 
     def update(part: Part, batch: Any, *scalars: Any) -> None:
-        batch.sgd_update(part.regroup(groups), *scalars)
+        batch.sgd_update(part.groups, *scalars)
 
     states = (momentum_buffers,)
-    _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
+    _descend(params, grads, backups, states, groups, update, grad_scale, found_inf, backend, journal, masters)
 
 
 def adam_update(
@@ -130,7 +130,7 @@ def adam_update(
     capturable: bool = False,
     masters: TensorList | None = None,
 ) -> None:
-    """w = backup (w itself where there is none), then step t of Adam with the gradients given, in one pass.
+    """Write w = backup (w itself where there is none), then make step t of Adam with the gradients given, in one pass.
 
         g = -g if maximize else g
         w = (1 - lr * weight_decay) * w    if decoupled,  else  g = g + weight_decay * w
@@ -165,11 +165,11 @@ def adam_update(
         before = [None if g is None else t.item() for t, g in zip(steps, grads)]
         groups = _by_step(groups, before)
         if not skipped:
-            counted = Counted([t for t, _ in advanced], [t for t in before if t is not None])
+            counted = AdamStepEntry([t for t, _ in advanced], [t for t in before if t is not None])
 
     def update(part: Part, batch: Any, *scalars: Any) -> None:
         on_device = part.take(steps) if capturable else None
-        batch.adam_update(part.regroup(groups), on_device, *scalars)
+        batch.adam_update(part.groups, on_device, *scalars)
         if on_device is not None:
             _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
 
@@ -178,7 +178,7 @@ def adam_update(
         if counted is not None:
             journal.append(counted)
             _advance(counted.counts, None)
-        _descend(params, grads, backups, states, update, grad_scale, found_inf, backend, journal, masters)
+        _descend(params, grads, backups, states, groups, update, grad_scale, found_inf, backend, journal, masters)
     except BaseException:
         if counted is not None and counted in journal:
             counted.restore()
@@ -187,7 +187,7 @@ def adam_update(
 
 
 def _by_step(groups: list[AdamGroup], steps: list[float | None]) -> list[AdamGroup]:
-    """The groups cut into runs of one step, with the corrections of the step that now begins.
+    """Return the groups cut into runs of one step, with the corrections of the step that now begins.
 
     ``steps``: those done before; None for a parameter without a gradient, which is only restored, in any step.
     """
@@ -208,7 +208,7 @@ def _by_step(groups: list[AdamGroup], steps: list[float | None]) -> list[AdamGro
 
 
 def _advance(steps: TensorList, found_inf: Tensor | None) -> None:
-    """t + 1, unless the step is skipped, which only the device knows."""
+    """Count t + 1, unless the step is skipped, which only the device knows."""
     if not steps:
         return
     one: Any = 1 if found_inf is None else (found_inf == 0).to(steps[0])
@@ -222,6 +222,7 @@ def _descend(
     grads: TensorList,
     backups: TensorList | Any | None,
     states: Sequence[TensorList | None],
+    groups: list[Any],
     update: Callable[..., None],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -231,7 +232,7 @@ def _descend(
 ) -> None:
     """Restore, and call ``update(part, batch, grad_scale, found_inf, journal)`` for every part."""
     journal = [] if journal is None else journal
-    parts = route(backend, params, grads, backups, states, masters)
+    parts = route(backend, groups, params, grads, backups, states, masters)
     at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
     written = [grads, backups]
     if backups is not None and not at_once:
@@ -242,18 +243,20 @@ def _descend(
             backups.restore()
             bump_versions(params, backups)
         written = [grads]
-        parts = route(backend, params, grads, None, states, masters)
+        parts = route(backend, groups, params, grads, None, states, masters)
     for part in parts:
-        scalars = [None if s is None else s.to(part.device) for s in (grad_scale, found_inf)]
+        scale = None if grad_scale is None else grad_scale.to(part.device)
+        skip = None if found_inf is None else found_inf.to(part.device)
         # Of several calls none may say that there is nothing left to undo.
         done = journal if at_once else []
         if part.batch is not None:
-            update(part, part.batch, *scalars, done)
+            update(part, part.batch, scale, skip, done)
             continue
         with contextlib.ExitStack() as stack:
             lists = [part.take_any(x) for x in (masters, params, grads, *states)]
             masters_, p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
-            update(part, make_batch(part.backend, p_, g_, None, *states_, masters=masters_), *scalars, done)
+            batch = part.backend.batch(p_, g_, None, *states_, masters=masters_)  # type: ignore[arg-type]
+            update(part, batch, scale, skip, done)
     if not at_once:
         journal.clear()
     bump_versions(params, *written)

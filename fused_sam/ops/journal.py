@@ -1,21 +1,15 @@
-"""What has been done to the weights, and how it is undone."""
+"""Entries of the journal: what has been done to weights and state, and how it is undone."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fused_sam.param_lists import all_present
-from fused_sam.routing import TensorList
-
-# What is to be undone if the step goes no further: entries with ``params``, ``kept`` (None for each parameter that is
-# not displaced), ``joins_update`` and ``restore()``. What perturb has done to the weights is entered by the code that
-# touches them, at the moment it has, and what a base step does to state before the weights follow; the update clears it
-# all, at the moment it is made. An interrupt finds it true.
-Journal: TypeAlias = list[Any]
+from fused_sam.backends.interface import Journal, TensorList
+from fused_sam.ops.lists import all_present
 
 
 class Copies:
@@ -38,7 +32,7 @@ class Copies:
         copy(self.backups, self.params)
 
 
-class Done:
+class StateEntry:
     """A journal entry for something done to state, and for no weight. Entered before it is done."""
 
     joins_update = False
@@ -50,7 +44,7 @@ class Done:
         raise NotImplementedError
 
 
-class NewState(Done):
+class NewState(StateEntry):
     """A journal entry for state that comes into being with the first update. Until then it holds nothing."""
 
     def __init__(self, state: dict[Tensor, dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
@@ -81,7 +75,7 @@ class NewState(Done):
                 self.state.pop(param, None)
 
 
-class Counted(Done):
+class AdamStepEntry(StateEntry):
     """A journal entry for counts of steps on the host, tensors of one element, that have been advanced."""
 
     def __init__(self, counts: list[Tensor], before: list[float]) -> None:
@@ -95,33 +89,39 @@ class Counted(Done):
 
 
 def copy(sources: TensorList, targets: TensorList) -> None:
-    """target = source wherever there are both."""
+    """Write target = source wherever there are both."""
     for source, target in zip(sources, targets):
         if source is not None and target is not None:
             target.copy_(source)
 
 
-def one_batch(journal: Journal, count: int) -> Any | None:
-    """The backups that `sgd_update` of ``count`` parameters can restore in its own pass; where several calls moved the
-    weights, or one that was not given all of them, they are brought back."""
-    moves = [entry for entry in journal if entry.params]
-    if len(moves) == 1 and moves[0].joins_update and len(moves[0].params) == count:
-        return moves[0]
-    bring_back(journal)
-    return None
+def joint_backup(journal: Journal, count: int) -> Any | None:
+    """Return the backups that `sgd_update` of ``count`` parameters can restore in its own pass.
+
+    Where several calls moved the weights, or one that was not given all of them, restore them and return None.
+    """
+    moved = None
+    for entry in journal:
+        if not entry.params:
+            continue
+        if moved is not None or not entry.joins_update or len(entry.params) != count:
+            restore_weights(journal)
+            return None
+        moved = entry
+    return moved
 
 
-def bring_back(journal: Journal) -> None:
-    """Bring back w wherever the journal says that it is displaced.
+def restore_weights(journal: Journal) -> None:
+    """Restore w wherever the journal says that it is displaced.
 
-    All stays entered: a base step that then fails half way is undone by `undo`, its weights from the same backups.
+    All stays entered: a base step that then fails half way is undone by `roll_back`, its weights from the same backups.
     """
     for entry in journal:
         if entry.params:
             _undo_one(entry)
 
 
-def undo(journal: Journal) -> None:
+def roll_back(journal: Journal) -> None:
     """Undo all that the journal says has been done."""
     for entry in journal:
         _undo_one(entry)

@@ -35,8 +35,7 @@ from fused_sam.backends.triton import kernels, launches, tables
 
 if TYPE_CHECKING:
     from fused_sam import _native
-    from fused_sam.ops import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup
-    from fused_sam.routing import TensorList
+    from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
 
 __all__ = [
     "BASE_STEPS",
@@ -77,6 +76,7 @@ class Batch:
         grads: TensorList | None = None,
         backups: TensorList | Batch | None = None,
         *states: TensorList | None,
+        masters: TensorList | None = None,
     ) -> None:
         self.params = params
         self._device: torch.device = params[0].device
@@ -148,7 +148,7 @@ class Batch:
             for x in plan.launches:
                 launches.launch(kernels.restore, x, *columns, x.first)
 
-    def restore_accumulate(self, restored: Batch | None, groups: list[MeanGroup], journal: Journal) -> None:
+    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
         """The parameters of this batch are the means; those to restore are ``restored``'s, an ascent's, if any."""
         sizes = _sizes(groups)
         plan = self._plan(sizes, with_grads=True)

@@ -22,8 +22,7 @@ from fused_sam.backends.triton import kernels
 from fused_sam.routing import DTYPES
 
 if TYPE_CHECKING:
-    from fused_sam.ops import AdamGroup, AscentGroup, MeanGroup, SGDGroup
-    from fused_sam.routing import TensorList
+    from fused_sam.backends.interface import AdamGroup, AscentGroup, MeanGroup, SGDGroup, TensorList
 
 Dtypes = tuple[torch.dtype, torch.dtype]  # of a parameter and of its gradient
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,77 +14,54 @@ from torch.nn import Parameter
 
 from fused_sam import backends
 from fused_sam.backends import eager
-from fused_sam.memory import overlaps_itself, require_disjoint
-
-TensorList: TypeAlias = list[Any]  # of Tensor | None
-
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT)
+from fused_sam.backends.interface import DTYPES, SIXTEEN_BIT, Backend, InvalidTensor, TensorList, can_mix
+from fused_sam.backends.memory import overlaps_itself, require_disjoint
 
 
-class InvalidTensor(ValueError):
-    """A tensor that no op can take. ``index`` is its place in the lists, ``reason`` one clause that says why."""
-
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"Invalid tensor at index {index}: {reason}.")
-        self.index = index
-        self.reason = reason
-
-
+@dataclass
 class Part:
     """The tensors that one backend call takes: all of them, or those at ``index``.
 
     ``batch`` is the backend's view of them; None where the kernels cannot walk their layout, so that the call must be
-    made on contiguous stand-ins.
+    made on contiguous stand-ins. ``groups`` are those of the op with their sizes within this part, on its device.
     """
 
-    def __init__(
-        self, backend: ModuleType, device: torch.device, batch: Any | None, index: list[int] | None = None
-    ) -> None:
-        self.backend = backend
-        self.device = device
-        self.batch = batch
-        self.index = index
+    backend: Backend
+    device: torch.device
+    batch: Any
+    groups: list[Any]
+    index: list[int] | None = None
 
     def take(self, tensors: TensorList) -> TensorList:
-        """The entries that belong to this part."""
+        """Return the entries that belong to this part."""
         return tensors if self.index is None else [tensors[i] for i in self.index]
 
     def take_any(self, tensors: Any) -> TensorList | None:
-        """`take` of a list; None for anything else."""
+        """`take` from a list; return None for anything else."""
         return self.take(tensors) if isinstance(tensors, list) else None
 
-    def globally(self, norm: Tensor) -> Tensor:
-        """A norm of this part; a tensor's number in it becomes that in the whole list."""
+    def to_list_index(self, norm: Tensor) -> Tensor:
+        """Return a norm of this part with its tensor's index in the part as that in the whole list."""
         if norm.dim() == 0 or self.index is None:
             return norm
         numbers = self._numbers(norm)
         return torch.stack([norm[0], numbers[norm[1].long().clamp(min=0)], norm[2]])
 
-    def locally(self, norm: Tensor) -> Tensor:
-        """The inverse: -1 for a tensor of another part."""
+    def to_part_index(self, norm: Tensor) -> Tensor:
+        """Return a norm of the whole list with its tensor's index as that in this part, -1 for another part's."""
         if norm.dim() == 0 or self.index is None:
             return norm
         found = self._numbers(norm) == norm[1]
         return torch.stack([norm[0], torch.where(found.any(), found.double().argmax(), -1).double(), norm[2]])
 
     def _numbers(self, norm: Tensor) -> Tensor:
-        """Each tensor's number in the whole list; filled on the device, for which the host need not wait."""
+        """Return each tensor's index in the whole list; filled on the device, for which the host need not wait."""
         return torch.stack([torch.full_like(norm[0], i) for i in self.index or []])
-
-    def regroup(self, groups: list[Any]) -> list[Any]:
-        """The groups with the sizes they have within this part, and what is a tensor on its device."""
-        regrouped: list[Any] = []
-        start = 0
-        for group in groups:
-            size = group.size if self.index is None else sum(start <= i < start + group.size for i in self.index)
-            regrouped.append(group.on(self.device, size))
-            start += group.size
-        return regrouped
 
 
 def route(
     backend: str | None,
+    groups: list[Any],
     params: TensorList,
     grads: TensorList | None = None,
     backups: TensorList | Any | None = None,
@@ -92,7 +69,7 @@ def route(
     masters: TensorList | None = None,
     q: float | None = None,
 ) -> list[Part]:
-    """One part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
+    """Return one part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
 
     ``states``: the lists of state that the base step reads and writes, of which any may be None. ``masters``: fp32
     copies of 16-bit parameters, which state matches then. ``q``: the exponent of an ascent's norm. Where a backend
@@ -113,14 +90,34 @@ def route(
     if not params:
         return []
     device = params[0].device
-    first = _module_for(device, backend, masters, q)
-    if isinstance(backups, eager.Batch) and first is not eager:
+    module = _module_for(device, backend, masters, q)
+    if isinstance(backups, eager.Batch) and module is not eager:
         backups = backups.backups
-    batch = make_batch(first, params, grads, backups, *states, masters=masters)
+    batch = module.batch(params, grads, backups, *states, masters=masters)
+    if batch.odd:
+        return _divide(backend, module, batch, groups, params, grads, backups, states, masters, q)
+    for group in groups:
+        if isinstance(group[1], Tensor):  # rho or lr
+            groups = [g.on(device, g.size) for g in groups]
+            break
+    return [Part(module, device, batch, groups)]
+
+
+def _divide(
+    backend: str | None,
+    first: Backend,
+    batch: Any,
+    groups: list[Any],
+    params: TensorList,
+    grads: TensorList | None,
+    backups: TensorList | Any | None,
+    states: Sequence[TensorList | None],
+    masters: TensorList | None,
+    q: float | None,
+) -> list[Part]:
+    """Return the parts of tensors of which the first backend has found some odd."""
     odd = set(batch.odd)
-    if not odd:
-        return [Part(first, device, batch)]
-    members: dict[tuple[ModuleType, torch.device, bool], list[int]] = {}
+    members: dict[tuple[Any, torch.device, bool], list[int]] = {}
     for i, param in enumerate(params):
         stage = False
         if i in odd:
@@ -135,48 +132,51 @@ def route(
     involved = [i for index in members.values() for i in index]
     written = [x[i] for x in (params, backups, masters, *states) if isinstance(x, list) for i in involved]
     require_disjoint([x for x in written if x is not None])
+    device = params[0].device
     if list(members) == [(first, device, False)] and len(members[first, device, False]) == len(params):
-        return [Part(first, device, batch)]
+        return [Part(first, device, batch, _within(groups, device, None))]
     parts = []
     for (module, on_device, stage), index in members.items():
-        part = Part(module, on_device, None, index)
+        part = Part(module, on_device, None, _within(groups, on_device, index), index)
         if not stage:
             taken = [part.take_any(x) for x in (params, grads, backups, *states)]
-            part.batch = make_batch(module, *taken, masters=part.take_any(masters))
+            part.batch = module.batch(*taken, masters=part.take_any(masters))  # type: ignore[arg-type]
         parts.append(part)
     return parts
 
 
-def _module_for(device: torch.device, backend: str | None, masters: TensorList | None, q: float | None) -> ModuleType:
-    module = backends.for_device(device.type, backend)
+def _module_for(device: torch.device, backend: str | None, masters: TensorList | None, q: float | None) -> Backend:
+    """Return the backend that takes tensors of a device; torch's operations where it takes no masters, or not this q."""
+    module: Backend = backends.for_device(device.type, backend)
     takes_masters = masters is None or module.TAKES_MASTERS
     takes_q = q in (None, 1, 2, math.inf) or module.TAKES_POWERS
     return module if takes_masters and takes_q else eager
 
 
-def make_batch(module: ModuleType, *lists: Any, masters: TensorList | None) -> Any:
-    """A backend's view of tensors; one that takes no masters is not asked to."""
-    return module.batch(*lists) if masters is None else module.batch(*lists, masters=masters)
+def _within(groups: list[Any], device: torch.device, index: list[int] | None) -> list[Any]:
+    """Return the groups with the sizes they have within a part, and what is a tensor on its device."""
+    within: list[Any] = []
+    start = 0
+    for group in groups:
+        size = group.size if index is None else sum(start <= i < start + group.size for i in index)
+        within.append(group.on(device, size))
+        start += group.size
+    return within
 
 
 def contiguous(tensors: TensorList) -> TensorList:
-    """Each tensor itself where it is contiguous, else a copy."""
+    """Return each tensor itself where it is contiguous, else a copy."""
     return [x if x is None else x.resolve_neg().contiguous() for x in tensors]
 
 
 @contextlib.contextmanager
 def stand_ins(tensors: TensorList | None) -> Iterator[TensorList | None]:
-    """`contiguous` tensors, copied back on success (but for expanded tensors, which cannot be written)."""
+    """Yield `contiguous` tensors, copied back on success (but for expanded tensors, which cannot be written)."""
     copies = None if tensors is None else contiguous(tensors)
     yield copies
     for original, copy in zip(tensors or [], copies or []):
         if copy is not original and not overlaps_itself(original):
             original.copy_(copy)
-
-
-def can_mix(param: torch.dtype, grad: torch.dtype) -> bool:
-    """Whether a parameter of one dtype can have a gradient of the other: the same, or fp32 beside a 16-bit type."""
-    return param == grad or {param, grad} in ({torch.float32, x} for x in SIXTEEN_BIT)
 
 
 def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any], state: list[Any], master: Any) -> None:

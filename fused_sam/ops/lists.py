@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["all_present", "clear_grads", "get_grads", "lookup"]
 
 if TYPE_CHECKING:
-    from fused_sam.routing import TensorList
+    from fused_sam.backends.interface import TensorList
 
 
 def get_grads(params: TensorList) -> TensorList:
