@@ -117,6 +117,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(**options)
     ascent = {name: getattr(config, name) for name in SAM_OPTIONS}
+    ascent["looksam_alpha"] = ascent.pop("reuse")
     sam = fused_sam.FusedSAM(**options, **ascent, backend=config.backend, replay_rng=True)
     fused_sam.batchnorm.first_pass_only(model, sam)
     return sam

@@ -4,7 +4,7 @@ from fused_sam import backends, batchnorm, distributed, ops, rng
 from fused_sam._version import __version__
 from fused_sam.optimizer import FusedSAM
 from fused_sam.reference import ReferenceSAM
-from fused_sam.rho_schedule import RhoTiedToLR
+from fused_sam.schedules import RhoTiedToLR
 
 __all__ = [
     "FusedSAM",

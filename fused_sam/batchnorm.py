@@ -7,7 +7,7 @@ belong to no weights the model is ever evaluated at (the official implementation
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -50,8 +50,8 @@ def _frozen(layers: Iterable[_NormBase]) -> Iterator[None]:
 class FirstPassOnly:
     """Handle of `first_pass_only`; ``remove()`` undoes it. A copy of the model is free of it."""
 
-    def __init__(self, model: nn.Module, optimizer: FusedSAM) -> None:
-        self._optimizer: FusedSAM | None = optimizer
+    def __init__(self, model: nn.Module, is_second_pass: Callable[[], bool]) -> None:
+        self._is_second_pass: Callable[[], bool] | None = is_second_pass
         self._running: dict[nn.Module, list[contextlib.AbstractContextManager[None]]] = {}
         # On each layer and not on the model: a training loop need not go through the model's own forward.
         self._hooks = [
@@ -64,9 +64,7 @@ class FirstPassOnly:
         ]
 
     def _enter(self, layer: Any, args: object) -> None:
-        # Along the momentum there is no pass at w: the one at w + e has to count.
-        optimizer = self._optimizer
-        counted = optimizer is not None and optimizer.perturbed and optimizer.direction == "gradient"
+        counted = self._is_second_pass is not None and self._is_second_pass()
         context = _frozen([layer]) if counted else contextlib.nullcontext()
         context.__enter__()
         self._running.setdefault(layer, []).append(context)
@@ -83,7 +81,7 @@ class FirstPassOnly:
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks travel with a model that is copied or pickled. The optimizer does not: it steps another model.
-        return {"_optimizer": None, "_running": {}, "_hooks": []}
+        return {"_is_second_pass": None, "_running": {}, "_hooks": []}
 
 
 def first_pass_only(model: nn.Module, optimizer: FusedSAM) -> FirstPassOnly:
@@ -95,4 +93,5 @@ def first_pass_only(model: nn.Module, optimizer: FusedSAM) -> FirstPassOnly:
 
     With ``direction="momentum"``, which makes no pass at w, the only pass of a step updates them.
     """
-    return FirstPassOnly(model, optimizer)
+    # Along the momentum there is no pass at w: the one at w + e has to count.
+    return FirstPassOnly(model, lambda: optimizer.perturbed and optimizer.direction == "gradient")

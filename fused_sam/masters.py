@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import operator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_sam import ops
 from fused_sam.backends.interface import SIXTEEN_BIT, TensorList
-from fused_sam.ops import lists
 
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
-
-KEY = "master"
+MASTER = "master"
 
 
 class Masters:
@@ -39,9 +35,9 @@ class Masters:
     def __reduce__(self) -> tuple[type[Masters], tuple[()]]:
         return Masters, ()
 
-    def of(self, found: TensorList, params: TensorList, grads: TensorList) -> TensorList:
-        """The master of every 16-bit parameter that has one, as ``found`` in the state, or takes part for the first
-        time; else None.
+    def find_or_make(self, found: TensorList, params: TensorList, grads: TensorList) -> TensorList:
+        """Return the master of every 16-bit parameter that has one, as ``found`` in the state, or takes part for the
+        first time; else None.
 
         Raises:
             RuntimeError: if one would have to be made while a CUDA graph is captured.
@@ -57,23 +53,23 @@ class Masters:
         return masters
 
     def enter(self, state: dict[Tensor, dict[str, Any]], params: TensorList, masters: TensorList) -> None:
-        """Those that have come into being become part of the state."""
+        """Enter those that have come into being in the state."""
         for i in self._fresh:
-            state[params[i]][KEY] = masters[i]
+            state[params[i]][MASTER] = masters[i]
         self._fresh = []
 
     def refresh(self, params: TensorList, masters: TensorList) -> None:
-        """To be called at w: elements that no longer are their master rounded become the master."""
+        """Write elements that no longer are their master rounded into the master. To be called at w."""
         known = len(self._params) == len(params) and all(map(operator.is_, self._params, params))
         seen = self._marks if known else [None] * len(params)
         for p, master, mark, last in zip(params, masters, _marks(params), seen):
-            if master is None or mark == last:
+            if master is None or mark == last or p.dtype not in SIXTEEN_BIT:
                 continue
             if master.shape == p.shape and master.device == p.device:  # else the op refuses it
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
 
     def note(self, params: TensorList) -> None:
-        """The parameters are as their masters say."""
+        """Remember the parameters as their masters say."""
         self._params, self._marks = params, _marks(params)
 
 
@@ -81,37 +77,16 @@ def _marks(params: TensorList) -> list[tuple[int, int]]:
     return [(p._version, p.data_ptr()) for p in params]
 
 
-def of(optimizer: FusedSAM, params: TensorList, grads: TensorList) -> TensorList | None:
-    """The fp32 copies of w, with what was written into the parameters since the last step; None without any."""
-    masters = optimizer._masters
-    if masters is None:
-        return None
-    copies = masters.of(lists.lookup(optimizer.state, params, KEY), params, grads)
-    if not optimizer.perturbed:
-        masters.refresh(params, copies)
-    return copies if any(m is not None for m in copies) else None
-
-
-def enter(optimizer: FusedSAM, params: TensorList, masters: TensorList | None) -> None:
-    """Masters that have come into being become part of the state."""
-    if optimizer._masters is not None and masters is not None:
-        optimizer._masters.enter(optimizer.state, params, masters)
-
-
-def note(optimizer: FusedSAM) -> None:
-    """The parameters are at w, as their masters say."""
-    if optimizer._masters is not None:
-        optimizer._masters.note(optimizer._flat_params())
-
-
 def load(
     masters: Masters | None, state_dict: dict[str, Any], state: dict[Tensor, dict[str, Any]], param_groups: list[dict]
 ) -> None:
-    """After torch has loaded a checkpoint, all state in its parameter's dtype: in fp32 as it was saved where there are
-    masters, and no masters where there are none."""
+    """Read a checkpoint's fp32 state, which torch has loaded in each parameter's dtype, as it was saved.
+
+    Without masters, drop those of the checkpoint.
+    """
     if masters is None:
         for entries in state.values():
-            entries.pop(KEY, None)
+            entries.pop(MASTER, None)
         return
     masters.note([])
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

@@ -1,33 +1,34 @@
-"""FusedSAM: the torch.optim contract and the two-pass state machine. The arithmetic is in `fused_sam.ops`."""
+"""FusedSAM: the torch.optim contract. The state machine is in `fused_sam.step`, the arithmetic in `fused_sam.ops`."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fused_sam import (
-    ascents,
-    backends,
-    bases,
-    closures,
-    descents,
-    masters,
-    ops,
-    param_groups,
-    schedule,
-)
-from fused_sam.backends import memory
-from fused_sam.distributed import shards
-from fused_sam.distributed.alone import Alone
-from fused_sam.distributed.peers import Peers
-from fused_sam.dynamo import untraced
-from fused_sam.ops import lists
-from fused_sam.options import positive_or_none
-from fused_sam.telemetry import Report
+from fused_sam import backends, closures, dtensor, masters, schedules
+from fused_sam.ascent import make_perturbation
+from fused_sam.backends.memory import require_disjoint
+from fused_sam.descent import make_base
+from fused_sam.options import Options, check_group
+from fused_sam.parameters import Parameters
+from fused_sam.peers import SingleProcess
+from fused_sam.report import Report
+from fused_sam.step import Step, untraced
+
+
+def _shared(name: str) -> Any:
+    """Return a property for an option, which all who share the step read and write."""
+    return property(
+        lambda self: getattr(self._step.options, name), lambda self, value: setattr(self._step.options, name, value)
+    )
 
 
 class FusedSAM(Optimizer):
@@ -87,20 +88,21 @@ class FusedSAM(Optimizer):
             says. From the second on they run in torch operations.
         second_order: take the gradient of L(w + e(w)) whole, with the term that SAM drops (appendix C.4). For study, in
             the closure form, with a closure that calls ``loss.backward(create_graph=True)``.
-        reuse: LookSAM's alpha, > 0 (Liu et al. 2022): the steps between the perturbed ones, of which ``interval`` must
-            leave some, go by g + alpha ||g|| / ||g_v|| g_v, where g_v is the part of the last SAM gradient that is
-            orthogonal to g. None does not.
+        looksam_alpha: LookSAM's alpha, > 0 (Liu et al. 2022): the steps between the perturbed ones, of which
+            ``interval`` must leave some, go by g + alpha ||g|| / ||g_v|| g_v, where g_v is the part of the last SAM
+            gradient that is orthogonal to g. None does not.
         decay_in_ascent: take the gradient of the loss plus ``weight_decay`` / 2 ||w||^2 for the ascent too, as the
             paper's own code does: g + weight_decay * w, with the group's ``weight_decay``; g - weight_decay * w in
             groups with ``maximize``. Not for decay that is decoupled from the loss (AdamW).
         master_weights: keep w of fp16 and bf16 parameters in fp32 (``"master"`` in their state), and all other state of
             theirs in fp32. The parameters are w or w + e, rounded. For SGD, Adam and AdamW.
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
+        reuse: the old name of ``looksam_alpha``.
         **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
 
     Raises:
         TypeError: if ``base_optimizer`` is not a class of optimizer, or does not know one of the options.
-        ValueError: for a hyperparameter out of range, or parameters that overlap in memory.
+        ValueError: for a value out of range, options that exclude each other, or parameters that overlap in memory.
         RuntimeError: if the backend asked for cannot be used.
     """
 
@@ -127,56 +129,88 @@ class FusedSAM(Optimizer):
         direction: str = "gradient",
         ascent_steps: int = 1,
         second_order: bool = False,
-        reuse: float | None = None,
+        looksam_alpha: float | None = None,
         decay_in_ascent: bool = False,
         master_weights: bool = False,
         telemetry: bool = False,
+        reuse: float | None = None,
         **base_options: Any,
     ) -> None:
-        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
-            raise TypeError(f"Invalid {base_optimizer=}. Must be a subclass of torch.optim.Optimizer.")
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, "decay_in_ascent": decay_in_ascent}
-        param_groups.check_ascent(ascent)
-        ops.dual_exponent(p)
-        self.p = float(p)
-        self._backend = backends.requested(backend)
-        self.replay_rng = replay_rng
-        self.capturable = capturable
-        self.max_grad_norm = positive_or_none("max_grad_norm", max_grad_norm)
-        self._schedule = schedule.Schedule(interval, start, stop)
-        if capturable and not self._schedule.always:
-            raise ValueError(f"Invalid {capturable=} with {interval=}, {start=}, {stop=}. A graph replays one step.")
-        self.second_order = second_order
-        self.reuse = positive_or_none("reuse", reuse)
-        if not isinstance(telemetry, bool):
-            raise ValueError(f"Invalid {telemetry=}. Must be True or False.")
-        self.telemetry = telemetry
-        #: What the last step saw, a `fused_sam.telemetry.Report` of tensors on the device.
-        self.last = Report()
+        check_group(ascent)
+        if reuse is not None:
+            warnings.warn("reuse= is now looksam_alpha=, and will go.", DeprecationWarning, stacklevel=2)
+            looksam_alpha = reuse
+        options = Options(
+            base_optimizer=base_optimizer,
+            p=p,
+            replay_rng=replay_rng,
+            capturable=capturable,
+            max_grad_norm=max_grad_norm,
+            interval=interval,
+            start=start,
+            stop=stop,
+            direction=direction,
+            ascent_steps=ascent_steps,
+            second_order=second_order,
+            looksam_alpha=looksam_alpha,
+            decay_in_ascent=decay_in_ascent,
+            master_weights=master_weights,
+            telemetry=telemetry,
+        )
+        backend = backends.requested(backend)
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
-        self._ascent: ascents.Displacement | None = None
-        self._journal: ops.Journal = []  # of a step at w
-        self._peers: Peers = Alone()
-        self._cleared = False  # by zero_grad, since the last step: what gradients there are then no step has seen
-        self._warned = False
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
-        self._base = bases.make_base(inner)
-        self._along = ascents.make_ascent(
-            inner, direction, ascent_steps, second_order, self.reuse, self.p, interval, decay_in_ascent
-        )
-        if second_order and master_weights:
-            raise ValueError(f"Invalid {second_order=} with {master_weights=}. Autograd sees the rounded weights only.")
-        self._masters = bases.make_masters(self._base, master_weights)
+        parameters = Parameters([], {}, backend, masters.Masters() if master_weights else None)
+        self._step = Step(parameters, options, make_perturbation(options, inner), make_base(inner), SingleProcess())
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
-        if not self._schedule.always:
-            self.param_groups[0].setdefault(schedule.KEY, 0)
+        if not self._step.always:
+            self.param_groups[0].setdefault(schedules.STEP, 0)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "step" in vars(cls):
+            cls.step = _announced(cls.step)  # type: ignore[method-assign]
+
+    # What wrappers share: some copy __dict__, in which there is nothing but the step and what torch has put there.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """torch.optim's groups of parameters."""
+        return self._step.parameters.groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._step.parameters.groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """torch.optim's state of each parameter."""
+        return self._step.parameters.state  # type: ignore[return-value]
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._step.parameters.state = state
+
+    p = _shared("p")
+    replay_rng = _shared("replay_rng")
+    capturable = _shared("capturable")
+    max_grad_norm = _shared("max_grad_norm")
+    second_order = _shared("second_order")
+    looksam_alpha = reuse = _shared("looksam_alpha")
+    telemetry = _shared("telemetry")
+
+    @property
+    def last(self) -> Report:
+        """What the last step saw, a `fused_sam.report.Report` of tensors on the device."""
+        return self._step.last
 
     @property
     def perturbed(self) -> bool:
         """Whether the weights are at w + e: between ``first_step`` and ``step``, ``second_step`` or ``restore``."""
-        return self._ascent is not None
+        return self._step.displacement is not None
 
     @property
     def perturb_next(self) -> bool:
@@ -184,21 +218,18 @@ class FusedSAM(Optimizer):
 
         Where it is False a step takes one gradient: backward, then ``step()``, which calls a closure once.
         """
-        if self._ascent is not None:
-            return self._ascent.steps < self._along.steps
-        return self._schedule.due(self.param_groups)
+        return self._step.is_ascent_due
 
     @property
     def direction(self) -> str:
         """``"gradient"`` or ``"momentum"``: what the perturbation follows."""
-        return self._along.direction
+        return self._step.options.direction
 
     @property
     def backend(self) -> str | None:
         """The backend that was asked for; None: the best for each device."""
-        return self._backend
+        return self._step.parameters.backend
 
-    @torch.no_grad()
     def step(self, closure: closures.Closures | None = None, *, ascent: closures.Closures | None = None) -> Any:
         r"""With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
 
@@ -229,34 +260,18 @@ class FusedSAM(Optimizer):
             TypeError: for what is neither a callable nor a list or tuple of callables.
             ValueError: for an empty list, or an ``ascent`` that does not go with the closure.
         """
+        step = self._step
+        found_inf = getattr(self, "found_inf", None)
         if closure is not None:
-            return closures.step(self, closure, ascent)
+            with torch.no_grad():
+                return closures.run(step, closure, ascent, found_inf is not None)
         if ascent is not None:
             raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
-        if self.perturb_next:
-            if not self._makes_state_only():
-                raise RuntimeError(
-                    "step() needs first_step() before it, or a closure: SAM takes two gradients per step."
-                )
-            try:
-                self._peers.base_step(self, self._journal, None, None)
-            finally:
-                self.restore()
-            masters.note(self)
-            return None
-        descents.descend(self)
-        self._cleared = False
+        step.descend(getattr(self, "grad_scale", None), found_inf)
         return None
 
-    def _makes_state_only(self) -> bool:
-        """Whether a step without an ascent is torch.distributed.checkpoint's: with lr 0, before the first, so that
-        there is state to load into."""
-        rates = [ops.host_number(group["lr"]) for group in self.param_groups]
-        return not self.state and all(isinstance(lr, float) and lr == 0.0 for lr in rates)
-
-    @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """w -> w + e, with the gradients present. Parameters without one stay where they are.
+        """Go from w to w + e, with the gradients present. Parameters without one stay where they are.
 
         ``zero_grad=True`` sets the gradients to None, and their memory then holds w until the second half: no memory is
         taken. Otherwise they are left as they are and w is kept in memory of its own.
@@ -266,132 +281,119 @@ class FusedSAM(Optimizer):
                 (``perturb_next``), or with ``second_order``; nothing is changed then.
             ValueError: for a gradient that is sparse, complex or does not match its parameter; nothing is changed then.
         """
-        if self.second_order:
+        step = self._step
+        if step.options.second_order:
             raise RuntimeError("second_order=True needs the closure form: step(closure).")
-        self._ascend(zero_grad)
+        step.ascend(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """``step()`` under the name that goes with ``first_step``; then sets the gradients to None if asked."""
-        self.step()
+        """Call ``step()``, the outermost there is, once; then set the gradients to None if asked.
+
+        Within a subclass's ``step``, which has been called already, make the second half of the step here.
+        """
+        if self._step.within:
+            self._step.descend(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        else:
+            self.step()
         if zero_grad:
             self.zero_grad()
 
-    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim.Optimizer.zero_grad`."""
+        """Do as `torch.optim.Optimizer.zero_grad`."""
         if set_to_none:
-            lists.clear_grads(self._flat_params())
+            self._step.clear_gradients()
         else:
-            super().zero_grad(set_to_none)
-        self._peers.cleared()
-        self._cleared = set_to_none
+            self._zero_gradients()
 
     @untraced
-    @torch.no_grad()
+    def _zero_gradients(self) -> None:
+        super().zero_grad(set_to_none=False)
+        self._step.peers.cleared()
+        self._step.cleared = False
+
     def restore(self) -> None:
-        """Back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
-        self._peers.reset()
-        ops.roll_back(self._journal)
-        if self._ascent is None:
-            return
-        ops.roll_back(self._ascent.journal)
-        self._ascent = None
-        masters.note(self)
-
-    @untraced
-    def _ascend(self, take_grads: bool) -> None:
-        if not self.perturb_next:
-            if self._ascent is not None:
-                raise RuntimeError(
-                    "first_step() twice: the weights are perturbed already. Call step() or restore() first."
-                )
-            raise RuntimeError(
-                f"first_step() in a step that is not perturbed ({self._schedule}): call step() with the gradient there "
-                "is. perturb_next tells these steps."
-            )
-        params = self._flat_params()
-        self._require_capturable(params)
-        self._cleared = False
-        try:
-            self._along.step(self, params, take_grads)
-        except ops.InvalidTensor as error:
-            raise self._named(error) from None
-
-    def _require_capturable(self, params: list[Tensor]) -> None:
-        if not self.capturable and ops.is_capturing(params):
-            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
-
-    def _flat_params(self) -> list[Tensor]:
-        """The parameters of all groups, in order."""
-        params: list[Tensor] = []
-        for group in self.param_groups:
-            params += group["params"]
-        return params
-
-    def _named(self, error: ops.InvalidTensor) -> ValueError:
-        """The refusal of a tensor, with the parameter named as the user knows it."""
-        index = error.index
-        for k, group in enumerate(self.param_groups):
-            if index < len(group["params"]):
-                name = group["param_names"][index] if "param_names" in group else f"{index} of group {k}"
-                return ValueError(
-                    f"Invalid parameter {name} (shape {list(group['params'][index].shape)}): {error.reason}."
-                )
-            index -= len(group["params"])
-        raise AssertionError("index beyond the last group")
+        """Go back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
+        self._step.restore()
 
     def add_param_group(self, param_group: dict) -> None:
-        """As `torch.optim.Optimizer.add_param_group`; ``rho`` and ``adaptive`` default to the constructor's."""
+        """Do as `torch.optim.Optimizer.add_param_group`; ``rho`` and ``adaptive`` default to the constructor's."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group, step = self.param_groups[-1], self._step
         try:
-            param_groups.check_ascent(group)
-            if group["decay_in_ascent"] and bases.is_decoupled(self._base, group):
+            check_group(group)
+            if group["decay_in_ascent"] and step.base.is_decoupled(group):
                 raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
             if group.get("differentiable"):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
-            params = shards.local_parts(self._flat_params())
-            memory.require_disjoint([p for p in params if p.layout == torch.strided])
-            peers = self._peers.adopt(group["params"])
-            peers.require_supported(self)
-            self._peers = peers
+            tensors = dtensor.local_parts(step.parameters.tensors())
+            require_disjoint([p for p in tensors if p.layout == torch.strided])
+            self._share(group["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
+    def _share(self, params: list[Tensor]) -> None:
+        """Tell the other processes of new parameters."""
+        step = self._step
+        peers = step.peers
+        if isinstance(peers, SingleProcess) and any(map(dtensor.is_sharded, params)):
+            peers = dtensor.Shards()
+        peers.add_parameters(params)
+        peers.require_supported(step.options)
+        if peers is not step.peers:
+            step.peers, step.parameters.local = peers, dtensor.local_parts
+
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`: the base optimizer's keys, plus each group's ``rho`` and ``adaptive``,
+        """Do as `torch.optim.Optimizer.state_dict`: the base optimizer's keys, each group's ``rho`` and ``adaptive``,
         and in the first group the number of steps made if not all of them are perturbed (``sam_step``).
 
         Raises:
             RuntimeError: while the weights are perturbed, since the model's own state would be saved at w + e; or if
                 this rank has a part of the state only.
         """
-        self._require_unperturbed("state_dict()")
-        self._peers.require_whole_state("state_dict()")
+        self._step.require_unperturbed("state_dict()")
+        self._step.peers.require_whole_state("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
-        self._require_unperturbed("load_state_dict()")
-        super().load_state_dict(param_groups.with_missing(state_dict, self.param_groups))
-        masters.load(self._masters, state_dict, self.state, self.param_groups)
-        self._peers.loaded(self)
-
-    def _require_unperturbed(self, what: str) -> None:
-        if self._ascent is not None:
-            raise RuntimeError(f"{what} while the weights are perturbed. Call step() or restore() first.")
+        """Do as `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
+        step = self._step
+        step.require_unperturbed("load_state_dict()")
+        super().load_state_dict(_with_missing(state_dict, self.param_groups))
+        masters.load(step.parameters.masters, state_dict, self.state, self.param_groups)
+        step.peers.loaded(step.parameters)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_unperturbed("Copying or pickling")
-        self._peers.require_whole_state("Copying or pickling")
-        ours = {key: getattr(self, key) for key in _COPIED}
-        fresh: dict[str, Any] = {"_ascent": None, "_journal": [], "_peers": self._peers.copied(), "last": Report()}
-        return {**super().__getstate__(), **ours, **fresh}
+        self._step.require_unperturbed("Copying or pickling")
+        self._step.peers.require_whole_state("Copying or pickling")
+        return {**super().__getstate__(), "_step": self._step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch writes what it has loaded into __dict__, where the properties would hide it.
+        ours = {name: state[name] for name in ("param_groups", "state") if name in state}
+        super().__setstate__({name: value for name, value in state.items() if name not in ours})
+        for name, value in ours.items():
+            setattr(self, name, value)
 
 
-# What a copy takes along, beside what torch.optim.Optimizer does.
-_COPIED = (
-    *("_along", "_backend", "_base", "_cleared", "_masters", "_schedule", "_warned"),
-    *("capturable", "max_grad_norm", "p", "replay_rng", "reuse", "second_order", "telemetry"),
-)
+def _announced(step: Callable[..., Any]) -> Any:
+    """Return a subclass's ``step`` so that a ``second_step`` within it knows: it would call that ``step`` again."""
+
+    @functools.wraps(step)
+    def announced(self: FusedSAM, *args: Any, **kwargs: Any) -> Any:
+        self._step.within += 1
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            self._step.within -= 1
+
+    return announced
+
+
+def _with_missing(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the checkpoint with what its groups lack (rho, in one of a base optimizer) as our groups have it now."""
+    groups = state_dict["param_groups"]
+    if len(groups) != len(param_groups):
+        return state_dict  # torch says what is wrong
+    missing = [{k: v for k, v in ours.items() if k not in ("params", "param_names")} for ours in param_groups]
+    return {**state_dict, "param_groups": [{**ours, **saved} for ours, saved in zip(missing, groups)]}

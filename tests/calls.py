@@ -35,7 +35,7 @@ MODES = st.sampled_from(
         *[{}] * 3,
         {"ascent_steps": 2},
         {"interval": 2, "start": 1},
-        {"interval": 2, "reuse": 0.4},
+        {"interval": 2, "looksam_alpha": 0.4},
         {"direction": "momentum"},
         {"direction": "momentum", "interval": 2},
     ]
@@ -179,7 +179,7 @@ class Calls(RuleBasedStateMachine):
                     self.optimizer.state[p]["orthogonal_grad"].zero_()
 
     def writes_gradients(self) -> bool:
-        return self.mode["max_grad_norm"] is not None or "reuse" in self.mode
+        return self.mode["max_grad_norm"] is not None or "looksam_alpha" in self.mode
 
     def has_huge(self) -> bool:
         return any(p.grad is not None and p.grad.numel() and float(p.grad.abs().max()) > 1e20 for p in self.params)
@@ -193,9 +193,9 @@ class Calls(RuleBasedStateMachine):
     def closure(self, fails: int | None, count: int) -> None:
         if self.optimizer.perturbed:
             with pytest.raises(RuntimeError, match="after first_step"):
-                self.optimizer.step(lambda: None)
+                self.optimizer.step([lambda: None])
             return
-        count = 1 if "reuse" in self.mode else count
+        count = 1 if "looksam_alpha" in self.mode else count
         before = snapshot(self.params)
         calls: list[int] = []
 

@@ -225,7 +225,7 @@ MODES: list[dict[str, Any]] = [
     {},
     {"master_weights": True},
     {"direction": "momentum"},
-    {"interval": 2, "reuse": 0.3},
+    {"interval": 2, "looksam_alpha": 0.3},
     {"ascent_steps": 2, "adaptive": True},
     {"max_grad_norm": 0.1, "p": 1.5},
 ]

@@ -26,7 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
     "two ascent steps, p=3": {"ascent_steps": 2, "p": 3.0},
     "second order": {"second_order": True},
     "interval": {"interval": 2, "start": 1},
-    "LookSAM": {"interval": 2, "reuse": 0.37},
+    "LookSAM": {"interval": 2, "looksam_alpha": 0.37},
     "MSAM": {"direction": "momentum"},
     "masters": {"master_weights": True},
     "telemetry": {"telemetry": True, "replay_rng": True},

@@ -36,7 +36,8 @@ from helpers import (
 from torch import Tensor
 from torch.amp import GradScaler
 
-from fused_sam import FusedSAM, ReferenceSAM, backends, bases
+from fused_sam import FusedSAM, ReferenceSAM, backends
+from fused_sam.descent import FusedAdam
 
 Base = type[torch.optim.Optimizer]
 BASES: dict[str, Base] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -71,7 +72,7 @@ def both_passes(opt: FusedSAM, params: list[Tensor], first: list[Any], second: l
 
 
 def is_fused(opt: FusedSAM) -> bool:
-    return isinstance(opt._base, bases.FusedAdam)
+    return isinstance(opt._step.base, FusedAdam)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)

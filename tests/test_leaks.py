@@ -41,7 +41,7 @@ def growth(backend: str) -> dict[str, int]:
             if i == 50:
                 gc.collect()
                 begin = resident()
-            step(opt, 1 if opt.reuse else 1 + i % 2)
+            step(opt, 1 if opt.looksam_alpha else 1 + i % 2)
             if i % 10 == 0:
                 try:
                     step(opt, before=fail)

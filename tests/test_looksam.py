@@ -1,4 +1,4 @@
-"""LookSAM: the steps between the perturbed ones use the orthogonal part of SAM's gradient again, ``reuse``."""
+"""LookSAM: the steps between the perturbed ones use the orthogonal part of SAM's gradient again, ``looksam_alpha``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_trajectory_matches_the_float64_reference(form: str, interval: int, ba
     net, data = small_net(device=device), batches(7, device=device)
     ws = [p.detach().clone() for p in net.parameters()]
     momenta: list[Any] = [None] * len(ws)
-    opt = FusedSAM(net.parameters(), rho=0.3, interval=interval, reuse=ALPHA, backend=backend, **HYPER)
+    opt = FusedSAM(net.parameters(), rho=0.3, interval=interval, looksam_alpha=ALPHA, backend=backend, **HYPER)
     for step, batch in enumerate(data):
         calls: list[int] = []
 
@@ -89,7 +89,7 @@ def test_a_trajectory_matches_the_float64_reference(form: str, interval: int, ba
 def test_the_kept_part_is_orthogonal_over_all_tensors_together(dtype: torch.dtype, backend: str, device: str) -> None:
     """A projection tensor by tensor, as in other implementations, would be orthogonal in each."""
     params = leaves(9, LARGE, 67, 0, device=device, dtype=dtype)
-    opt = FusedSAM(params, rho=RHO, interval=2, reuse=ALPHA, backend=backend, lr=0.0)
+    opt = FusedSAM(params, rho=RHO, interval=2, looksam_alpha=ALPHA, backend=backend, lr=0.0)
     first = [torch.randn_like(x) for x in params]
     second = [torch.randn_like(x) + 0.5 * g for x, g in zip(params, first)]
     set_grads(params, first)
@@ -113,7 +113,7 @@ def test_the_kept_part_is_orthogonal_over_all_tensors_together(dtype: torch.dtyp
 
 def test_a_base_step_between_is_clipped_after_the_reuse(backend: str, device: str) -> None:
     params = leaves(9, 67, device=device, dtype=torch.float64)
-    opt = FusedSAM(params, rho=RHO, interval=2, reuse=2.0, backend=backend, lr=0.0, max_grad_norm=0.1)
+    opt = FusedSAM(params, rho=RHO, interval=2, looksam_alpha=2.0, backend=backend, lr=0.0, max_grad_norm=0.1)
     for _ in range(2):
         opt.step(lambda: sum(x.exp().square().sum() for x in params).backward())
     assert float(torch.cat([x.grad for x in params]).norm()) == pytest.approx(0.1, rel=1e-6)
@@ -122,7 +122,7 @@ def test_a_base_step_between_is_clipped_after_the_reuse(backend: str, device: st
 
 def test_before_the_first_and_after_the_last_perturbed_step_nothing_is_reused(backend: str, device: str) -> None:
     params = leaves(9, LARGE, device=device)
-    opt = FusedSAM(params, rho=RHO, interval=2, start=2, stop=5, reuse=ALPHA, backend=backend, lr=0.01)
+    opt = FusedSAM(params, rho=RHO, interval=2, start=2, stop=5, looksam_alpha=ALPHA, backend=backend, lr=0.01)
     for step in range(8):
         with torch.no_grad():
             plain = [2 * (x.exp().square()) for x in params]
@@ -134,7 +134,7 @@ def test_before_the_first_and_after_the_last_perturbed_step_nothing_is_reused(ba
 def test_parameters_that_stay_and_none_gradients(backend: str, device: str) -> None:
     params = leaves(9, 67, 5, device=device, dtype=torch.float64)
     groups = [{"params": params[:2]}, {"params": params[2:], "perturb": False}]
-    opt = FusedSAM(groups, rho=RHO, interval=3, reuse=ALPHA, backend=backend, lr=0.0)
+    opt = FusedSAM(groups, rho=RHO, interval=3, looksam_alpha=ALPHA, backend=backend, lr=0.0)
     first, second, third = ([torch.randn_like(x) for x in params] for _ in range(3))
     set_grads(params, [first[0], None, first[2]])
     opt.first_step(zero_grad=True)
@@ -155,7 +155,7 @@ def test_parameters_that_stay_and_none_gradients(backend: str, device: str) -> N
 def test_gradients_that_have_no_orthogonal_part(bad: str, backend: str, device: str) -> None:
     """The last part is kept, or none of it is used; weights and later steps stay finite."""
     params = leaves(9, 67, device=device)
-    opt = FusedSAM(params, rho=RHO, interval=2, reuse=ALPHA, backend=backend, lr=0.0)
+    opt = FusedSAM(params, rho=RHO, interval=2, looksam_alpha=ALPHA, backend=backend, lr=0.0)
     g = [torch.randn_like(x) for x in params]
     if bad != "parallel":
         set_grads(params, g)
@@ -192,7 +192,7 @@ def test_gradients_that_have_no_orthogonal_part(bad: str, backend: str, device: 
 
 def test_the_scale_of_a_scaler_may_change_between_the_steps(backend: str, device: str) -> None:
     params = leaves(9, 67, device=device)
-    opt = FusedSAM(params, rho=RHO, interval=2, reuse=ALPHA, backend=backend, lr=0.0)
+    opt = FusedSAM(params, rho=RHO, interval=2, looksam_alpha=ALPHA, backend=backend, lr=0.0)
     first, second, third = ([torch.randn_like(x) for x in params] for _ in range(3))
     for scale in (1.0, 1024.0):
         set_grads(params, [g * scale for g in first])
@@ -212,7 +212,14 @@ def test_the_scale_of_a_scaler_may_change_between_the_steps(backend: str, device
 def test_resume_is_bit_exact_in_the_middle_of_an_interval(master_weights: bool, backend: str, device: str) -> None:
     dtype = torch.bfloat16 if master_weights else torch.float32
     net, data = small_net(dtype, device), batches(8, dtype, device)
-    options = {"rho": 0.3, "interval": 3, "reuse": ALPHA, "backend": backend, "master_weights": master_weights, **HYPER}
+    options = {
+        "rho": 0.3,
+        "interval": 3,
+        "looksam_alpha": ALPHA,
+        "backend": backend,
+        "master_weights": master_weights,
+        **HYPER,
+    }
     opt = FusedSAM(net.parameters(), **options)
     for batch in data[:2]:
         opt.step(closure_for(net, batch))
@@ -230,7 +237,7 @@ def test_resume_is_bit_exact_in_the_middle_of_an_interval(master_weights: bool, 
 
 def test_an_exception_in_the_second_pass_keeps_weights_and_state(backend: str, device: str) -> None:
     params = leaves(9, LARGE, device=device)
-    opt = FusedSAM(params, rho=RHO, interval=2, reuse=ALPHA, backend=backend, lr=0.01)
+    opt = FusedSAM(params, rho=RHO, interval=2, looksam_alpha=ALPHA, backend=backend, lr=0.01)
     for _ in range(2):
         opt.step(lambda: sum(x.exp().square().sum() for x in params).backward())
     w, kept = snapshot(params), snapshot(opt.state[x][KEY] for x in params)
@@ -248,20 +255,20 @@ def test_an_exception_in_the_second_pass_keeps_weights_and_state(backend: str, d
     assert_same_bits((opt.state[x][KEY] for x in params), kept)
 
 
-@pytest.mark.parametrize("reuse", [0.0, -1.0, math.nan, math.inf])
-def test_values_out_of_range_are_refused(reuse: float) -> None:
-    with pytest.raises(ValueError, match="Invalid reuse="):
-        FusedSAM(leaves(3), lr=0.13, interval=2, reuse=reuse)
+@pytest.mark.parametrize("looksam_alpha", [0.0, -1.0, math.nan, math.inf])
+def test_values_out_of_range_are_refused(looksam_alpha: float) -> None:
+    with pytest.raises(ValueError, match="Invalid looksam_alpha="):
+        FusedSAM(leaves(3), lr=0.13, interval=2, looksam_alpha=looksam_alpha)
 
 
 def test_what_cannot_work_is_refused(backend: str, device: str) -> None:
     params = leaves(3, device=device)
-    with pytest.raises(TypeError, match="Invalid reuse='a lot'"):
-        FusedSAM(params, lr=0.13, interval=2, reuse="a lot")
-    with pytest.raises(ValueError, match=r"Invalid reuse=0\.3 with interval=1"):
-        FusedSAM(params, lr=0.13, reuse=0.3)
-    opt = FusedSAM(params, lr=0.13, interval=2, reuse=0.3, backend=backend)
-    with pytest.raises(ValueError, match=r"Invalid list of 2 closures with reuse=0\.3"):
+    with pytest.raises(TypeError, match="Invalid looksam_alpha='a lot'"):
+        FusedSAM(params, lr=0.13, interval=2, looksam_alpha="a lot")
+    with pytest.raises(ValueError, match=r"Invalid looksam_alpha=0\.3 with interval=1"):
+        FusedSAM(params, lr=0.13, looksam_alpha=0.3)
+    opt = FusedSAM(params, lr=0.13, interval=2, looksam_alpha=0.3, backend=backend)
+    with pytest.raises(ValueError, match=r"Invalid looksam_alpha=0\.3 with a list of closures"):
         opt.step([quadratic(params), quadratic(params)])
     opt.step([quadratic(params)])
 
@@ -269,7 +276,7 @@ def test_what_cannot_work_is_refused(backend: str, device: str) -> None:
 def test_an_expanded_gradient_is_used_like_any_other(backend: str, device: str) -> None:
     params = leaves(9, 67, device=device)
     twins = [p.detach().clone().requires_grad_() for p in params]
-    opts = [FusedSAM(x, rho=RHO, interval=2, reuse=ALPHA, backend=backend, **HYPER) for x in (params, twins)]
+    opts = [FusedSAM(x, rho=RHO, interval=2, looksam_alpha=ALPHA, backend=backend, **HYPER) for x in (params, twins)]
     for _ in range(4):
         while True:
             for p, q in zip(params, twins, strict=True):
@@ -306,7 +313,7 @@ def test_a_part_that_was_edited_is_refused_by_name(edited: Any, perturbed: bool,
     """A freed one ended the process: nobody looked at what was mixed with the new part."""
     params = leaves(9, 67, device=device)
     names = [("absent", params[0]), ("culprit", params[1])]
-    opt = FusedSAM(names, rho=RHO, interval=2, reuse=ALPHA, backend=backend, **HYPER)
+    opt = FusedSAM(names, rho=RHO, interval=2, looksam_alpha=ALPHA, backend=backend, **HYPER)
     for _ in range(2 if perturbed else 1):
         opt.step(quadratic(params[1:]))
     assert opt.perturb_next == perturbed

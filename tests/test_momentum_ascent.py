@@ -250,7 +250,7 @@ def test_another_base_with_momentum_and_one_without(backend: str, device: str) -
         ({"decay_in_ascent": True}, "Invalid direction='momentum' with decay_in_ascent=True"),
         ({"ascent_steps": 2}, "Invalid direction='momentum' with ascent_steps=2"),
         ({"second_order": True}, "second_order=True"),
-        ({"interval": 2, "reuse": 0.3}, r"reuse=0\.3"),
+        ({"interval": 2, "looksam_alpha": 0.3}, r"looksam_alpha=0\.3"),
     ],
 )
 def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -261,5 +261,5 @@ def test_contradictory_options_are_refused(options: dict[str, Any], message: str
 def test_a_closure_of_its_own_for_the_ascent_is_refused() -> None:
     params = leaves(3)
     opt = FusedSAM(params, direction="momentum", lr=0.13, momentum=0.9)
-    with pytest.raises(ValueError, match="Invalid ascent with direction='momentum'"):
+    with pytest.raises(ValueError, match="Invalid direction='momentum' with a closure for the ascent"):
         opt.step(quadratic(params), ascent=quadratic(params))

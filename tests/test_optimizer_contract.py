@@ -121,15 +121,39 @@ def test_a_second_first_step_is_refused_and_loses_nothing(backend: str, device: 
     assert snapshot(params) == w
 
 
-def test_step_with_a_closure_is_refused_between_the_passes(backend: str, device: str) -> None:
+def test_a_closure_between_the_passes_is_the_second_one(backend: str, device: str) -> None:
+    """It runs once, on the gradients there are: a wrapper's is empty."""
+    results, calls = [], []
+    for empty in (False, True):
+        torch.manual_seed(3)
+        params = leaves(9, device=device)
+        opt = FusedSAM(params, backend=backend, rho=RHO, lr=0.13)
+        quadratic(params)()
+        opt.first_step(zero_grad=True)
+        if empty:
+            quadratic(params)()
+            assert opt.step(lambda: calls.append(1)) is None
+        else:
+            assert opt.step(quadratic(params)) is not None
+        assert not opt.perturbed
+        results.append(snapshot(params))
+    assert results[0] == results[1]
+    assert calls == [1]
+
+
+def test_what_cannot_be_a_second_pass_is_refused_between_them(backend: str, device: str) -> None:
     params = leaves(9, device=device)
     opt = FusedSAM(params, backend=backend, rho=RHO, lr=0.13)
     w = snapshot(params)
     quadratic(params)()
     opt.first_step()
-    with pytest.raises(RuntimeError):
-        opt.step(quadratic(params))
-    opt.restore()
+    with pytest.raises(RuntimeError, match="after first_step"):
+        opt.step([quadratic(params), quadratic(params)])
+    with pytest.raises(RuntimeError, match="after first_step"):
+        opt.step(quadratic(params), ascent=quadratic(params))
+    assert opt.perturbed
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
     assert snapshot(params) == w
 
 

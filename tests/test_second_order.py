@@ -198,7 +198,7 @@ def test_what_cannot_work_is_refused(backend: str, device: str) -> None:
         FusedSAM(params, second_order="yes")
     with pytest.raises(ValueError, match="Invalid second_order=True with ascent_steps=2"):
         FusedSAM(params, second_order=True, ascent_steps=2)
-    with pytest.raises(ValueError, match=r"Invalid second_order=True with reuse=0\.3"):
-        FusedSAM(params, second_order=True, interval=2, reuse=0.3)
+    with pytest.raises(ValueError, match=r"Invalid second_order=True with looksam_alpha=0\.3"):
+        FusedSAM(params, second_order=True, interval=2, looksam_alpha=0.3)
     with pytest.raises(ValueError, match="Invalid second_order=True with master_weights=True"):
         FusedSAM(params, second_order=True, master_weights=True)

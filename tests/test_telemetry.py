@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from fused_sam import FusedSAM, ops
-from fused_sam.telemetry import Report
+from fused_sam.report import Report
 
 MEASURED = ("second_grad_norm", "radius", "cosine")
 # Sums in fp64 of what is in the dtype itself.
@@ -170,7 +170,7 @@ def test_telemetry_changes_no_bit_of_the_steps(
 def test_off_it_costs_no_norm_and_no_copy(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     norm, calls = ops.Ascent.norm, []
     monkeypatch.setattr(ops.Ascent, "norm", lambda self: calls.append(1) or norm(self))
-    monkeypatch.setattr("fused_sam.ascents.Probe", None)
+    monkeypatch.setattr("fused_sam.ascent.gradient.Probe", None)
     params = leaves(9, 67, device=device)
     FusedSAM(params, backend=backend, lr=0.13).step(quadratic(params))
     assert len(calls) == 1

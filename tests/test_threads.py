@@ -195,7 +195,7 @@ def test_run_to_run_and_across_thread_counts_a_trajectory_keeps_its_bits(
                     break
                 opt.first_step(zero_grad=True)
             opt.step()
-        if opt.reuse is None:
+        if opt.looksam_alpha is None:
             opt.step([functools.partial(set_grads, params, stream[i][0]) for i in (2, 0)])  # two batches
         results.append(snapshot(params))
     assert all(r == results[0] for r in results)

@@ -23,11 +23,11 @@ class Twin:
         interval: int = 1,
         start: int = 0,
         direction: str = "gradient",
-        reuse: float | None = None,
+        looksam_alpha: float | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
         self.sam, self.interval, self.start = sam, interval, start
-        self.direction, self.reuse, self.max_grad_norm = direction, reuse, max_grad_norm
+        self.direction, self.looksam_alpha, self.max_grad_norm = direction, looksam_alpha, max_grad_norm
         self.made = self.ascended = 0
         self.first: dict[Tensor, Tensor] = {}
         self.parts: dict[Tensor, Tensor] = {}
@@ -65,9 +65,9 @@ class Twin:
 
     def descend(self) -> None:
         """From the gradients there are to the base step."""
-        if self.reuse is not None and self.ascended:
+        if self.looksam_alpha is not None and self.ascended:
             self._keep()
-        elif self.reuse is not None:
+        elif self.looksam_alpha is not None:
             self._reuse()
         if self.max_grad_norm is not None:
             self._clip()
@@ -89,7 +89,7 @@ class Twin:
         both = [p for p in self.params if p in self.parts and p.grad is not None]
         parts = [self.parts[p] for p in both]
         if any(bool(v.any()) for v in parts):
-            mixed = reference.with_reused([p.grad for p in both], parts, self.reuse)
+            mixed = reference.with_reused([p.grad for p in both], parts, self.looksam_alpha)
             for p, g in zip(both, mixed):
                 p.grad = g
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_sam import ops, param_groups, projected
+from fused_sam import ops
 from fused_sam.analysis.objective import flat, split
+from fused_sam.ascent import projected
+from fused_sam.options import check_group
+from fused_sam.parameters import Parameters
 
 
 class Neighbourhood:
@@ -19,13 +22,13 @@ class Neighbourhood:
     def __init__(self, rho: float, p: float = 2.0, adaptive: bool | str = False, eta: float = 0.0) -> None:
         # The loss is measured as it is: no weight decay is added to its gradient.
         self._options = {"rho": rho, "adaptive": adaptive, "eta": eta, "decay_in_ascent": False}
-        param_groups.check_ascent(self._options)
+        check_group(self._options)
         ops.dual_exponent(p)
         self.rho, self.p, self.eta = float(rho), float(p), float(eta)
 
     def groups(self, params: list[Tensor], radius: float) -> list[ops.AscentGroup]:
         """What the ops need for a step of length ``radius`` from w."""
-        return param_groups.ascent_groups([{**self._options, "params": params, "rho": radius}])
+        return Parameters([{**self._options, "params": params, "rho": radius}], {}).perturbed_groups()
 
     def scale(self, params: list[Tensor]) -> Tensor:
         """T at w, fp64, all elements in one vector."""

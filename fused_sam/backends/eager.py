@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
-from fused_sam.backends.memory import overlaps_itself
+from fused_sam.backends.memory import ordered_sum, overlaps_itself, wide
 
 NEEDS_DENSE = False
 BASE_STEPS = ("sgd_update", "adam_update")
@@ -211,23 +211,6 @@ def _scaled(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
 def _decayed(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
     """The gradient as the ascent takes it."""
     return g if group.decay == 0 else g.add(w, alpha=group.decay)
-
-
-def wide(x: Tensor) -> Tensor:
-    """fp32 for 16-bit tensors, others as they are: a factor in a tensor would be rounded to their 16 bits."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def ordered_sum(x: Tensor) -> Tensor:
-    """The sum in fp64, of shape [], in an order by index alone: torch deals a long one out to its threads."""
-    x = x.double().flatten()
-    while x.numel() > _ROW:
-        whole = x.numel() // _ROW * _ROW
-        x = torch.cat([x[:whole].view(-1, _ROW).sum(1), x[whole:].sum().reshape(1)])
-    return x.sum()
-
-
-_ROW = 4096  # far fewer than torch adds up with several threads
 
 
 def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Where tensors lie in memory: whether one fills its span, meets itself, or shares elements with another."""
+"""Where tensors lie in memory, whether they meet themselves or another; and how torch sums and widens them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a strided tensor's elements fill the memory between its first and its last, in any order."""
+    """Return whether a strided tensor's elements fill the memory between its first and its last, in any order."""
     expected = 1
     for stride, size in _steps(x):
         if stride != expected:
@@ -65,7 +65,7 @@ class _Place(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _share_memory(a: _Place, b: _Place) -> bool:
-    """Whether two tensors whose spans of memory overlap share a byte. Cached: geometry rarely changes between steps."""
+    """Return whether two tensors whose spans overlap share a byte. Cached: geometry rarely changes between steps."""
     if a.dense and b.dense:
         return True
     begins = torch.cat([a.addresses(), b.addresses()])
@@ -75,7 +75,7 @@ def _share_memory(a: _Place, b: _Place) -> bool:
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether two indices of a strided tensor may share an address (in expanded tensors they do)."""
+    """Return whether two indices of a strided tensor may share an address (in expanded tensors they do)."""
     reach = 0
     for stride, size in _steps(x):
         if stride <= reach:
@@ -85,5 +85,22 @@ def overlaps_itself(x: Tensor) -> bool:
 
 
 def _steps(x: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions that have more than one index, innermost first."""
+    """Return (stride, size) of the dimensions that have more than one index, innermost first."""
     return sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return fp32 for 16-bit tensors, others as they are: a factor in a tensor would be rounded to their 16 bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """Return the sum in fp64, of shape [], in an order by index alone: torch deals a long one out to its threads."""
+    x = x.double().flatten()
+    while x.numel() > _ROW:
+        whole = x.numel() // _ROW * _ROW
+        x = torch.cat([x[:whole].view(-1, _ROW).sum(1), x[whole:].sum().reshape(1)])
+    return x.sum()
+
+
+_ROW = 4096  # far fewer than torch adds up with several threads

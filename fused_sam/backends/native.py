@@ -61,7 +61,7 @@ def batch(
     masters: TensorList | None = None,
 ) -> CPUBatch:
     device = params[0].device
-    if device.type == "cpu":
+    if params[0].is_cpu:
         return CPUBatch(device, params, grads, backups, *states, masters=masters)
     if reason := _why_not_device(device.index):
         raise RuntimeError(f"FusedSAM's CUDA kernels cannot be used: {reason}.")
@@ -83,7 +83,7 @@ class CPUBatch:
         self.device = device
         self.params = params
         moved: Any = backups.core if isinstance(backups, CPUBatch) else backups
-        kind, index = DEVICE_TYPES[device.type], device.index or 0
+        kind, index = 1 if params[0].is_cpu else DEVICE_TYPES[device.type], device.index or 0
         self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index)
         self.odd = self.core.odd
 
@@ -101,7 +101,7 @@ class CPUBatch:
         value, tensor, element = self.core.norm(groups, q, torch.get_num_threads())
         if q == math.inf:
             return torch.tensor([value, tensor, element], dtype=torch.float64)
-        return torch.scalar_tensor(value, dtype=torch.float64)
+        return torch.full((), value, dtype=torch.float64)
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         numbers: Any = (0.0, -1.0, -1.0)

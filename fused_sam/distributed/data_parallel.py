@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam.distributed import agreement, scopes
-from fused_sam.distributed.alone import Alone
 from fused_sam.distributed.buckets import AllReduce, cap_in_bytes
 from fused_sam.distributed.ddp import LocalFirstPass
 from fused_sam.distributed.overlap import Overlap
 from fused_sam.distributed.replicas import Replicas, require_members
 from fused_sam.distributed.sharded_state import ShardedState, require_sliceable
 from fused_sam.distributed.slices import ReduceScatter, SlicedLayout
-
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
+from fused_sam.optimizer import FusedSAM
+from fused_sam.options import DATA_PARALLEL, NOT_WORLD, refuse
+from fused_sam.peers import SingleProcess
+from fused_sam.step import Step
 
 
 class DataParallel:
@@ -29,11 +30,13 @@ class DataParallel:
 
     def __init__(
         self,
-        optimizer: FusedSAM,
+        step: Step,
+        state_dict: Callable[[], dict[str, Any]],
         averager: Overlap | DistributedDataParallel,
         local_first: LocalFirstPass | None,
     ) -> None:
-        self._optimizer = optimizer
+        self._step = step
+        self._state_dict = state_dict
         self._averager = averager
         self._local_first = local_first
 
@@ -53,10 +56,11 @@ class DataParallel:
             ValueError: if there is no such rank.
             RuntimeError: while the weights are perturbed, or without ``shard_state``: every rank has it then.
         """
-        peers = self._optimizer._peers
+        peers = self._step.peers
         if not isinstance(peers, ShardedState):
             raise RuntimeError("consolidate_state_dict() without shard_state=True. Call the optimizer's state_dict().")
-        return peers.consolidate(self._optimizer, to)
+        self._step.require_unperturbed("consolidate_state_dict()")
+        return peers.consolidate(self._step.parameters, self._state_dict, to)
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer is on its own again. With ``shard_state``, to be called on all ranks: each
@@ -65,12 +69,13 @@ class DataParallel:
         Raises:
             RuntimeError: with ``shard_state``, while the weights are perturbed.
         """
-        if isinstance(peers := self._optimizer._peers, ShardedState):
-            peers.make_whole(self._optimizer)
+        if isinstance(peers := self._step.peers, ShardedState):
+            self._step.require_unperturbed("remove()")
+            peers.make_whole(self._step.parameters)
         for hooks in (self._averager, self._local_first):
             if isinstance(hooks, Overlap | LocalFirstPass):
                 hooks.remove()
-        self._optimizer._peers = Alone()
+        self._step.peers = SingleProcess()
 
 
 def data_parallel(
@@ -125,7 +130,8 @@ def data_parallel(
         RuntimeError: without a process group, while the weights are perturbed, or for the second call;
             in a step, on all ranks, when ``check_replicas_every`` finds them to differ.
     """
-    _require_ready(optimizer)
+    step = optimizer._step
+    _require_ready(step)
     if not isinstance(check_replicas_every, numbers.Integral) or check_replicas_every < 0:
         raise ValueError(f"Invalid {check_replicas_every=}. Must be an integer >= 0.")
     if not isinstance(shard_state, bool):
@@ -137,16 +143,10 @@ def data_parallel(
     size = scopes.ranks_per_e(m_sharpness, world_size)
     if shard_state and ddp is not None:
         raise ValueError(f"Invalid {shard_state=} with a DistributedDataParallel, which averages whole gradients.")
-    if optimizer.second_order:
-        raise ValueError("Invalid optimizer with second_order=True. The averaging of gradients cuts their graph.")
-    if optimizer.reuse is not None and size != world_size:
-        raise ValueError(
-            f"Invalid {m_sharpness=} with reuse={optimizer.reuse}. Must be 'world': what is reused must be the same on "
-            "all ranks."
-        )
-    names = _names(model if ddp is None else ddp.module, optimizer)
+    refuse(step.options, DATA_PARALLEL, *([] if size == world_size else [NOT_WORLD]))
+    names = _names(model if ddp is None else ddp.module, step.parameters.tensors())
     if shard_state:
-        require_sliceable(optimizer, names)
+        require_sliceable(step.options, names)
     first = f"m_sharpness={size}" + (", shard_state=True" if shard_state else "")
     mine: list[Any] = [first, *agreement.entries((name, p) for p, name in names.items())]
     agreement.require_same(mine, "parameters", group)
@@ -156,26 +156,26 @@ def data_parallel(
     scope = scopes.scope_of_this_rank(size, group, timeout) if size > 1 and not ddp_averages_first else None
     common: Any = names, group, scope, cap_bytes, int(check_replicas_every)
     if ddp is not None:
-        optimizer._peers = Replicas(*common, ddp)
-        return DataParallel(optimizer, ddp, None if ddp_averages_first else LocalFirstPass(ddp, optimizer))
+        step.peers = Replicas(*common, ddp)
+        local_first = None if ddp_averages_first else LocalFirstPass(ddp, lambda: step.is_ascent_due)
+        return DataParallel(step, optimizer.state_dict, ddp, local_first)
     agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
     layout = SlicedLayout(list(names), cap_bytes, group) if shard_state else None
     averaging = AllReduce(cap_bytes, group) if layout is None else ReduceScatter(layout)
-    averager = Overlap(list(names), averaging, lambda: not optimizer.perturb_next)
+    averager = Overlap(list(names), averaging, lambda: not step.is_ascent_due)
     peers = Replicas(*common, averager) if layout is None else ShardedState(*common, averager, layout)
-    peers.loaded(optimizer)
-    optimizer._peers = peers
-    return DataParallel(optimizer, averager, None)
+    peers.loaded(step.parameters)
+    step.peers = peers
+    return DataParallel(step, optimizer.state_dict, averager, None)
 
 
-def _require_ready(optimizer: FusedSAM) -> None:
+def _require_ready(step: Step) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("data_parallel() needs torch.distributed.init_process_group() before it.")
-    if optimizer.perturbed:
-        raise RuntimeError("data_parallel() while the weights are perturbed. Call step() or restore() first.")
-    if isinstance(optimizer._peers, Replicas):
+    step.require_unperturbed("data_parallel()")
+    if isinstance(step.peers, Replicas):
         raise RuntimeError("data_parallel() twice for one optimizer. Call remove() of the first handle before it.")
-    if not isinstance(optimizer._peers, Alone):
+    if not isinstance(step.peers, SingleProcess):
         raise ValueError(
             "Invalid optimizer, of DTensor parameters. What has sharded them averages the gradients of both passes: "
             "FusedSAM needs no data_parallel() then."
@@ -194,9 +194,9 @@ def _group(ddp: DistributedDataParallel | None, process_group: dist.ProcessGroup
     return process_group
 
 
-def _names(model: nn.Module, optimizer: FusedSAM) -> dict[Tensor, str]:
-    """The parameters of the optimizer in its order, by the names they have in the model."""
+def _names(model: nn.Module, params: list[Tensor]) -> dict[Tensor, str]:
+    """Return the parameters of the optimizer in its order, by the names they have in the model."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError("Invalid model: FullyShardedDataParallel. Must be sharded by fully_shard, if at all.")
     known: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    return {p: known.get(p, f"{i} of the optimizer") for i, p in enumerate(optimizer._flat_params())}
+    return {p: known.get(p, f"{i} of the optimizer") for i, p in enumerate(params)}

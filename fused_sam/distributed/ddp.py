@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
-
 
 class LocalFirstPass:
-    """While ``optimizer.perturb_next``, forwards of the model run as inside its ``no_sync()``.
+    """While ``perturb_next()``, forwards of the model run as inside its ``no_sync()``.
 
     The forward decides whether its backward communicates, so that ``no_sync()`` around the backward alone, as in a
     recipe that is in common use, does nothing: all ranks get one perturbation.
     """
 
-    def __init__(self, model: DistributedDataParallel, optimizer: FusedSAM) -> None:
-        self._optimizer: FusedSAM | None = optimizer
+    def __init__(self, model: DistributedDataParallel, perturb_next: Callable[[], bool]) -> None:
+        self._perturb_next: Callable[[], bool] | None = perturb_next
         self._silenced: list[bool] = []  # for each forward that runs: whether it is we who keep it silent
-        self._first_backward = _FirstBackward(model, optimizer) if model.static_graph else None
+        self._first_backward = _FirstBackward(model, perturb_next) if model.static_graph else None
         self._hooks = [
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._exit, always_call=True),
@@ -41,8 +39,8 @@ class LocalFirstPass:
             self._first_backward.remove()
             self._first_backward = None
         silent = (
-            self._optimizer is not None
-            and self._optimizer.perturb_next
+            self._perturb_next is not None
+            and self._perturb_next()
             and self._first_backward is None
             and torch.is_grad_enabled()
             and model.require_backward_grad_sync  # else the user is inside no_sync()
@@ -58,7 +56,7 @@ class LocalFirstPass:
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks travel with a model that is copied or pickled. The optimizer does not: it steps another model.
-        return {"_optimizer": None, "_silenced": [], "_first_backward": None, "_hooks": []}
+        return {"_perturb_next": None, "_silenced": [], "_first_backward": None, "_hooks": []}
 
 
 class _FirstBackward:
@@ -68,16 +66,16 @@ class _FirstBackward:
     made, and would add the calls of a silent backward to those of the next. It averages at the end of it.
     """
 
-    def __init__(self, model: DistributedDataParallel, optimizer: FusedSAM) -> None:
+    def __init__(self, model: DistributedDataParallel, perturb_next: Callable[[], bool]) -> None:
         self.done = False
-        self._optimizer = optimizer
+        self._perturb_next = perturb_next
         self._copies: dict[Tensor, Tensor] = {}
         self._hooks = [p.register_post_accumulate_grad_hook(self._keep) for p in model.parameters() if p.requires_grad]
 
     def _keep(self, param: Tensor) -> None:
         if self.done or param.grad is None:
             return
-        if not self._optimizer.perturb_next:
+        if not self._perturb_next():
             self.done = True
             return
         if not self._copies:

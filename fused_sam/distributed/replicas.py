@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam.distributed import agreement
-from fused_sam.distributed.alone import Alone
 from fused_sam.distributed.buckets import Layout, Mean
 from fused_sam.distributed.overlap import Overlap
-from fused_sam.distributed.peers import Peers, any_of
-from fused_sam.distributed.shards import is_sharded
-
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
+from fused_sam.dtensor import is_sharded
+from fused_sam.parameters import Parameters
+from fused_sam.peers import Peers, SingleProcess, any_of
 
 
 class Replicas(Peers):
@@ -49,7 +45,7 @@ class Replicas(Peers):
         self._check_every = check_every
         self._steps = 0
 
-    def adopt(self, params: list[Tensor]) -> Peers:
+    def add_parameters(self, params: list[Tensor]) -> None:
         if any(map(is_sharded, params)):
             raise ValueError("Invalid parameters: DTensors. Must be whole on every rank after data_parallel().")
         named = {p: f"{len(self._names) + i} of the optimizer" for i, p in enumerate(params)}
@@ -60,27 +56,26 @@ class Replicas(Peers):
             agreement.broadcast(params, self._group)
             self._averager.watch(params)
         self._names.update(named)
-        return self
 
     def copied(self) -> Peers:
-        return Alone()
+        return SingleProcess()
 
-    def average_first(self, optimizer: FusedSAM) -> None:
+    def average_first(self, parameters: Parameters) -> None:
         if self._scope is not None:
-            Mean(self._layout.of(optimizer._flat_params()), self._scope).finish()
+            Mean(self._layout.of(parameters.tensors()), self._scope).finish()
 
-    def average_second(self, optimizer: FusedSAM) -> None:
+    def average_second(self, parameters: Parameters) -> None:
         if isinstance(self._averager, Overlap) and self._averager.pending:
             self._averager.finish()
 
-    def any_overflow(self, found_inf: Tensor | None, optimizer: FusedSAM) -> Tensor | None:
-        return any_of(found_inf, optimizer._flat_params()[0].device, self._group)
+    def any_overflow(self, found_inf: Tensor | None, parameters: Parameters) -> Tensor | None:
+        return any_of(found_inf, parameters.tensors()[0].device, self._group)
 
     def deferred(self) -> contextlib.AbstractContextManager[None]:
         # A DistributedDataParallel can only average what a backward has just made.
         return self._averager.skipped() if isinstance(self._averager, Overlap) else contextlib.nullcontext()
 
-    def after_step(self, optimizer: FusedSAM) -> None:
+    def finish(self, parameters: Parameters) -> None:
         self._steps += 1
         if not self._check_every or self._steps % self._check_every:
             return

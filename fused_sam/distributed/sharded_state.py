@@ -10,24 +10,26 @@ element the slices are tensors like any others.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_sam import ops
+from fused_sam.backends.interface import AscentGroup, Journal
 from fused_sam.backends.memory import is_dense
 from fused_sam.distributed import state_slices
 from fused_sam.distributed.collectives import all_gather
 from fused_sam.distributed.overlap import Overlap
-from fused_sam.distributed.peers import Peers, gathered
 from fused_sam.distributed.replicas import Replicas
 from fused_sam.distributed.slices import Piece, SlicedBucket, SlicedLayout
-
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
+from fused_sam.options import SHARDED_STATE, Options, refuse
+from fused_sam.parameters import Parameters
+from fused_sam.peers import gathered
 
 Staged = list[tuple[SlicedBucket, Tensor]]
 
@@ -50,26 +52,24 @@ class ShardedState(Replicas):
         self._slices = layout
         self._whole = False  # while the state is put together
 
-    def adopt(self, params: list[Tensor]) -> Peers:
+    def add_parameters(self, params: list[Tensor]) -> None:
         for i, p in enumerate(params):
             require_dense(p, f"{len(self._names) + i} of the optimizer")
-        super().adopt(params)
+        super().add_parameters(params)
         self._slices.add(params)
-        return self
 
-    def require_supported(self, optimizer: FusedSAM) -> None:
-        require_sliceable(optimizer, self._names)
+    def require_supported(self, options: Options) -> None:
+        require_sliceable(options, self._names)
 
-    def grad_norm(self, optimizer: FusedSAM) -> Tensor:
-        """Of all shares: one fp64 number from each rank."""
+    def grad_norm(self, parameters: Parameters) -> Tensor:
+        """Return the norm over all shares: one fp64 number from each rank."""
         grads = [g for g in map(_grad, self._slices.pieces(self._slices.rank).values()) if g is not None]
-        norm = ops.norm(grads, grads, [ops.AscentGroup(len(grads), 0.0, False)], optimizer.backend)
-        return gathered(norm.to(optimizer._flat_params()[0].device), self._group, 2.0)
+        norm: Any = ops.norm(grads, grads, [AscentGroup(len(grads), 0.0, False)], parameters.backend)
+        return gathered(norm.to(parameters.tensors()[0].device), self._group, 2.0)
 
-    def base_step(
-        self, optimizer: FusedSAM, journal: ops.Journal, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """Update copies of this rank's share of weights and state, and take them over once all ranks have sent theirs.
+    @contextlib.contextmanager
+    def stage(self, parameters: Parameters, journal: Journal) -> Iterator[tuple[Parameters, Journal]]:
+        """Yield copies of this rank's share of weights and state, and take them over once all ranks have sent theirs.
 
         What fails before that, a lost rank included, leaves the weights at w and the state as it was.
         """
@@ -78,22 +78,22 @@ class ShardedState(Replicas):
         for bucket in self._slices.trained:
             size = bucket.share * bucket.ranks
             staged.append((bucket, torch.empty(size, dtype=bucket.weight_dtype, device=bucket.device)))
-        own: Any = Share(optimizer, staged, self._slices.rank)
-        optimizer._base.step(own, [], grad_scale, found_inf)
+        share, whose = _share(parameters, staged, self._slices.rank)
+        yield share, []
         works = [all_gather(flat, b.part(flat, self._slices.rank), self._group) for b, flat in staged]
         for work in works:
             work.wait()
         try:
-            _take_over(optimizer, staged, own)
+            _take_over(parameters, staged, share, whose)
         except BaseException:
             # An interrupt. The other ranks make this step, and to do it twice does no harm.
-            _take_over(optimizer, staged, own)
+            _take_over(parameters, staged, share, whose)
             raise
         finally:
             journal.clear()
 
-    def loaded(self, optimizer: FusedSAM) -> None:
-        state_slices.cut(optimizer.state, self._slices)
+    def loaded(self, parameters: Parameters) -> None:
+        state_slices.cut(parameters.state, self._slices)
 
     def require_whole_state(self, what: str) -> None:
         if not self._whole:
@@ -102,106 +102,77 @@ class ShardedState(Replicas):
                 "consolidate_state_dict() of the handle that data_parallel() returned, or its remove()."
             )
 
-    def consolidate(self, optimizer: FusedSAM, to: int | None) -> dict[str, Any] | None:
-        """`FusedSAM.state_dict` with the state of all ranks, on the CPU of rank ``to``, or of all."""
+    def consolidate(
+        self, parameters: Parameters, state_dict: Callable[[], dict[str, Any]], to: int | None
+    ) -> dict[str, Any] | None:
+        """Return ``state_dict()`` with the state of all ranks, on the CPU of rank ``to``, or of all."""
         if to is not None and to not in range(self._slices.ranks):
             raise ValueError(f"Invalid {to=}. Must be a rank of the process group, or None.")
-        optimizer._require_unperturbed("consolidate_state_dict()")
-        whole = state_slices.whole(optimizer.state, self._slices, to)
+        whole = state_slices.whole(parameters.state, self._slices, to)
         if whole is None:
             return None
-        parts, optimizer.state = optimizer.state, whole
+        parts, parameters.state = parameters.state, whole
         self._whole = True
         try:
-            return optimizer.state_dict()
+            return state_dict()
         finally:
-            optimizer.state, self._whole = parts, False
+            parameters.state, self._whole = parts, False
 
-    def make_whole(self, optimizer: FusedSAM) -> None:
-        """The state of all ranks into that of the optimizer, on all of them."""
-        optimizer._require_unperturbed("remove()")
-        whole: dict[Tensor, Any] = state_slices.whole(optimizer.state, self._slices, None) or {}
-        for group in optimizer.param_groups:
+    def make_whole(self, parameters: Parameters) -> None:
+        """Write the state of all ranks into that of the optimizer, on all of them."""
+        whole: dict[Tensor, Any] = state_slices.whole(parameters.state, self._slices, None) or {}
+        for group in parameters.groups:
             for p in (p for p in group["params"] if p in whole):
                 step_device = p.device if group.get("fused") else torch.device("cpu")  # as torch.optim.Adam has it
-                optimizer.state[p] = {
+                parameters.state[p] = {
                     key: x.to(step_device if key == state_slices.STEP else p.device) if isinstance(x, Tensor) else x
                     for key, x in whole[p].items()
                 }
 
 
-class Share:
-    """What the base step sees of an optimizer: one tensor for each piece of a parameter that is this rank's to update.
+def _share(parameters: Parameters, staged: Staged, rank: int) -> tuple[Parameters, dict[Tensor, Tensor]]:
+    """Return what a rank updates: one tensor for each piece of a parameter, and of which parameter each is a piece.
 
     They are copies, as are their entries of state.
     """
-
-    def __init__(self, optimizer: FusedSAM, staged: Staged, rank: int) -> None:
-        self.backend = optimizer.backend
-        self._masters = None
-        self._peers = Peers()
-        self._parameter: dict[Tensor, Tensor] = {}  # of which each tensor is a piece
-        parts: dict[Tensor, Tensor] = {}
-        self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-        for bucket, flat in staged:
-            for piece in bucket.pieces(rank):
-                part = piece.in_flat(flat).copy_(piece.of(piece.param))
-                grad = _grad(piece)
-                if grad is not None and grad.dtype != part.dtype:
-                    part.grad_dtype = grad.dtype
-                part.grad = grad
-                parts[piece.param], self._parameter[part] = part, piece.param
-                if entries := optimizer.state.get(piece.param):
-                    self.state[part] = {k: x.clone() if isinstance(x, Tensor) else x for k, x in entries.items()}
-        self.param_groups = [
-            {**group, "params": [parts[p] for p in group["params"] if p in parts]} for group in optimizer.param_groups
-        ]
-
-    def _flat_params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def state_by_parameter(self) -> dict[Tensor, dict[str, Any]]:
-        """The entries there are, as the optimizer keeps them."""
-        return {self._parameter[part]: entries for part, entries in self.state.items() if entries}
+    whose: dict[Tensor, Tensor] = {}
+    parts: dict[Tensor, Tensor] = {}
+    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    for bucket, flat in staged:
+        for piece in bucket.pieces(rank):
+            part = piece.in_flat(flat).copy_(piece.of(piece.param))
+            grad = _grad(piece)
+            if grad is not None and grad.dtype != part.dtype:
+                part.grad_dtype = grad.dtype
+            part.grad = grad
+            parts[piece.param], whose[part] = part, piece.param
+            if entries := parameters.state.get(piece.param):
+                state[part] = {k: x.clone() if isinstance(x, Tensor) else x for k, x in entries.items()}
+    groups = [{**group, "params": [parts[p] for p in group["params"] if p in parts]} for group in parameters.groups]
+    return Parameters(groups, state, parameters.backend), whose
 
 
-def _take_over(optimizer: FusedSAM, staged: Staged, own: Share) -> None:
-    """The weights of all ranks, and this rank's part of the state."""
+def _take_over(parameters: Parameters, staged: Staged, share: Parameters, whose: dict[Tensor, Tensor]) -> None:
+    """Write the weights of all ranks, and this rank's part of the state."""
     params = [p for bucket, _ in staged for p in bucket.params]
     if params:
         torch._foreach_copy_(params, [view for bucket, flat in staged for view in bucket.views(flat)])
-    optimizer.state.update(own.state_by_parameter())
+    parameters.state.update({whose[part]: entries for part, entries in share.state.items() if entries})
 
 
 def _grad(piece: Piece) -> Tensor | None:
-    """What of the mean is there; a parameter that is frozen has none."""
+    """Return what of the mean is there; a parameter that is frozen has none."""
     p = piece.param
     return piece.of(p.grad) if p.requires_grad and p.grad is not None else None
 
 
-def require_sliceable(optimizer: FusedSAM, names: dict[Tensor, str]) -> None:
+def require_sliceable(options: Options, names: dict[Tensor, str]) -> None:
     """Refuse options that need more of the state than a rank has.
 
     Raises:
         ValueError: naming the option, or the parameter.
     """
-    base = getattr(optimizer._base, "inner", None)
-    for option, asked, reason in (
-        ("direction='momentum'", optimizer.direction == "momentum", "e follows the momentum of all parameters"),
-        ("reuse", optimizer.reuse is not None, "what is reused is added to the gradients of all parameters"),
-        ("master_weights=True", optimizer._masters is not None, "w + e is made of the masters of all parameters"),
-        ("telemetry=True", optimizer.telemetry, "it looks at whole gradients"),
-        ("capturable=True", optimizer.capturable, "a step works on memory of its own"),
-        (
-            f"base_optimizer={type(base).__name__}",
-            type(optimizer._base) not in state_slices.ELEMENTWISE,
-            "only SGD, Adam and AdamW are known to go element by element",
-        ),
-    ):
-        if asked:
-            raise ValueError(
-                f"Invalid {option} with shard_state=True. Each rank has a part of the state, and {reason}."
-            )
+    refuse(options, SHARDED_STATE)
     for p, name in names.items():
         require_dense(p, name)
 

@@ -9,11 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_sam import bases
 from fused_sam.distributed.slices import SlicedLayout, in_memory
 
-State = defaultdict[Tensor, dict[str, Any]]
-ELEMENTWISE = (bases.FusedSGD, bases.FusedAdam)
+State = dict[Tensor, dict[str, Any]]
 STEP = "step"  # one number for a parameter; all other entries of theirs are tensors of its shape
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_sam.backends.interface import AscentGroup, Journal, TensorList
 from fused_sam.ops.groups import dual_exponent, require_sizes
 from fused_sam.ops.journal import Copies, bump_versions
+from fused_sam.ops.lists import all_present
 from fused_sam.ops.routing import Part, contiguous, route, stand_ins
 
 
@@ -34,7 +35,7 @@ class Ascent:
         masters: TensorList | None = None,
     ) -> None:
         require_sizes(params, groups)
-        self.q = dual_exponent(p)
+        self.q = 2.0 if p == 2 else dual_exponent(p)
         self.params = params
         self.grads = grads
         self.groups = groups
@@ -71,7 +72,7 @@ class Ascent:
         constructor may refer to it then. Backups of small tensors share one allocation instead.
         """
         for part in self._parts:
-            there = None if norm is None else norm.to(part.device)
+            there = norm if norm is None or norm.device == part.device else norm.to(part.device)
             if there is not None and part.index is not None:
                 there = part.to_part_index(there)
             kept = None if backups is None else part.take(backups)
@@ -93,7 +94,10 @@ class Ascent:
                 batch = part.backend.batch(p_, contiguous(g), masters=self._masters_of(part))
                 batch.make_backups(owned=False)
                 batch.perturb(there, part.groups, self.q, [])
-        bump_versions(self.params, self.grads)
+        if all_present(self.grads):
+            torch.autograd.graph.increment_version(self.params)
+        else:
+            bump_versions(self.params, self.grads)
 
     def _on_stand_ins(self, part: Part) -> Any:
         p, g = contiguous(part.take(self.params)), contiguous(part.take(self.grads))

@@ -107,11 +107,8 @@ def sgd_update(
     require_sizes(params, groups)
     _require_state("momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0)
 
-    def update(part: Part, batch: Any, *scalars: Any) -> None:
-        batch.sgd_update(part.groups, *scalars)
-
-    states = (momentum_buffers,)
-    _descend(params, grads, backups, states, groups, update, grad_scale, found_inf, backend, journal, masters)
+    scalars = grad_scale, found_inf, backend, journal
+    _descend("sgd_update", params, grads, backups, (momentum_buffers,), groups, *scalars, masters)
 
 
 def adam_update(
@@ -167,18 +164,14 @@ def adam_update(
         if not skipped:
             counted = AdamStepEntry([t for t, _ in advanced], [t for t in before if t is not None])
 
-    def update(part: Part, batch: Any, *scalars: Any) -> None:
-        on_device = part.take(steps) if capturable else None
-        batch.adam_update(part.groups, on_device, *scalars)
-        if on_device is not None:
-            _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], found_inf)
-
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     try:
         if counted is not None:
             journal.append(counted)
             _advance(counted.counts, None)
-        _descend(params, grads, backups, states, groups, update, grad_scale, found_inf, backend, journal, masters)
+        on_device = steps if capturable else None
+        scalars = grad_scale, found_inf, backend, journal
+        _descend("adam_update", params, grads, backups, states, groups, *scalars, masters, on_device)
     except BaseException:
         if counted is not None and counted in journal:
             counted.restore()
@@ -218,19 +211,20 @@ def _advance(steps: TensorList, found_inf: Tensor | None) -> None:
 
 
 def _descend(
+    name: str,
     params: TensorList,
     grads: TensorList,
     backups: TensorList | Any | None,
     states: Sequence[TensorList | None],
     groups: list[Any],
-    update: Callable[..., None],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     backend: str | None,
     journal: Journal | None,
     masters: TensorList | None,
+    steps: TensorList | None = None,
 ) -> None:
-    """Restore, and call ``update(part, batch, grad_scale, found_inf, journal)`` for every part."""
+    """Restore, and call the update of that name on every part. Advance ``steps``, if they are on the device."""
     journal = [] if journal is None else journal
     parts = route(backend, groups, params, grads, backups, states, masters)
     at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
@@ -249,17 +243,24 @@ def _descend(
         skip = None if found_inf is None else found_inf.to(part.device)
         # Of several calls none may say that there is nothing left to undo.
         done = journal if at_once else []
+        on_device = None if steps is None else part.take(steps)
+        arguments = (scale, skip, done) if name == "sgd_update" else (on_device, scale, skip, done)
         if part.batch is not None:
-            update(part, part.batch, scale, skip, done)
-            continue
-        with contextlib.ExitStack() as stack:
-            lists = [part.take_any(x) for x in (masters, params, grads, *states)]
-            masters_, p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
-            batch = part.backend.batch(p_, g_, None, *states_, masters=masters_)  # type: ignore[arg-type]
-            update(part, batch, scale, skip, done)
+            getattr(part.batch, name)(part.groups, *arguments)
+        else:
+            with contextlib.ExitStack() as stack:
+                lists = [part.take_any(x) for x in (masters, params, grads, *states)]
+                masters_, p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
+                batch = part.backend.batch(p_, g_, None, *states_, masters=masters_)  # type: ignore[arg-type]
+                getattr(batch, name)(part.groups, *arguments)
+        if on_device is not None:
+            _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], skip)
     if not at_once:
         journal.clear()
-    bump_versions(params, *written)
+    if all_present(grads):
+        torch.autograd.graph.increment_version(params)
+    else:
+        bump_versions(params, *written)
 
 
 def _require_state(

@@ -90,7 +90,7 @@ def route(
     if not params:
         return []
     device = params[0].device
-    module = _module_for(device, backend, masters, q)
+    module = _module_for("cpu" if params[0].is_cpu else device.type, backend, masters, q)
     if isinstance(backups, eager.Batch) and module is not eager:
         backups = backups.backups
     batch = module.batch(params, grads, backups, *states, masters=masters)
@@ -127,7 +127,7 @@ def _divide(
             state = [x[i] for x in states if x is not None and x[i] is not None]
             _require_supported(i, param, grads[i] if grads else None, kept, state, masters[i] if masters else None)
             stage = first.NEEDS_DENSE
-        module = _module_for(param.device, backend, masters, q)
+        module = _module_for(param.device.type, backend, masters, q)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
     involved = [i for index in members.values() for i in index]
     written = [x[i] for x in (params, backups, masters, *states) if isinstance(x, list) for i in involved]
@@ -145,9 +145,9 @@ def _divide(
     return parts
 
 
-def _module_for(device: torch.device, backend: str | None, masters: TensorList | None, q: float | None) -> Backend:
+def _module_for(device_type: str, backend: str | None, masters: TensorList | None, q: float | None) -> Backend:
     """Return the backend that takes tensors of a device; torch's operations where it takes no masters, or not this q."""
-    module: Backend = backends.for_device(device.type, backend)
+    module: Backend = backends.for_device(device_type, backend)
     takes_masters = masters is None or module.TAKES_MASTERS
     takes_q = q in (None, 1, 2, math.inf) or module.TAKES_POWERS
     return module if takes_masters and takes_q else eager

@@ -7,31 +7,30 @@ averaged from whatever made the DTensors, so that all ranks share one e.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_sam import ops
-from fused_sam.distributed.peers import Peers, any_of, gathered
-
-if TYPE_CHECKING:
-    from fused_sam.backends.interface import TensorList
-    from fused_sam.optimizer import FusedSAM
+from fused_sam.backends.interface import TensorList
+from fused_sam.options import DTENSORS, Options, refuse
+from fused_sam.parameters import Parameters
+from fused_sam.peers import Peers, any_of, gathered
 
 # A mesh, and those of its dimensions along which a tensor is cut.
 Sharding: TypeAlias = tuple[Any, tuple[int, ...]]
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether it is a DTensor. Importing them takes most of a second: where nobody has, there are none."""
+    """Return whether it is a DTensor. Importing them takes most of a second: where nobody has, there are none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
 def local_parts(tensors: TensorList) -> TensorList:
-    """What this rank has of each tensor: the same object in every call."""
+    """Return what this rank has of each tensor: the same object in every call."""
     return [_local(x) if is_sharded(x) else x for x in tensors]
 
 
@@ -44,35 +43,20 @@ def _local(x: Any) -> Tensor:
 class Shards(Peers):
     """Some of the parameters are DTensors. The others are taken to be the same on all ranks."""
 
-    def local(self, tensors: TensorList) -> TensorList:
-        return local_parts(tensors)
+    def require_supported(self, options: Options) -> None:
+        refuse(options, DTENSORS)
 
-    def require_supported(self, optimizer: FusedSAM) -> None:
-        for option, asked in (
-            ("ascent_steps > 1", optimizer._along.steps > 1),
-            ("second_order=True", optimizer.second_order),
-            ("reuse", optimizer.reuse is not None),
-            ("telemetry=True", optimizer.telemetry),
-        ):
-            if asked:
-                raise ValueError(f"Invalid {option} with DTensor parameters. Every rank must have them whole.")
-        if optimizer._masters is not None:
-            raise ValueError(
-                "Invalid master_weights=True with DTensor parameters. fully_shard has fp32 weights of its own: "
-                "MixedPrecisionPolicy(param_dtype=...)."
-            )
-
-    def place_grads(self, optimizer: FusedSAM) -> None:
-        _place_grads(optimizer._flat_params())
+    def place_grads(self, parameters: Parameters) -> None:
+        _place_grads(parameters.tensors())
 
     average_first = average_second = place_grads
 
-    def norm(self, ascent: ops.Ascent, params: list[Tensor]) -> Tensor | None:
-        """The norms of all ranks are gathered, one fp64 number each."""
+    def norm(self, ascent: ops.Ascent, tensors: list[Tensor]) -> Tensor | None:
+        """Gather the norms of all ranks, one fp64 number each."""
         if ascent.q == 1:
             return None
         members: dict[Sharding, set[int]] = {}
-        for i, p in enumerate(params):
+        for i, p in enumerate(tensors):
             members.setdefault(_sharding(p), set()).add(i)
         norms = []
         for (mesh, dims), index in members.items():
@@ -86,8 +70,8 @@ class Shards(Peers):
         mine = joint[3] == dist.get_rank()
         return torch.stack([joint[0], torch.where(mine, joint[1], -1.0), joint[2]])
 
-    def any_overflow(self, found_inf: Tensor | None, optimizer: FusedSAM) -> Tensor | None:
-        params = [p for p in optimizer._flat_params() if is_sharded(p)]
+    def any_overflow(self, found_inf: Tensor | None, parameters: Parameters) -> Tensor | None:
+        params = [p for p in parameters.tensors() if is_sharded(p)]
         flag: Any = found_inf.full_tensor() if is_sharded(found_inf) else found_inf  # type: ignore[union-attr]
         for mesh in dict.fromkeys(p.device_mesh for p in params):  # type: ignore[attr-defined]
             for dim in range(mesh.ndim):
@@ -96,7 +80,7 @@ class Shards(Peers):
 
 
 def _place_grads(params: list[Tensor]) -> None:
-    """Gradients as their parameters are placed: of a replicated one, backward may leave a sum still to be made."""
+    """Place gradients as their parameters: of a replicated one, backward may leave a sum still to be made."""
     for p in params:
         if is_sharded(p) and p.grad is not None and p.grad.placements != p.placements:  # type: ignore[attr-defined]
             p.grad = p.grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
@@ -109,12 +93,12 @@ def _sharding(p: Any) -> Sharding:
 
 
 def _owned(norm: Tensor) -> Tensor:
-    """For p = 1, the norm with the rank that has its element."""
+    """Return the norm, for p = 1 with the rank that has its element."""
     return norm if norm.dim() == 0 else torch.cat([norm, torch.full_like(norm[:1], dist.get_rank())])
 
 
 def _gathered(norm: Tensor, mesh: Any, dims: tuple[int, ...], q: float) -> Tensor:
-    """The joint norm of the ranks along some dimensions of a mesh."""
+    """Return the joint norm of the ranks along some dimensions of a mesh."""
     for dim in dims:
         norm = gathered(norm, mesh.get_group(dim), q)
     return norm

@@ -7,13 +7,10 @@ fp64, and is made with ``FusedSAM(telemetry=True)`` only.
 from __future__ import annotations
 
 import numbers
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
 
 
 class Report(NamedTuple):
@@ -62,34 +59,21 @@ class Probe:
         self.radius: Tensor | None = None
 
     def measure_radius(self, final: bool = True) -> None:
-        """To be called at w + e; the copies of w are let go of if it is the ``final`` one of the step."""
+        """Measure ||w' - w|| at w + e; drop the copies of w if it is the ``final`` measurement of the step."""
         self.radius = _norm([p.double() - w.double() for p, w in self._weights])
         if final:
             self._weights.clear()
 
     def cosine(self, params: list[Tensor]) -> Tensor:
-        """<g, g'> / (||g|| ||g'||) with g' the gradients that the parameters have now."""
+        """Return <g, g'> / (||g|| ||g'||) with g' the gradients that the parameters have now."""
         first, second = _norm([g for _, g in self._grads]), _norm([p.grad for p in params if p.grad is not None])
         products = [(g.double() * p.grad.double()).sum() for p, g in self._grads if p.grad is not None]
         device = first.device
         return _stack(products, device).sum() / (first * second.to(device))
 
 
-def measured(optimizer: FusedSAM, loss: Any = None, loss_perturbed: Any = None) -> Report:
-    """What is known once both gradients have been taken, and before the base step."""
-    ascent = optimizer._ascent
-    if ascent is None:
-        return Report(loss=_seen(loss))
-    norm, radius, cosine = ascent.norms[-1] if ascent.norms else None, None, None
-    if norm is not None and norm.dim() > 0:
-        norm = norm[0]  # for p = 1 it says where, too
-    if ascent.probe is not None:
-        radius, cosine = ascent.probe.radius, ascent.probe.cosine(optimizer._flat_params())
-    return Report(norm, _seen(loss), _seen(loss_perturbed), None, radius, cosine)
-
-
 def stacked(reports: list[Report]) -> Report:
-    """One report of several pairs of passes, each field a tensor of shape [len(reports)] or None."""
+    """Return one report of several pairs of passes, each field a tensor of shape [len(reports)] or None."""
     columns = []
     for values in zip(*reports):
         known = all(x is not None for x in values)
@@ -97,7 +81,8 @@ def stacked(reports: list[Report]) -> Report:
     return Report(*columns)
 
 
-def _seen(loss: Any) -> Any:
+def reported(loss: Any) -> Any:
+    """Return what a closure returned if it is a number or a tensor of one element, detached; else None."""
     if loss is None:
         return None
     if isinstance(loss, Tensor):
@@ -106,7 +91,7 @@ def _seen(loss: Any) -> Any:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    """||x||_2 over all tensors, in fp64 on the device of the first."""
+    """Return ||x||_2 over all tensors, in fp64 on the device of the first."""
     norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]
     return torch.linalg.vector_norm(_stack(norms, norms[0].device if norms else torch.device("cpu")))
 

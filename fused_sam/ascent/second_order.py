@@ -12,52 +12,46 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_sam import ops, param_groups
+from fused_sam.backends.interface import AscentGroup
+from fused_sam.ops.groups import dual_exponent
+from fused_sam.parameters import Parameters
 
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
 
-
-def second_pass(optimizer: FusedSAM, closure: Callable[[], Any]) -> Any:
-    """With the first gradients in ``p.grad``, their graph alive and the weights at w: the whole gradient in ``p.grad``.
-
-    The weights are back at w then. Returns what the closure returned at w + e.
+def displacements_of(parameters: Parameters, p: float) -> list[Any]:
+    """Return e, as `displacements` does, of the gradients in ``p.grad``, whose graph must be alive.
 
     Raises:
         RuntimeError: if the gradients have no graph.
     """
-    params = optimizer._flat_params()
+    params = parameters.tensors()
     grads = [p.grad for p in params]
     if not any(g is not None and g.requires_grad for g in grads):
         raise RuntimeError("second_order=True needs a closure that calls loss.backward(create_graph=True).")
-    param_groups.take_out(optimizer.param_groups, grads)
-    groups = param_groups.ascent_groups(optimizer.param_groups)
+    parameters.blank_unperturbed(grads)
     with torch.enable_grad():
-        es = displacements(params, grads, groups, optimizer.p)
-    # The weights come back bit for bit, so that what autograd has kept of them is true again: it need not see that they
-    # were away.
-    with contextlib.ExitStack() as unseen:
+        return displacements(params, grads, parameters.perturbed_groups(), p)
+
+
+@contextlib.contextmanager
+def unseen(params: list[Tensor]) -> Iterator[None]:
+    """Keep autograd from seeing that the weights are away meanwhile.
+
+    They come back bit for bit, so that what it has kept of them is true again.
+    """
+    with contextlib.ExitStack() as kept:
         for p in params:  # torch 2.6 takes one tensor
-            unseen.enter_context(torch.autograd._unsafe_preserve_version_counter(p))
-        optimizer._ascend(take_grads=True)
-        with torch.enable_grad():
-            result = closure()
-        ascent = optimizer._ascent
-        optimizer.restore()
-    # The report that the caller makes is of the ascent that has just been undone.
-    optimizer._ascent = ascent
-    _add_term(params, es)
-    return result
+            kept.enter_context(torch.autograd._unsafe_preserve_version_counter(p))
+        yield
 
 
-def _add_term(params: list[Tensor], es: list[Any]) -> None:
-    """p.grad + (de/dw)^T v in p.grad, with v the gradients that are there."""
+def add_term(params: list[Tensor], es: list[Any]) -> None:
+    """Write p.grad + (de/dw)^T v to p.grad, with v the gradients that are there."""
     second = [None if p.grad is None else p.grad.detach() for p in params]
     outputs = [(e, v) for e, v in zip(es, second) if e is not None and e.requires_grad and v is not None]
     terms: tuple[Any, ...] = (None,) * len(params)
@@ -72,20 +66,20 @@ def _add_term(params: list[Tensor], es: list[Any]) -> None:
         p.grad = v if term is None else term.detach() if v is None else v + term
 
 
-def displacements(params: list[Tensor], grads: list[Any], groups: list[ops.AscentGroup], p: float) -> list[Any]:
-    """e as a function that autograd can differentiate of the weights and of their gradients, None without gradient."""
+def displacements(params: list[Tensor], grads: list[Any], groups: list[AscentGroup], p: float) -> list[Any]:
+    """Return e as a function, which autograd can differentiate, of weights and gradients; None without gradient."""
     of_tensor = [group for group in groups for _ in range(group.size)]
     scales = [w.abs() + group.eta if group.adaptive else torch.ones_like(w) for w, group in zip(params, of_tensor)]
     there = [(i, w, g, of_tensor[i].decay) for i, (w, g) in enumerate(zip(params, grads)) if g is not None]
     xs = {i: scales[i] * (g + decay * w if decay else g) for i, w, g, decay in there}
     es: list[Any] = [None] * len(params)
-    for i, direction in zip(xs, _directions(list(xs.values()), ops.dual_exponent(p))):
+    for i, direction in zip(xs, _directions(list(xs.values()), dual_exponent(p))):
         es[i] = of_tensor[i].rho * scales[i] * direction
     return es
 
 
 def _directions(xs: list[Tensor], q: float) -> list[Tensor]:
-    """sign(x) (|x| / ||x||_q)^(q-1) of all tensors together, and 0 where the norm is zero or not finite."""
+    """Return sign(x) (|x| / ||x||_q)^(q-1) of all tensors together, and 0 where the norm is zero or not finite."""
     if q == 1:
         return [x.sign() for x in xs]
     device = xs[0].device if xs else torch.device("cpu")

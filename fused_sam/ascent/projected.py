@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_sam import ops
-from fused_sam.backends.eager import ordered_sum
+from fused_sam.backends.memory import ordered_sum
 from fused_sam.ops.journal import Copies
 
 
@@ -29,8 +29,10 @@ def advance(
     p: float,
     journal: ops.Journal,
 ) -> Tensor | None:
-    """One step. ``backups[i]`` holds w of a parameter that is displaced, and is filled in for one that now becomes it;
-    a master that there is holds w instead.
+    """Make one step.
+
+    ``backups[i]`` holds w of a parameter that is displaced, and is filled in for one that now becomes it; a master that
+    there is holds w instead.
 
     Returns:
         The norm of the gradients, as `ops.norm` does. Where it is zero or not finite e stays.
@@ -57,7 +59,7 @@ def advance(
 def _stepped(
     weights: list[Tensor], grads: list[Any], groups: list[ops.AscentGroup], backend: str | None, p: float
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The norm of the gradients, and w + rho T sign(x) (|x| / ||x||_q)^(q-1), all in fp64: what SAM does from w."""
+    """Return the norm of the gradients, and w + rho T sign(x) (|x| / ||x||_q)^(q-1), all in fp64."""
     ahead = [w.clone() for w in weights]
     ascent = ops.Ascent(ahead, [None if g is None else g.double() for g in grads], groups, backend, p)
     norm = ascent.norm()
@@ -66,7 +68,7 @@ def _stepped(
 
 
 def _half_axes(w: Tensor, group: ops.AscentGroup) -> Tensor:
-    """rho T of the ball that a group's displacement stays in."""
+    """Return rho T of the ball that a group's displacement stays in."""
     t = w.abs() + group.eta if group.adaptive else torch.ones_like(w)
     return group.on(w.device, group.size).distance * t
 
@@ -89,7 +91,7 @@ def _keep_newcomers(
 
 
 def project(es: list[Tensor], sizes: list[Tensor], p: float) -> list[Tensor]:
-    """Each e in the ball ||e / size||_p <= 1 of all tensors together, ``sizes`` >= 0 of the shapes of ``es``.
+    """Return each e in the ball ||e / size||_p <= 1 of all tensors together, ``sizes`` >= 0 of the shapes of ``es``.
 
     The nearest point, in terms of e / size, for p = 2 and inf; else that on the ray to 0. 0 where the size is.
     """

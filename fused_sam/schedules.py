@@ -1,4 +1,10 @@
-r"""rho that follows the learning rate, as in GSAM (Zhuang et al. 2022): both decay together.
+r"""Which steps are perturbed, and by how much.
+
+`Schedule`: every k-th step, from one step until another; the others are the base optimizer's alone. The number of steps
+made is in the first parameter group, under a key of its own: there a checkpoint, also one that has been through
+`torch.optim.SGD`, and every copy take it along.
+
+`RhoTiedToLR`: rho follows the learning rate, as in GSAM (Zhuang et al. 2022): both decay together.
 
 .. math:: \rho_t = \rho_{min} + (\rho_{max} - \rho_{min}) \frac{lr_t - lr_{min}}{lr_{max} - lr_{min}}
 """
@@ -6,13 +12,62 @@ r"""rho that follows the learning rate, as in GSAM (Zhuang et al. 2022): both de
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused_sam.backends.interface import Journal
+from fused_sam.ops.journal import StateEntry
 
+STEP = "sam_step"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Perturbs the steps start, start + interval, start + 2 interval, ... before ``stop``, counted from 0."""
+
+    interval: int = 1
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def always(self) -> bool:
+        """Return whether every step is perturbed, so that there is nothing to count."""
+        return self == Schedule()
+
+    def due(self, param_groups: list[dict[str, Any]]) -> bool:
+        """Return whether the step that comes next is perturbed."""
+        step = param_groups[0].get(STEP, 0) - self.start
+        return step >= 0 and step % self.interval == 0 and (self.stop is None or step < self.stop - self.start)
+
+    def is_over(self, param_groups: list[dict[str, Any]]) -> bool:
+        """Return whether no step is perturbed any more."""
+        return self.stop is not None and param_groups[0].get(STEP, 0) >= self.stop
+
+
+class ScheduleEntry(StateEntry):
+    """A journal entry for the count, which an interrupted step does not advance."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group = group
+        self.before = group[STEP]
+
+    def restore(self) -> None:
+        """Set it back."""
+        self.group[STEP] = self.before
+
+
+def count(param_groups: list[dict[str, Any]], journal: Journal) -> None:
+    """Advance the step count, if this optimizer keeps one."""
+    if STEP in param_groups[0]:
+        journal.append(ScheduleEntry(param_groups[0]))
+        param_groups[0][STEP] += 1
+
+
+@dataclass(eq=False, repr=False)
 class RhoTiedToLR:
     """Sets every group's ``rho`` from its ``lr``; call ``step()`` after the learning-rate scheduler's::
 
@@ -36,7 +91,13 @@ class RhoTiedToLR:
         ValueError: for a value out of range, or an optimizer whose groups have no rho.
     """
 
-    def __init__(self, optimizer: Optimizer, *, rho_min: float = 0.0, lr_min: float = 0.0) -> None:
+    optimizer: Optimizer
+    _: KW_ONLY
+    rho_min: float = 0.0
+    lr_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        optimizer, rho_min, lr_min = self.optimizer, self.rho_min, self.lr_min
         if not 0.0 <= rho_min < math.inf:
             raise ValueError(f"Invalid {rho_min=}. Must be >= 0 and finite.")
         if not 0.0 <= lr_min < math.inf:
@@ -47,17 +108,15 @@ class RhoTiedToLR:
             lr = float(group.get("initial_lr", group["lr"]))
             if not lr > lr_min:
                 raise ValueError(f"Invalid {lr_min=}. Must be below the learning rate of group {k}, {lr}.")
-        self.optimizer = optimizer
-        self.rho_min = float(rho_min)
-        self.lr_min = float(lr_min)
+        self.rho_min, self.lr_min = float(rho_min), float(lr_min)
         for group in optimizer.param_groups:
-            self._adopt(group)
+            self._keep_initial(group)
         self.step()
 
     def step(self) -> None:
-        """rho of every group from its lr. A rho that is a tensor is written in place, where a CUDA graph reads it."""
+        """Set rho of every group from its lr. A tensor is written in place, where a CUDA graph reads it."""
         for group in self.optimizer.param_groups:
-            self._adopt(group)  # groups may have been added
+            self._keep_initial(group)  # groups may have been added
             rho_max, lr_max = group["initial_rho"], float(group["initial_lr"])
             share = (group["lr"] - self.lr_min) / (lr_max - self.lr_min)
             share = share.clamp(0.0, 1.0) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
@@ -68,6 +127,6 @@ class RhoTiedToLR:
                 group["rho"] = rho.clone() if isinstance(rho, Tensor) else rho
 
     @staticmethod
-    def _adopt(group: dict[str, Any]) -> None:
+    def _keep_initial(group: dict[str, Any]) -> None:
         group.setdefault("initial_rho", float(group["rho"]))
         group.setdefault("initial_lr", float(group["lr"]))

@@ -8,19 +8,15 @@ scale clips. So it takes one more norm and no pass of its own, and nothing waits
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fused_sam.backends.memory import overlaps_itself
-
-if TYPE_CHECKING:
-    from fused_sam.optimizer import FusedSAM
+from fused_sam.parameters import Parameters
 
 
 def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:
-    """What to divide gradients of that norm by so that they come out unscaled and clipped: fp32, shape [].
+    """Return what to divide gradients of that norm by so that they come out unscaled and clipped: fp32, shape [].
 
         scale * max(1, (norm / scale + 1e-6) / max_norm)
 
@@ -30,18 +26,18 @@ def grad_scale(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:
     return (factor * ((norm / factor + 1e-6) / max_norm).clamp(min=1.0)).float()
 
 
-def unscale(optimizer: FusedSAM, scale: Tensor) -> None:
-    """g = g / scale in place, by the fp32 reciprocal that `torch.amp.GradScaler` multiplies by, on the device.
+def unscale(parameters: Parameters, scale: Tensor) -> None:
+    """Write g = g / scale in place, by the fp32 reciprocal that `torch.amp.GradScaler` multiplies by, on the device.
 
     An expanded gradient cannot be written: a copy takes its place.
     """
     grads: list[Tensor] = []
-    for p in optimizer._flat_params():
+    for p in parameters.tensors():
         if p.grad is not None and p.grad.layout == torch.strided and overlaps_itself(p.grad):
             p.grad = p.grad.contiguous()
         grads += [] if p.grad is None else [p.grad]
     on_device: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
-    for g in optimizer._peers.local(grads):
+    for g in parameters.local(grads):
         if g.device not in on_device:
             on_device[g.device] = (scale.to(g.device).double().reciprocal().float(), [])
         multiplier, wide = on_device[g.device]

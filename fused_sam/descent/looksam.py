@@ -16,25 +16,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_sam import masters, ops
-from fused_sam.backends.eager import ordered_sum, wide
-from fused_sam.backends.memory import overlaps_itself
-from fused_sam.ops import lists
+from fused_sam import ops
+from fused_sam.backends.interface import AscentGroup, Journal, TensorList
+from fused_sam.backends.memory import ordered_sum, overlaps_itself, wide
+from fused_sam.masters import MASTER
 from fused_sam.ops.routing import require_match
-
-if TYPE_CHECKING:
-    from fused_sam.ascents import Displacement
-    from fused_sam.optimizer import FusedSAM
+from fused_sam.parameters import Parameters
 
 KEY = "orthogonal_grad"
 
 
-class Kept(ops.StateEntry):
+class LookSAMEntry(ops.StateEntry):
     """A journal entry for the g_v of these parameters."""
 
     def __init__(self, state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> None:
@@ -50,42 +47,41 @@ class Kept(ops.StateEntry):
                 self.state[p].pop(KEY, None)
 
 
-def keep(optimizer: FusedSAM, ascent: Displacement, found_inf: Tensor | None, journal: ops.Journal) -> None:
-    """After the second gradient: g_v into the state. Where a norm is zero or not finite the last g_v stays.
+def keep(parameters: Parameters, firsts: TensorList, found_inf: Tensor | None, journal: Journal) -> None:
+    """Put g_v into the state, after the second gradient. Where a norm is zero or not finite the last g_v stays.
 
-    ``found_inf`` is the base step's, and ``journal`` where it is entered until that is made.
+    ``firsts`` are the first gradients, ``found_inf`` is the base step's, and ``journal`` where g_v is entered until
+    that is made.
 
     Raises:
         InvalidTensor: for a gradient or a g_v in the state that does not match its parameter.
     """
-    assert ascent.grads is not None
-    params = optimizer._flat_params()
+    params, state = parameters.tensors(), parameters.state
     second: list[Any] = [p.grad for p in params]
-    first: list[Any] = [None if gs is None else g for g, gs in zip(ascent.grads, second)]
+    first: list[Any] = [None if gs is None else g for g, gs in zip(firsts, second)]
     both = [i for i, g in enumerate(first) if g is not None]
     if not both:
         return
     for i in both:
         require_match(i, params[i], second[i], any_dtype=True)
-    lasts = {i: _last_part(optimizer, i, params[i]) for i in both}
-    if found_inf is not None and any(KEY not in optimizer.state[params[i]] for i in both) and bool(found_inf):
+    lasts = {i: _last_part(state[params[i]], i, params[i]) for i in both}
+    if found_inf is not None and any(KEY not in state[params[i]] for i in both) and bool(found_inf):
         return  # state that is skipped must not come into being, and only the host can see to that
     device = params[both[0]].device
-    square = _norm(optimizer, params, first).to(device) ** 2
+    square = _norm(parameters, params, first).to(device) ** 2
     dots = [ordered_sum(wide(first[i]) * wide(second[i])).to(device) for i in both]
     factor = torch.stack(dots).sum() / square
     usable = torch.isfinite(factor) & (square > 0)
-    journal.append(Kept(optimizer.state, [params[i] for i in both]))
+    journal.append(LookSAMEntry(state, [params[i] for i in both]))
     for i, last in lasts.items():
         p, g = params[i], wide(first[i])
         part = wide(second[i]) - factor.to(p.device, g.dtype) * g
-        optimizer.state[p][KEY] = torch.where(usable.to(p.device), part.to(last.dtype), last)
+        state[p][KEY] = torch.where(usable.to(p.device), part.to(last.dtype), last)
 
 
-def _last_part(optimizer: FusedSAM, index: int, param: Tensor) -> Tensor:
-    """g_v of a parameter; zeros where there is none yet."""
-    state = optimizer.state[param]
-    like = state.get(masters.KEY, param)  # as all state of a parameter that has an fp32 master
+def _last_part(state: dict[str, Any], index: int, param: Tensor) -> Tensor:
+    """Return g_v of a parameter; zeros where there is none yet."""
+    like = state.get(MASTER, param)  # as all state of a parameter that has an fp32 master
     last = state.get(KEY)
     if last is None:
         return torch.zeros_like(param, dtype=like.dtype)
@@ -95,19 +91,19 @@ def _last_part(optimizer: FusedSAM, index: int, param: Tensor) -> Tensor:
     return last
 
 
-def apply(optimizer: FusedSAM, alpha: float) -> None:
-    """In a step between: g + alpha ||g|| / ||g_v|| g_v in ``p.grad``, in place but for an expanded gradient.
+def apply(parameters: Parameters, alpha: float) -> None:
+    """Write g + alpha ||g|| / ||g_v|| g_v to ``p.grad``, in a step between; in place but for an expanded gradient.
 
     Raises:
         InvalidTensor: as `keep`.
     """
-    params = optimizer._flat_params()
-    found = lists.lookup(optimizer.state, params, KEY)
+    params = parameters.tensors()
+    found = parameters.entries(params, KEY)
     parts = [part if p.grad is not None else None for p, part in zip(params, found)]
     grads: list[Any] = [p.grad if part is not None else None for p, part in zip(params, parts)]
     if not any(part is not None for part in parts):
         return
-    length, of_parts = _norm(optimizer, params, grads), _norm(optimizer, params, parts)
+    length, of_parts = _norm(parameters, params, grads), _norm(parameters, params, parts)
     ratio = torch.where(of_parts > 0, alpha * length / of_parts, 0.0)
     for p, g, part in zip(params, grads, parts):
         if g is None or part is None:
@@ -118,9 +114,10 @@ def apply(optimizer: FusedSAM, alpha: float) -> None:
 
 
 @contextlib.contextmanager
-def out_of_sight(optimizer: FusedSAM) -> Iterator[None]:
-    """No g_v in the state meanwhile: most optimizers take a parameter that has state for one that has theirs."""
-    hidden = [(state, state.pop(KEY)) for state in optimizer.state.values() if isinstance(state, dict) and KEY in state]
+def out_of_sight(parameters: Parameters) -> Iterator[None]:
+    """Take g_v out of the state meanwhile: most optimizers take a parameter that has state for one that has theirs."""
+    states = [state for state in parameters.state.values() if isinstance(state, dict) and KEY in state]
+    hidden = [(state, state.pop(KEY)) for state in states]
     try:
         yield
     finally:
@@ -128,5 +125,6 @@ def out_of_sight(optimizer: FusedSAM) -> Iterator[None]:
             state[KEY] = part
 
 
-def _norm(optimizer: FusedSAM, params: list[Tensor], tensors: list[Any]) -> Tensor:
-    return ops.norm(params, tensors, [ops.AscentGroup(len(params), 0.0, False)], optimizer.backend)
+def _norm(parameters: Parameters, params: list[Tensor], tensors: list[Any]) -> Tensor:
+    norm: Any = ops.norm(params, tensors, [AscentGroup(len(params), 0.0, False)], parameters.backend)
+    return norm

@@ -1,0 +1,63 @@
+"""The way to w + e along the momentum of the base optimizer: MSAM (Becker et al. 2024)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_sam import ops
+from fused_sam.ascent.displacement import Displacement
+from fused_sam.backends.interface import TensorList
+from fused_sam.ops.lists import clear_grads
+from fused_sam.options import Options
+from fused_sam.parameters import Parameters
+from fused_sam.peers import Peers
+from fused_sam.report import Probe
+
+KEYS = ("momentum_buffer", "exp_avg")
+
+
+class AlongMomentum:
+    """e = -rho T^2 m / ||T m||_2 with the momentum m of the base optimizer.
+
+    That is where the momentum is about to take the weights, and no gradient is needed to know it: a step takes one
+    gradient, at w + e. Parameters that have no momentum yet stay at w.
+    """
+
+    ascents = 1
+    takes_gradient = False
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def displace(self, parameters: Parameters, displacement: Displacement, peers: Peers, take_grads: bool) -> None:
+        """Go to w + e; ``take_grads`` sets the gradients to None."""
+        tensors = parameters.tensors()
+        momenta = self._momenta(parameters, tensors)
+        parameters.blank_unperturbed(momenta)
+        groups = [group._replace(rho=-group.distance, decay=0.0) for group in parameters.perturbed_groups()]
+        masters = None if parameters.masters is None else parameters.masters_of(tensors, momenta)
+        local = parameters.local
+        weights, copies = local(tensors), masters if masters is None else local(masters)
+        ascent = ops.Ascent(weights, local(momenta), groups, parameters.backend, self.options.p, copies)
+        norm = peers.norm(ascent, tensors)
+        assert norm is not None
+        displacement.norms.append(norm)
+        displacement.of_gradients = False
+        if self.options.telemetry:
+            displacement.probe = Probe(tensors, momenta)
+        if take_grads:
+            clear_grads(tensors)
+        ascent.perturb(norm, displacement.journal)
+        parameters.enter_masters(tensors, masters)
+        if displacement.probe is not None:
+            displacement.probe.measure_radius()
+        displacement.ascents = 1
+
+    def _momenta(self, parameters: Parameters, tensors: list[Tensor]) -> TensorList:
+        for key in KEYS:
+            found = parameters.entries(tensors, key)
+            if any(m is not None for m in found):
+                return found
+        if any(parameters.state.values()):
+            raise RuntimeError(f"direction='momentum' needs a base optimizer that keeps one of {list(KEYS)}.")
+        return [None] * len(tensors)

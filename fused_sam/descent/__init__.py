@@ -1,0 +1,42 @@
+"""What follows at w + e: what changes the gradients, and base steps at w."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from fused_sam.backends.interface import Journal
+from fused_sam.descent.adam import FusedAdam
+from fused_sam.descent.sgd import FusedSGD
+from fused_sam.descent.unfused import AnyBase
+from fused_sam.parameters import Parameters
+
+__all__ = ["AnyBase", "Base", "FusedAdam", "FusedSGD", "make_base"]
+
+
+class Base(Protocol):
+    """The base step of SAM: what is done at w with the gradient taken at w + e."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it goes element by element, so that ranks may each update a slice."""
+
+    def is_decoupled(self, group: dict[str, Any]) -> bool:
+        """Return whether the weight decay of a group is no part of the gradient, as in AdamW."""
+
+    def update(
+        self, parameters: Parameters, journal: Journal, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Bring the weights back to w as the journal says, and update them; clear the journal when that is done.
+
+        Gradients are divided by ``grad_scale``, and with a nonzero ``found_inf`` the weights are only restored.
+        """
+
+
+def make_base(inner: Optimizer) -> Base:
+    """Return the fused counterpart of an optimizer where there is one. Subclasses may step in ways of their own."""
+    if type(inner) is SGD:
+        return FusedSGD()
+    return FusedAdam(inner) if type(inner) in (Adam, AdamW) else AnyBase(inner)

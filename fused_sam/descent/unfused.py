@@ -1,0 +1,53 @@
+"""Any other torch.optim.Optimizer: restored by us, stepped by itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from fused_sam import ops
+from fused_sam.backends.interface import Journal
+from fused_sam.descent import clipping, looksam
+from fused_sam.parameters import Parameters
+
+
+class AnyBase:
+    """A base optimizer that shares our groups and state."""
+
+    elementwise = False
+
+    def __init__(self, inner: Optimizer) -> None:
+        closure = inspect.signature(inner.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"Invalid base_optimizer={type(inner).__name__}. Must not need a closure of its own: SAM fixes the two "
+                "points at which the loss is evaluated."
+            )
+        self.inner = inner
+
+    def is_decoupled(self, group: dict[str, Any]) -> bool:
+        """Return whether the weight decay of a group is no part of the gradient, as in AdamW."""
+        # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
+        return isinstance(self.inner, AdamW) or bool(group.get("decoupled_weight_decay", False))
+
+    def update(
+        self, parameters: Parameters, journal: Journal, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Restore, unscale or skip as a GradScaler would, and let the base step."""
+        ops.restore_weights(journal)
+        if found_inf is not None and bool(found_inf):
+            journal.clear()
+            return
+        if grad_scale is not None:
+            clipping.unscale(parameters, grad_scale)
+        self.inner.param_groups = parameters.groups
+        self.inner.state = parameters.state  # type: ignore[assignment]
+        step: Any = type(self.inner).step
+        # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step
+        with looksam.out_of_sight(parameters):
+            step(self.inner)
+        journal.clear()

@@ -1,0 +1,129 @@
+"""The parameters of an optimizer as parallel lists: weights, gradients, state. All that collaborators see of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sam.backends.interface import AscentGroup, InvalidTensor, TensorList
+from fused_sam.masters import MASTER, Masters
+from fused_sam.ops.groups import host_number
+from fused_sam.ops.lists import get_grads, lookup
+from fused_sam.options import check_group
+
+
+def identity(tensors: TensorList) -> TensorList:
+    """Return the tensors: this rank has the whole of each."""
+    return tensors
+
+
+@dataclass
+class Parameters:
+    """Made by `FusedSAM` from its groups, and by ZeRO from the slices that a rank updates.
+
+    It never holds the list of gradients: a gradient lends its memory to w only where nothing else refers to it.
+
+    Attributes:
+        groups: torch's ``param_groups``.
+        state: torch's ``state``.
+        backend: the one that was asked for; None: the best for each device.
+        masters: fp32 copies of 16-bit parameters; None without.
+        local: returns what this rank has of each tensor: the tensors themselves, or the local parts of DTensors.
+    """
+
+    groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+    backend: str | None = None
+    masters: Masters | None = None
+    local: Callable[[TensorList], TensorList] = identity
+
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters of all groups, in order."""
+        tensors: list[Tensor] = []
+        for group in self.groups:
+            tensors += group["params"]
+        return tensors
+
+    def gradients(self, tensors: list[Tensor]) -> TensorList:
+        """Return ``p.grad`` of each, in a new list."""
+        return get_grads(tensors)
+
+    def is_capturing(self) -> bool:
+        """Return whether what is launched now for the parameters goes into a CUDA graph."""
+        for group in self.groups:
+            for p in group["params"]:
+                return p.is_cuda and torch.cuda.is_current_stream_capturing()
+        return False
+
+    def entries(self, tensors: list[Tensor], key: str) -> TensorList:
+        """Return what the state holds for each under a key, None where there is nothing."""
+        return lookup(self.state, tensors, key)
+
+    def blank_unperturbed(self, grads: TensorList) -> dict[int, Any]:
+        """Set the gradients of the groups that stay at w to None in the list; return those, by index."""
+        taken: dict[int, Any] = {}
+        start = 0
+        for group in self.groups:
+            stop = start + len(group["params"])
+            if not group["perturb"]:
+                taken.update((i, grads[i]) for i in range(start, stop))
+                grads[start:stop] = [None] * (stop - start)
+            start = stop
+        return taken
+
+    def perturbed_groups(self) -> list[AscentGroup]:
+        """Return how far each group moves: runs of scaled and of unscaled tensors where only weights are adaptive."""
+        groups = []
+        for group in self.groups:
+            check_group(group)
+            rho, eta, adaptive = group["rho"], float(group["eta"]), group["adaptive"]
+            rho = rho if type(rho) is float else host_number(rho)
+            decay = float(group["weight_decay"]) if group["decay_in_ascent"] else 0.0
+            if group.get("maximize"):
+                # The worst point of an objective to be maximised is where it is least. The base maximises
+                # L - weight_decay / 2 ||w||^2.
+                rho, decay = -rho, -decay
+            if adaptive != "weights":
+                groups.append(AscentGroup(len(group["params"]), rho, bool(adaptive), eta, decay))
+                continue
+            for scaled, run in itertools.groupby(p.dim() > 1 for p in group["params"]):
+                groups.append(AscentGroup(len(list(run)), rho, scaled, eta, decay))
+        return groups
+
+    def masters_of(self, tensors: list[Tensor], grads: TensorList) -> TensorList | None:
+        """Return the master of each 16-bit parameter that has one or now takes part, else None; None without any."""
+        assert self.masters is not None
+        found = self.masters.find_or_make(self.entries(tensors, MASTER), tensors, grads)
+        return found if any(m is not None for m in found) else None
+
+    def enter_masters(self, tensors: list[Tensor], masters: TensorList | None) -> None:
+        """Enter the masters that `masters_of` has made in the state."""
+        if self.masters is not None and masters is not None:
+            self.masters.enter(self.state, tensors, masters)
+
+    def refresh_masters(self) -> None:
+        """Take over what was written into the parameters since the last step. To be called at w."""
+        if self.masters is not None:
+            tensors = self.tensors()
+            self.masters.refresh(tensors, self.entries(tensors, MASTER))
+
+    def note_masters(self) -> None:
+        """Remember the parameters as their masters say: they are at w."""
+        if self.masters is not None:
+            self.masters.note(self.tensors())
+
+    def named(self, error: InvalidTensor) -> ValueError:
+        """Return the refusal of a tensor, with the parameter named as the user knows it."""
+        index = error.index
+        for k, group in enumerate(self.groups):
+            if index < len(group["params"]):
+                name = group["param_names"][index] if "param_names" in group else f"{index} of group {k}"
+                shape = list(group["params"][index].shape)
+                return ValueError(f"Invalid parameter {name} (shape {shape}): {error.reason}.")
+            index -= len(group["params"])
+        raise AssertionError("index beyond the last group")

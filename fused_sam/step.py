@@ -1,0 +1,263 @@
+"""One SAM step as a state machine: at w, ascend, at w + e, descend, at w."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from fused_sam import ops, report, schedules
+from fused_sam.ascent import Displacement, Perturbation
+from fused_sam.backends.interface import InvalidTensor, Journal
+from fused_sam.descent import Base, clipping, looksam
+from fused_sam.ops.lists import clear_grads
+from fused_sam.options import Options, require_unscaled
+from fused_sam.parameters import Parameters
+from fused_sam.peers import Peers
+from fused_sam.report import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# Returns a false value unless torch.compile looks into the calls of this thread.
+_is_compiling: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+
+
+def untraced(function: F) -> F:
+    """Return the function so that it records no gradients, and torch.compile does not look into it.
+
+    A training step may be compiled as a whole: a graph ends where the function is called, and begins after it. Traced,
+    every line that reads tensors in C++ or changes what the step remembers would end a graph, with a warning, and every
+    new learning rate would compile all anew. `torch.compiler.disable` is the same, but imports the compiler at once,
+    which takes seconds; torch's own waits for the first call, as its optimizers do. It takes longer than a small step,
+    and so does `torch.no_grad`, so that the one is left out where nothing is compiled, and the other done by hand.
+    """
+    disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)  # the former is torch's own, and may go
+    disabled = disable(torch.no_grad()(function))
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_compiling():  # the former where this is traced itself
+            return disabled(*args, **kwargs)
+        records = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(records)
+
+    return cast(F, guarded)
+
+
+class Step:
+    """The steps of an optimizer, of which there is one at a time. All who share the optimizer share this.
+
+    Attributes:
+        parameters: what is stepped.
+        options: those of `FusedSAM`.
+        perturbation: the way to w + e.
+        base: the step at w.
+        peers: what other processes have to do with it.
+        displacement: how far the weights are from w; None at w.
+        last: what the last step saw.
+        cleared: whether zero_grad was called since the last step: no step has seen the gradients that there are.
+        within: how many calls of a subclass's ``step`` are running.
+    """
+
+    def __init__(
+        self, parameters: Parameters, options: Options, perturbation: Perturbation, base: Base, peers: Peers
+    ) -> None:
+        self.parameters = parameters
+        self.options = options
+        self.perturbation = perturbation
+        self.base = base
+        self.peers = peers
+        self.schedule = schedules.Schedule(options.interval, options.start, options.stop)
+        self.always = self.schedule == schedules.Schedule()
+        self.displacement: Displacement | None = None
+        self.last = Report()
+        self.cleared = False
+        self.warned = False
+        self.within = 0
+        self._journal: Journal = []  # of a step at w
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh: dict[str, Any] = {"displacement": None, "last": Report(), "within": 0, "_journal": []}
+        return {**self.__dict__, **fresh, "peers": self.peers.copied()}
+
+    @property
+    def is_ascent_due(self) -> bool:
+        """Whether `ascend` comes next."""
+        if self.displacement is not None:
+            return self.displacement.ascents < self.perturbation.ascents
+        return self.always or self.schedule.due(self.parameters.groups)
+
+    @untraced
+    def ascend(self, take_grads: bool) -> None:
+        """Go from w to w + e, or make the next step of an ascent of several.
+
+        With ``take_grads`` the gradients become None, and their memory may hold w.
+        """
+        if not self.is_ascent_due:
+            raise self._not_due()
+        parameters, displacement = self.parameters, self.displacement
+        self.cleared = False
+        try:
+            if displacement is None:
+                self._begin()
+                displacement = Displacement()
+                self.displacement = displacement
+            if self.perturbation.takes_gradient:
+                self.peers.average_first(parameters)
+            self.perturbation.displace(parameters, displacement, self.peers, take_grads)
+        except BaseException as error:
+            if displacement is not None and displacement.ascents == 0:
+                self.return_to_w()
+            if isinstance(error, InvalidTensor):
+                raise parameters.named(error) from None
+            raise
+
+    @untraced
+    def descend(self, grad_scale: Tensor | None = None, found_inf: Any = None, seen: Report | None = None) -> None:
+        """Make the base step at w with the gradients there are, after a restore where the weights are perturbed.
+
+        ``grad_scale`` and ``found_inf`` are a GradScaler's. ``seen`` is the report of the passes; None: made here.
+        """
+        if self.is_ascent_due:
+            self._make_state()
+            return
+        parameters, options, peers, displacement = self.parameters, self.options, self.peers, self.displacement
+        journal = self._journal if displacement is None else displacement.journal
+        if displacement is None:
+            self._begin()
+        try:
+            peers.average_second(parameters)
+            if found_inf is not None:
+                found_inf = self._overflow(found_inf)
+            seen = self.report() if seen is None else seen
+            if options.looksam_alpha is not None:
+                self._reuse(options.looksam_alpha, found_inf, journal)
+            if options.max_grad_norm is not None or options.telemetry:
+                norm = peers.grad_norm(parameters)
+                seen = seen._replace(second_grad_norm=norm)
+                if options.max_grad_norm is not None:
+                    grad_scale = clipping.grad_scale(norm, options.max_grad_norm, grad_scale)
+            if schedules.STEP in parameters.groups[0]:
+                schedules.count(parameters.groups, journal)
+            with peers.stage(parameters, journal) as (mine, moves):
+                self.base.update(mine, moves, grad_scale, found_inf)
+        except InvalidTensor as error:
+            raise parameters.named(error) from None
+        finally:
+            self.return_to_w()
+        if displacement is None and parameters.masters is not None:
+            parameters.note_masters()
+        self.last = seen
+        self.cleared = False
+        peers.finish(parameters)
+
+    def return_to_w(self) -> None:
+        """Undo what a step has begun, bit for bit; nothing where one has been made."""
+        self.peers.reset()
+        if self._journal:
+            ops.roll_back(self._journal)
+        if self.displacement is None:
+            return
+        if self.displacement.journal:
+            ops.roll_back(self.displacement.journal)
+        self.displacement = None
+        if self.parameters.masters is not None:
+            self.parameters.note_masters()
+
+    restore = untraced(return_to_w)
+
+    @untraced
+    def clear_gradients(self) -> None:
+        """Set all gradients to None."""
+        clear_grads(self.parameters.tensors())
+        self.peers.cleared()
+        self.cleared = True
+
+    def report(self, loss: Any = None, loss_perturbed: Any = None) -> Report:
+        """Return what is known once both gradients have been taken, and before the base step."""
+        displacement = self.displacement
+        if displacement is None:
+            return Report(loss=None if loss is None else report.reported(loss))
+        norm, probe, radius, cosine = None, displacement.probe, None, None
+        if displacement.norms:
+            norm = displacement.norms[-1]
+            norm = norm[0] if norm.dim() > 0 else norm  # for p = 1 it says where, too
+        if loss is not None:
+            loss = report.reported(loss)
+        if loss_perturbed is not None:
+            loss_perturbed = report.reported(loss_perturbed)
+        if probe is not None:
+            radius, cosine = probe.radius, probe.cosine(self.parameters.tensors())
+        return Report(norm, loss, loss_perturbed, None, radius, cosine)
+
+    def require_unperturbed(self, what: str) -> None:
+        """Refuse what would see the weights at w + e."""
+        if self.displacement is not None:
+            raise RuntimeError(f"{what} while the weights are perturbed. Call step() or restore() first.")
+
+    def _begin(self) -> None:
+        """Prepare for a step that begins at w."""
+        parameters = self.parameters
+        if not self.options.capturable and parameters.is_capturing():
+            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
+        if parameters.masters is not None:
+            parameters.refresh_masters()
+
+    def _not_due(self) -> RuntimeError:
+        if self.displacement is not None:
+            return RuntimeError(
+                "first_step() twice: the weights are perturbed already. Call step() or restore() first."
+            )
+        return RuntimeError(
+            f"first_step() in a step that is not perturbed ({self.schedule}): call step() with the gradient there is. "
+            "perturb_next tells these steps."
+        )
+
+    def _make_state(self) -> None:
+        """Make state to load into, without an ascent: torch.distributed.checkpoint steps with lr 0 before the first.
+
+        Raises:
+            RuntimeError: in any other step.
+        """
+        parameters = self.parameters
+        rates = [ops.host_number(group["lr"]) for group in parameters.groups]
+        if self.displacement or parameters.state or not all(isinstance(lr, float) and lr == 0.0 for lr in rates):
+            raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
+        parameters.refresh_masters()
+        try:
+            with self.peers.stage(parameters, self._journal) as (mine, moves):
+                self.base.update(mine, moves, None, None)
+        finally:
+            self.return_to_w()
+        parameters.note_masters()
+
+    def _overflow(self, found_inf: Any) -> Tensor | None:
+        """Return a GradScaler's flag, nonzero too where a gradient of the ascent was not finite on any rank."""
+        displacement = self.displacement
+        # The scaler sets a plain 0 where there is no gradient to look at.
+        flag = found_inf if isinstance(found_inf, Tensor) else None
+        of_ascent = None if displacement is None else displacement.overflow()
+        if flag is None or of_ascent is None:
+            flag = of_ascent if flag is None else flag
+        else:
+            flag = torch.maximum(flag, of_ascent.to(flag))
+        flag = self.peers.any_overflow(flag, self.parameters)
+        if displacement is not None:
+            require_unscaled(self.parameters.groups)
+        return flag
+
+    def _reuse(self, alpha: float, found_inf: Tensor | None, journal: Journal) -> None:
+        """LookSAM: keep a part of this gradient, or add the part that was kept to it."""
+        if self.displacement is not None:
+            assert self.displacement.grads is not None
+            looksam.keep(self.parameters, self.displacement.grads, found_inf, journal)
+        elif not self.schedule.is_over(self.parameters.groups):
+            looksam.apply(self.parameters, alpha)

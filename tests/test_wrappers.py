@@ -1,0 +1,202 @@
+"""Whoever wraps the optimizer, copies its attributes or overrides its step sees the state that it has itself."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import HYPER, assert_same_bits, leaves, quadratic, snapshot
+from torch import Tensor
+
+from fused_sam import FusedSAM
+
+RHO = 0.4
+
+
+class Wrapper:
+    """Borrows the optimizer's methods with a copy of its attributes, and steps through it: Fabric's does."""
+
+    def __init__(self, optimizer: FusedSAM) -> None:
+        names = ("step", "state_dict")
+        self.__dict__ = {name: x for name, x in optimizer.__dict__.items() if name not in names}
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+        self.wrapped, self.steps = optimizer, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return self.wrapped.step(closure or (lambda: None)) if self.wrapped.perturbed else self.wrapped.step(closure)
+
+
+def make(params: Any, **options: Any) -> FusedSAM:
+    return FusedSAM(params, rho=RHO, **HYPER, **options)
+
+
+def weights(*sizes: int) -> list[Tensor]:
+    torch.manual_seed(3)
+    return leaves(*sizes)
+
+
+def two_calls(opt: Any, params: list[Tensor]) -> None:
+    quadratic(params)()
+    opt.first_step(zero_grad=True)
+    quadratic(params)()
+    opt.second_step(zero_grad=True)
+
+
+def trajectory(steps: int = 3, **options: Any) -> list[Tensor]:
+    params = weights(9, 67)
+    opt = make(params, **options)
+    for _ in range(steps):
+        two_calls(opt, params)
+    return params
+
+
+def test_a_copy_of_the_attributes_shares_the_step() -> None:
+    params = weights(9, 67)
+    opt = make(params)
+    wrapper: Any = Wrapper(opt)
+    for _ in range(3):
+        two_calls(wrapper, params)
+        assert not opt.perturbed
+    assert_same_bits(params, trajectory())
+    assert wrapper.steps == 3
+    assert wrapper.last is opt.last
+    quadratic(params)()
+    wrapper.first_step()
+    assert opt.perturbed
+    opt.restore()
+    assert not wrapper.perturbed
+
+
+@pytest.mark.parametrize("through", ["wrapper", "optimizer"])
+def test_a_resume_is_seen_by_all(through: str) -> None:
+    """Into an optimizer that has stepped: the momentum and the groups that it had are no more."""
+    start = weights(9, 67)
+    first = make(start)
+    for _ in range(2):
+        two_calls(first, start)
+    saved = copy.deepcopy(first.state_dict())
+    two_calls(first, start)
+    params = weights(9, 67)
+    opt = make(params)
+    wrapper: Any = Wrapper(opt)
+    two_calls(wrapper, params)
+    opt.param_groups[0].update(lr=0.5, momentum=0.1)
+    (wrapper if through == "wrapper" else opt).load_state_dict(saved)
+    for p, w in zip(params, trajectory(2), strict=True):
+        p.data.copy_(w)
+    assert opt.state is wrapper.state
+    assert opt.param_groups is wrapper.param_groups
+    two_calls(wrapper, params)
+    assert_same_bits(params, start)
+
+
+def test_state_and_groups_that_are_replaced_are_used() -> None:
+    params = weights(9)
+    opt = make(params)
+    two_calls(opt, params)
+    opt.state = copy.copy(opt.state)
+    opt.state[params[0]] = {}
+    opt.param_groups = [{**opt.param_groups[0], "lr": 0.0}]
+    w = snapshot(params)
+    two_calls(opt, params)
+    assert snapshot(params) == w
+    assert opt.state[params[0]]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_a_step_of_its_own(how: Any) -> None:
+    params = weights(9)
+    opt = make(params)
+    two_calls(opt, params)
+    params_of_copy, twin = how((params, opt))
+    w = snapshot(params)
+    two_calls(twin, params_of_copy)
+    assert snapshot(params) == w
+    two_calls(opt, params)
+    assert_same_bits(params, params_of_copy)
+
+
+class Whole(FusedSAM):
+    """A step in two calls."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure()
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+        return loss
+
+
+class Counting(FusedSAM):
+    steps = 0
+
+    def step(self, closure: Any = None, **options: Any) -> Any:
+        self.steps += 1
+        return super().step(closure, **options)
+
+
+def test_a_subclass_whose_step_makes_both_calls() -> None:
+    params = weights(9, 67)
+    opt = Whole(params, rho=RHO, **HYPER)
+    calls: list[int] = []
+    opt.register_step_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        opt.zero_grad()
+        opt.step(quadratic(params))
+    assert_same_bits(params, trajectory())
+    assert len(calls) == 3
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+    opt.step(quadratic(params))
+
+
+def test_second_step_is_one_call_of_the_outermost_step() -> None:
+    params = weights(9, 67)
+    opt = Counting(params, rho=RHO, **HYPER)
+    two_calls(opt, params)
+    assert opt.steps == 1
+
+
+def test_hooks_and_schedulers_see_second_step_once() -> None:
+    params = weights(9, 67)
+    opt = make(params)
+    hooks: list[int] = []
+    opt.register_step_post_hook(lambda *_: hooks.append(1))
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)  # warns unless it sees a step before its own
+    two_calls(opt, params)
+    scheduler.step()
+    assert len(hooks) == 1
+
+
+def test_the_ascent_takes_the_gradients_memory() -> None:
+    """Nothing but the step refers to the gradients then: w lies where they were."""
+    params = weights(40_000, 50_000)
+    opt = make(params)
+    two_calls(opt, params)
+    quadratic(params)()
+    places = [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
+    w = [p.detach().clone() for p in params]
+    opt.first_step(zero_grad=True)
+    bytes_of_w = [x.numpy().tobytes() for x in w]
+    assert [ctypes.string_at(at, x.nbytes) for at, x in zip(places, w, strict=True)] == bytes_of_w
+    opt.restore()
+
+
+def test_an_option_is_the_same_for_all() -> None:
+    opt = make(weights(9))
+    wrapper: Any = Wrapper(opt)
+    wrapper.max_grad_norm = 0.25
+    assert opt.max_grad_norm == 0.25
+
+
+def test_the_old_name_of_looksam_alpha_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="looksam_alpha"):
+        opt = make(weights(9), interval=2, reuse=0.3)
+    assert opt.looksam_alpha == 0.3
