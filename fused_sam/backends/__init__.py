@@ -68,7 +68,7 @@ def _state(backend: Candidate, device_type: str | None) -> str:
     return (device_type and module.why_not(device_type)) or "ok"
 
 
-def _remedy(backend: Backend, error: ImportError) -> str:
+def _remedy(backend: Candidate, error: ImportError) -> str:
     """Return how to get a backend that does not load: that of another backend, if the error names one that it needs."""
     return next((needed.remedy for needed in REGISTRY if needed.module == error.name), backend.remedy)
 

@@ -140,13 +140,13 @@ def _divide(
         part = Part(module, on_device, None, _within(groups, on_device, index), index)
         if not stage:
             taken = [part.take_any(x) for x in (params, grads, backups, *states)]
-            part.batch = module.batch(*taken, masters=part.take_any(masters))  # type: ignore[arg-type]
+            part.batch = module.batch(*taken, masters=part.take_any(masters))
         parts.append(part)
     return parts
 
 
 def _module_for(device_type: str, backend: str | None, masters: TensorList | None, q: float | None) -> Backend:
-    """Return the backend that takes tensors of a device; torch's operations where it takes no masters, or not this q."""
+    """Return the backend for tensors of a device; torch's operations where it takes no masters, or not this q."""
     module: Backend = backends.for_device(device_type, backend)
     takes_masters = masters is None or module.TAKES_MASTERS
     takes_q = q in (None, 1, 2, math.inf) or module.TAKES_POWERS

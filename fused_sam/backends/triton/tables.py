@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.triton import kernels
-from fused_sam.routing import DTYPES
+from fused_sam.backends.interface import DTYPES
 
 if TYPE_CHECKING:
     from fused_sam.backends.interface import AdamGroup, AscentGroup, MeanGroup, SGDGroup, TensorList
