@@ -1,8 +1,6 @@
 """m-sharpness over processes: who shares a perturbation with whom, and who averages which gradients.
 
 data_parallel.py  the call at set-up
-peers.py          what the optimizer asks of the other ranks
-alone.py          a process that has been told of none
 replicas.py       ranks that have the whole model: averaging, overflow, comparison of the weights
 ddp.py            first passes of a DistributedDataParallel that stay on their rank
 sharded_state.py  replicas of which each updates a part of the weights, and has that part of the state alone
@@ -13,7 +11,9 @@ slices.py         gradients in flat buckets, one reduce-scatter each
 collectives.py    reduce-scatter and all-gather, by the names they have in this torch
 scopes.py         which ranks share one e
 agreement.py      that all ranks have the same parameters
-shards.py         DTensor parameters: FSDP2, tensor parallelism
+
+What a step asks of other ranks is `fused_sam.peers`; DTensor parameters (FSDP2, tensor parallelism) are
+`fused_sam.dtensor`.
 """
 
 from fused_sam.distributed.data_parallel import DataParallel, data_parallel
