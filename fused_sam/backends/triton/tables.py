@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sam.backends.triton import kernels
 from fused_sam.backends.interface import DTYPES
+from fused_sam.backends.triton import kernels
 
 if TYPE_CHECKING:
     from fused_sam.backends.interface import AdamGroup, AscentGroup, MeanGroup, SGDGroup, TensorList
