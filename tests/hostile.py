@@ -47,19 +47,21 @@ from fused_sam import FusedSAM, _native, ops
 
 @st.composite
 def calls(draw: st.DrawFn) -> Any:
-    """A method of a batch, or a function that takes one, with its arguments."""
-    norm = mostly(st.tuples(SANE, SANE, SANE), st.one_of(st.tuples(SANE, NUMBERS, NUMBERS), SCALARS))
+    """A method of a batch with its arguments."""
     covering = mostly(st.just([2]), st.lists(SIZES, max_size=3))
+    on, journals = st.one_of(THREADS, STREAMS), JOURNALS.map(lambda make: make())
     methods = {
         "make_backups": (st.booleans(),),
         "set_backups": (lists(),),
-        "norm": (ASCENT, EXPONENTS, THREADS),
-        "perturb": (norm, ASCENT, EXPONENTS, THREADS, JOURNALS.map(lambda make: make()), st.none()),
-        "restore": (SIZES, THREADS),
-        "sgd_update": (SGD, SANE, THREADS, JOURNALS.map(lambda make: make())),
-        "adam_update": (ADAM, st.one_of(st.none(), STEPS), SANE, THREADS, JOURNALS.map(lambda make: make())),
+        "norm_partials": (ASCENT, EXPONENTS),
+        "norm": (ASCENT, EXPONENTS, SCALARS, on),
+        "perturb": (SCALARS, ASCENT, EXPONENTS, on, journals, st.none()),
+        "restore": (SIZES, on),
+        "sgd_update": (SGD, SCALES, SCALES, on, journals),
+        "adam_update": (ADAM, st.one_of(st.none(), STEPS, lists()), SCALES, SCALES, on, journals),
         "odd": (),
         "kept": (),
+        "memory": (),
         "addresses": (st.sampled_from(["params", "grads", "backups", "weights"]),),
         "state_addresses": (st.integers(-1, 4),),
         "sizes": (),
@@ -70,18 +72,8 @@ def calls(draw: st.DrawFn) -> Any:
         "keep_backups": (),
         "refresh": (),
     }
-    functions = {
-        "norm_partials": (ASCENT, EXPONENTS),
-        "norm": (ASCENT, EXPONENTS, SCALARS, STREAMS),
-        "perturb": (SCALARS, ASCENT, EXPONENTS, STREAMS, JOURNALS.map(lambda make: make()), st.none()),
-        "restore": (SIZES, STREAMS),
-        "sgd_update": (SGD, SCALES, SCALES, STREAMS, JOURNALS.map(lambda make: make())),
-        "adam_update": (ADAM, st.one_of(STEPS, lists()), SCALES, SCALES, STREAMS, JOURNALS.map(lambda make: make())),
-    }
-    of_cuda = draw(st.booleans())
-    name = draw(st.sampled_from(sorted(functions if of_cuda else methods)))
-    arguments = tuple(draw(a) for a in (functions if of_cuda else methods)[name])
-    return of_cuda, name, arguments
+    name = draw(st.sampled_from(sorted(methods)))
+    return name, tuple(draw(a) for a in methods[name])
 
 
 def contents(x: Any) -> list[bytes]:
@@ -111,10 +103,8 @@ def attempt(name: str, call: Any, *weights: Any) -> bool:
 
 
 def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
-    for of_cuda, name, arguments in todo:
-        if of_cuda:
-            attempt(f"cuda.{name}", lambda: getattr(_native.cuda, name)(batch, *arguments), *weights)  # noqa: B023
-        elif name in ("odd", "kept"):
+    for name, arguments in todo:
+        if name in ("odd", "kept", "memory"):
             getattr(batch, name)
         else:
             attempt(name, lambda: getattr(batch, name)(*arguments), *weights)  # noqa: B023
@@ -127,15 +117,12 @@ def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
     counts=st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 3, 3, 3, 4])),
     todo=st.lists(calls(), min_size=1, max_size=6),
     then=st.lists(calls(), min_size=1, max_size=4),
-    means=st.lists(
-        st.tuples(
-            st.sampled_from([_native, _native.cuda]),
-            st.tuples(SIZES, MEAN, THREADS, JOURNALS.map(lambda make: make())),
-        ),
-        max_size=2,
-    ),
+    means=st.lists(st.tuples(SIZES, MEAN, THREADS, JOURNALS.map(lambda make: make())), max_size=2),
+    for_cuda=st.booleans(),
 )
-def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo: Any, then: Any, means: Any) -> None:
+def bindings(
+    first: Any, others: Any, same: bool, counts: tuple[int, int], todo: Any, then: Any, means: Any, for_cuda: bool
+) -> None:
     """The module that only `fused_sam.backends.native` should call."""
     made: list[Any] = []
 
@@ -143,7 +130,8 @@ def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo:
         params, grads, _, states, masters = operands
         given = tuple([*states, None][:count])
         made.clear()
-        attempt(name, lambda: made.append(_native.Batch(params, grads, backups, given, masters, device, 0)), params)
+        arguments = params, grads, backups, given, masters, device, 0, for_cuda
+        attempt(name, lambda: made.append(_native.Batch(*arguments)), params)
         return made[0] if made else None
 
     params, grads, backups, _, masters = first
@@ -160,9 +148,9 @@ def bindings(first: Any, others: Any, same: bool, counts: tuple[int, int], todo:
     descent = batch("Batch after a Batch", second, ascent, counts[1])
     if descent is not None:
         attempt_all(descent, then, second[0], second[-1])
-    for module, arguments in means:
-        name = f"{module.__name__}.restore_accumulate"
-        attempt(name, lambda: module.restore_accumulate(descent or ascent, ascent, *arguments), params)  # noqa: B023
+    for arguments in means:
+        batch_of_means = descent or ascent
+        attempt("restore_accumulate", lambda: batch_of_means.restore_accumulate(ascent, *arguments), params)  # noqa: B023
     attempt("restore", lambda: ascent.restore(2, 1), params, masters)
 
 
@@ -180,7 +168,7 @@ def op_surface(given: Any, steps: Any, sizes: Any, numbers: Any, norm: Any, p: A
     params, grads, backups, states, masters = given
     rho, momentum, eta, decay = numbers
     ascent = [ops.AscentGroup(size, rho, bool(i), eta, decay) for i, size in enumerate(sizes)]
-    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, False, eta > 0) for size in sizes]
+    sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, eta > 0) for size in sizes]
     adam = [ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, eta > 0) for size in sizes]
     means = [ops.MeanGroup(size, rho, eta > 0) for size in sizes]
     on = {"backend": backend, "masters": masters}

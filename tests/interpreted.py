@@ -6,11 +6,9 @@ arithmetic, the order of the sums.
 
 from __future__ import annotations
 
-import torch
-
 from fused_sam.backends import Candidate, native
 from fused_sam.backends.interface import TensorList
-from fused_sam.backends.native import CUDABatch
+from fused_sam.backends.native import Batch
 
 __all__ = [
     "BACKEND",
@@ -36,8 +34,8 @@ def why_not(device_type: str) -> str | None:
 def batch(
     params: TensorList,
     grads: TensorList | None = None,
-    backups: TensorList | CUDABatch | None = None,
+    backups: TensorList | Batch | None = None,
     *states: TensorList | None,
     masters: TensorList | None = None,
-) -> CUDABatch:
-    return CUDABatch(torch.device("cpu"), params, grads, backups, *states, masters=masters)
+) -> Batch:
+    return Batch(True, params, grads, backups, *states, masters=masters)

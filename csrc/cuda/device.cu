@@ -46,7 +46,9 @@ std::string why_not(int device) {
 
 const Ops& device_ops() {
   using namespace device;
-  static const auto capacity = [] { return static_cast<size_t>(driver_version() >= 12010 ? kMostPayload : kSmallPayload); };
+  static const auto capacity = [] {
+    return static_cast<size_t>(driver_version() >= 12010 ? kMostPayload : kSmallPayload);
+  };
   static const Ops ops{capacity, norm, peak, powers, clear, perturb, accumulate, sgd_update, adam_update};
   return ops;
 }

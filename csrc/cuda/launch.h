@@ -44,7 +44,7 @@ int64_t norm_partials(const std::vector<Tensor>& tensors, double q);
 void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
           double* partials, Norm* out);
 
-// As cpu::perturb, with the norm read on the device. For q = 1 and 2 only its value is. *displaced tells how many
+// As cpu::perturb, with the norm read on the device: its value, and for infinite q its place. *displaced tells how many
 // tensors, from the first on, its launches cover so far: where one of them throws, the others have moved theirs.
 void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
              const Norm* norm, size_t* displaced);

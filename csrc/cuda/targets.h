@@ -19,7 +19,7 @@ struct NormTerms {
 };
 struct PerturbTerms {
   double q;
-  const Norm* norm;  // of which q = 1 and 2 read the value alone
+  const Norm* norm;  // of which finite q reads the value alone, and q = 1 nothing
 };
 struct UpdateTerms {
   const float* grad_scale;  // may be null

@@ -55,9 +55,9 @@ FUSED_SAM_HD void power_perturb_unit(const Unit<SlimEntry>& u, const AscentTerms
                                      int lane) {
   const double rho = terms.rho.read();
   const bool active = ascent_scalars(rho, terms.group, q, norm.value, true).active;
-  const bool here = static_cast<double>(tensor_number(*u.entry)) == norm.tensor;
-  const int64_t element = here ? static_cast<int64_t>(norm.element) : -1;
   const bool infinite = q > 1.7976931348623157e308;
+  const bool here = infinite && static_cast<double>(tensor_number(*u.entry)) == norm.tensor;
+  const int64_t element = here ? static_cast<int64_t>(norm.element) : -1;
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), u.entry->model_dtype(), [&](auto p, auto g, auto m) {
     using P = decltype(p);
     using Out = ModelOr<P, decltype(m)>;

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "gather.h"
+#include "batch.h"
 
 namespace fused_sam {
 

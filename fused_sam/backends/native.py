@@ -49,42 +49,49 @@ def operands(
     masters: TensorList | None = None,
 ) -> _native.Batch:
     """Return the tensors of an op as kernels see them: addresses, checked. For backends of other kernels."""
-    index = device.index or 0
-    return _native.Batch(params, grads, backups, states, masters, DEVICE_TYPES[device.type], index)
+    kind, index = DEVICE_TYPES[device.type], device.index or 0
+    return _native.Batch(params, grads, backups, states, masters, kind, index, False)
 
 
 def batch(
     params: TensorList,
     grads: TensorList | None = None,
-    backups: TensorList | CPUBatch | None = None,
+    backups: TensorList | Batch | None = None,
     *states: TensorList | None,
     masters: TensorList | None = None,
-) -> CPUBatch:
-    device = params[0].device
+) -> Batch:
     if params[0].is_cpu:
-        return CPUBatch(device, params, grads, backups, *states, masters=masters)
-    if reason := _why_not_device(device.index):
+        return Batch(False, params, grads, backups, *states, masters=masters)
+    if reason := _why_not_device(params[0].device.index):
         raise RuntimeError(f"FusedSAM's CUDA kernels cannot be used: {reason}.")
-    return CUDABatch(device, params, grads, backups, *states, masters=masters)
+    return Batch(True, params, grads, backups, *states, masters=masters)
 
 
-class CPUBatch:
+class Batch:
+    """The ops, by the kernels of the CPU or, ``for_cuda``, on the current stream of the tensors' device.
+
+    Nothing waits for a device. The CUDA kernels take CPU tensors too, on the host: the tests run them so.
+    """
+
     joins_update = True
 
     def __init__(
         self,
-        device: torch.device,
+        for_cuda: bool,
         params: TensorList,
         grads: TensorList | None,
-        backups: TensorList | CPUBatch | None,
+        backups: TensorList | Batch | None,
         *states: TensorList | None,
         masters: TensorList | None = None,
     ) -> None:
-        self.device = device
+        self.for_cuda = for_cuda
         self.params = params
-        moved: Any = backups.core if isinstance(backups, CPUBatch) else backups
-        kind, index = 1 if params[0].is_cpu else DEVICE_TYPES[device.type], device.index or 0
-        self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index)
+        self.ascent = backups if isinstance(backups, Batch) else None
+        self.stream = 0  # on which the backups were made
+        moved: Any = backups if self.ascent is None else self.ascent.core
+        self.device: torch.device = params[0].device
+        kind, index = (DEVICE_TYPES[self.device.type], self.device.index or 0) if for_cuda else (DEVICE_TYPES["cpu"], 0)
+        self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index, for_cuda)
         self.odd = self.core.odd
 
     def make_backups(self, owned: bool) -> None:
@@ -98,31 +105,35 @@ class CPUBatch:
         return self.core.kept
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        value, tensor, element = self.core.norm(groups, q, torch.get_num_threads())
+        if self.for_cuda:
+            shape: tuple[int, ...] = (3 + self.core.norm_partials(groups, q),)
+        else:
+            shape = (3,) if q == math.inf else ()
+        workspace = torch.empty(shape, dtype=torch.float64, device=self.device)
+        self._run(self.core.norm, None, groups, q, workspace)
         if q == math.inf:
-            return torch.tensor([value, tensor, element], dtype=torch.float64)
-        return torch.full((), value, dtype=torch.float64)
+            return workspace[:3]
+        return workspace[0] if shape else workspace
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
-        numbers: Any = (0.0, -1.0, -1.0)
         if norm is not None:
-            numbers = norm.tolist() if norm.dim() else (norm.item(), -1.0, -1.0)
-        self.core.perturb(numbers, groups, q, torch.get_num_threads(), journal, self)
+            norm = norm.double()
+        if self.for_cuda and self.device.type == "cuda":
+            self.stream = current_stream(self.device).cuda_stream
+        self._run(self.core.perturb, None, norm, groups, q, last=(journal, self))
 
     def restore(self) -> None:
-        self.core.restore(len(self.params), torch.get_num_threads())
+        self._run(self.core.restore, self, len(self.params))
 
     def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
-        moved, size = _moved(restored)
-        _native.restore_accumulate(self.core, moved, size, groups, torch.get_num_threads(), journal)
+        moved, size = (None, 0) if restored is None else (restored.core, len(restored.params))
+        self._run(self.core.restore_accumulate, restored, moved, size, groups, last=(journal,))
 
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
-        if found_inf is not None and self._skips(found_inf, journal):
-            return
-        multiplier = 1.0 if grad_scale is None else _multiplier(grad_scale)
-        self.core.sgd_update(groups, multiplier, torch.get_num_threads(), journal)
+        scale, skip = _float(grad_scale), _float(found_inf)
+        self._run(self.core.sgd_update, self.ascent, groups, scale, skip, last=(journal,))
 
     def adam_update(
         self,
@@ -132,101 +143,31 @@ class CPUBatch:
         found_inf: Tensor | None,
         journal: Journal,
     ) -> None:
-        if found_inf is not None and self._skips(found_inf, journal):
+        scale, skip = _float(grad_scale), _float(found_inf)
+        self._run(self.core.adam_update, self.ascent, groups, steps, scale, skip, last=(journal,))
+
+    def _run(self, op: Any, ascent: Batch | None, *first: Any, last: tuple[Any, ...] = ()) -> None:
+        """Call an op of the core, which may read the backups of an ascent."""
+        if not self.for_cuda or self.device.type == "cpu":
+            op(*first, torch.get_num_threads(), *last)
             return
-        multiplier = 1.0 if grad_scale is None else _multiplier(grad_scale)
-        self.core.adam_update(groups, steps, multiplier, torch.get_num_threads(), journal)
-
-    def _skips(self, found_inf: Tensor, journal: Journal) -> bool:
-        """Return whether there is only to restore, which is done then."""
-        if found_inf.item() == 0.0:
-            return False
-        self.restore()
-        journal.clear()
-        return True
-
-
-def _multiplier(grad_scale: Tensor) -> float:
-    """Return what torch.amp.GradScaler multiplies by, the reciprocal in fp64, rounded once."""
-    return grad_scale.double().reciprocal().float().item()
+        stream = current_stream(self.device)
+        if ascent is not None and ascent.stream != stream.cuda_stream:
+            # The memory would go back to the stream that it was taken on, and be used there while it is read here.
+            for memory in ascent.core.memory:
+                memory.record_stream(stream)
+        # The kernels' own CUDA runtime sets the device; torch's is told only where it has another one.
+        if torch.cuda.current_device() == self.device.index:
+            op(*first, stream.cuda_stream, *last)
+        else:
+            with torch.cuda.device(self.device):
+                op(*first, stream.cuda_stream, *last)
 
 
-def _moved(restored: CPUBatch | None) -> tuple[_native.Batch | None, int]:
-    """Return the core's view of an ascent, and of how many parameters it is."""
-    return (None, 0) if restored is None else (restored.core, len(restored.params))
+def current_stream(device: torch.device) -> Any:
+    """Return torch's current stream of a CUDA device."""
+    return torch.cuda.current_stream(device)
 
 
-class CUDABatch(CPUBatch):
-    """The ops as kernels on the current stream of the tensors' device. None of them waits for it.
-
-    On CPU tensors, which `batch` never gives it, the same kernels are interpreted: the tests run them so.
-    """
-
-    def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        partials = _native.cuda.norm_partials(self.core, groups, q)
-        workspace = torch.empty(3 + partials, dtype=torch.float64, device=self.device)
-        with self._launching() as stream:
-            _native.cuda.norm(self.core, groups, q, workspace, stream)
-        return workspace[:3] if q == math.inf else workspace[0]
-
-    def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
-        # The kernels for q other than 1 and 2 read three numbers, of which only infinite q has the last two.
-        numbers = torch.zeros((), dtype=torch.float64, device=self.device) if norm is None else norm.double()
-        if numbers.dim() == 0 and q != 1 and q != 2:
-            numbers = numbers.expand(3).contiguous()
-        with self._launching() as stream:
-            _native.cuda.perturb(self.core, numbers, groups, q, stream, journal, self)
-
-    def restore(self) -> None:
-        with self._launching() as stream:
-            _native.cuda.restore(self.core, len(self.params), stream)
-
-    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
-        moved, size = _moved(restored)
-        with self._launching() as stream:
-            _native.cuda.restore_accumulate(self.core, moved, size, groups, stream, journal)
-
-    def sgd_update(
-        self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
-    ) -> None:
-        scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
-        with self._launching() as stream:
-            _native.cuda.sgd_update(self.core, groups, scale, skip, stream, journal)
-
-    def adam_update(
-        self,
-        groups: list[AdamGroup],
-        steps: TensorList | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        journal: Journal,
-    ) -> None:
-        scale, skip = (None if x is None else x.float() for x in (grad_scale, found_inf))
-        with self._launching() as stream:
-            _native.cuda.adam_update(self.core, groups, steps, scale, skip, stream, journal)
-
-    def _launching(self) -> _Launching:
-        return _Launching(self.device)
-
-
-class _Launching:
-    """The current stream of a device, as an integer. The device is the thread's current one inside the context.
-
-    The kernels' own CUDA runtime sets the device; torch's is told only where it has another one, which saves time.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.guard: torch.cuda.device | None = None
-
-    def __enter__(self) -> int:
-        if self.device.type == "cpu":
-            return 0
-        if torch.cuda.current_device() != self.device.index:
-            self.guard = torch.cuda.device(self.device)
-            self.guard.__enter__()
-        return torch.cuda.current_stream(self.device).cuda_stream
-
-    def __exit__(self, *error: object) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*error)
+def _float(number: Tensor | None) -> Tensor | None:
+    return None if number is None else number.float()

@@ -1,4 +1,4 @@
-#include "gather.h"
+#include "batch.h"
 
 #include <algorithm>
 #include <numeric>
@@ -99,8 +99,9 @@ py::value_error changed(Py_ssize_t index) {
 }  // namespace
 
 Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::tuple& states,
-             const py::object& masters, int device_type, int device_index)
+             const py::object& masters, int device_type, int device_index, bool for_cuda)
     : device_{device_type, device_index},
+      for_cuda_(for_cuda),
       count_(static_cast<Py_ssize_t>(params.size())),
       params_(checked(params, count_, "params")),
       grads_(checked(grads, count_, "grads")),

@@ -1,4 +1,4 @@
-#include "param_lists.h"
+#include "lists.h"
 
 #include <algorithm>
 

@@ -19,11 +19,13 @@ class Batch {
   // `backups` is a list, None, or the batch of the ascent whose backups are to be used.
   // `device_type` and `device_index` say where the tensors are, as in `Device`.
   // `states` holds at most kStates lists; `masters` the fp32 copies of 16-bit parameters, or None. Throws ValueError
-  // unless all lists have the length of `params`.
+  // unless all lists have the length of `params`. `for_cuda`: the CUDA kernels take it, on CPU tensors on the host.
   Batch(const pybind11::list& params, const pybind11::object& grads, const pybind11::object& backups,
-        const pybind11::tuple& states, const pybind11::object& masters, int device_type, int device_index);
+        const pybind11::tuple& states, const pybind11::object& masters, int device_type, int device_index,
+        bool for_cuda);
 
   Device device() const { return device_; }
+  bool for_cuda() const { return for_cuda_; }
 
   // The descriptors as they were read. Those at odd() mean nothing.
   const std::vector<Tensor>& tensors() const { return tensors_; }
@@ -47,10 +49,14 @@ class Batch {
   // caller. None: they do not. Throws ValueError for any other.
   void read_steps(const pybind11::object& steps);
 
+  // The tensors that hold the backups made here.
+  const pybind11::list& memory() const { return memory_; }
+
   // True for every parameter that has a backup, None for the others.
   pybind11::list kept() const;
 
-  // Lets go of everything but the backups, of the first `displaced` tensors: what an ascent has to keep between the passes.
+  // Lets go of everything but the backups, of the first `displaced` tensors: what an ascent has to keep between the
+  // passes.
   void keep_backups(size_t displaced = SIZE_MAX);
 
   // Reads the parameters once more: between two calls they may have been given other memory. Throws ValueError if they
@@ -63,6 +69,7 @@ class Batch {
   void adopt_backups(const Batch& ascent);
 
   Device device_;
+  bool for_cuda_;
   Py_ssize_t count_;
   pybind11::tuple params_, grads_, backups_, masters_, states_[kStates];
   pybind11::list memory_;  // what make_backups allocated
