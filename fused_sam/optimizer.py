@@ -141,23 +141,9 @@ class FusedSAM(Optimizer):
         if reuse is not None:
             warnings.warn("reuse= is now looksam_alpha=, and will go.", DeprecationWarning, stacklevel=2)
             looksam_alpha = reuse
-        options = Options(
-            base_optimizer=base_optimizer,
-            p=p,
-            replay_rng=replay_rng,
-            capturable=capturable,
-            max_grad_norm=max_grad_norm,
-            interval=interval,
-            start=start,
-            stop=stop,
-            direction=direction,
-            ascent_steps=ascent_steps,
-            second_order=second_order,
-            looksam_alpha=looksam_alpha,
-            decay_in_ascent=decay_in_ascent,
-            master_weights=master_weights,
-            telemetry=telemetry,
-        )
+        passes = interval, start, stop, direction, ascent_steps, second_order, looksam_alpha
+        rest = decay_in_ascent, master_weights, telemetry
+        options = Options(base_optimizer, p, replay_rng, capturable, max_grad_norm, *passes, *rest)
         backend = backends.requested(backend)
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True

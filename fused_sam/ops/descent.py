@@ -107,7 +107,7 @@ def sgd_update(
     require_sizes(params, groups)
     _require_state("momentum_buffers", grads, momentum_buffers, groups, lambda group: group.momentum != 0)
 
-    scalars = grad_scale, found_inf, backend, journal
+    scalars = grad_scale, found_inf, backend, [] if journal is None else journal
     _descend("sgd_update", params, grads, backups, (momentum_buffers,), groups, *scalars, masters)
 
 
@@ -149,11 +149,7 @@ def adam_update(
     _require_state("exp_avg_sqs", grads, exp_avg_sqs, groups)
     _require_state("max_exp_avg_sqs", grads, max_exp_avg_sqs, groups, lambda group: group.amsgrad)
     _require_state("steps", grads, steps, groups)
-    advanced = [(t, p) for t, p, g in zip(steps, params, grads) if g is not None]
-    if not all(isinstance(t, Tensor) and t.numel() == 1 and t.is_floating_point() for t, _ in advanced):
-        raise ValueError("Invalid steps. Must be floating tensors of one element.")
-    if capturable and any(t.dtype != torch.float32 or t.device != p.device for t, p in advanced):
-        raise ValueError("Invalid steps. Must be float32 and on the device of their parameters if capturable.")
+    advanced = _counted(steps, params, grads, capturable)
     journal = [] if journal is None else journal
     counted = None
     if not capturable:
@@ -162,7 +158,7 @@ def adam_update(
         before = [None if g is None else t.item() for t, g in zip(steps, grads)]
         groups = _by_step(groups, before)
         if not skipped:
-            counted = AdamStepEntry([t for t, _ in advanced], [t for t in before if t is not None])
+            counted = AdamStepEntry(advanced, [t for t in before if t is not None])
 
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     try:
@@ -177,6 +173,16 @@ def adam_update(
             counted.restore()
             journal.remove(counted)
         raise
+
+
+def _counted(steps: TensorList, params: TensorList, grads: TensorList, capturable: bool) -> TensorList:
+    """Return the counts of the parameters with a gradient; refuse what cannot count."""
+    advanced = [(t, p) for t, p, g in zip(steps, params, grads) if g is not None]
+    if not all(isinstance(t, Tensor) and t.numel() == 1 and t.is_floating_point() for t, _ in advanced):
+        raise ValueError("Invalid steps. Must be floating tensors of one element.")
+    if capturable and any(t.dtype != torch.float32 or t.device != p.device for t, p in advanced):
+        raise ValueError("Invalid steps. Must be float32 and on the device of their parameters if capturable.")
+    return [t for t, _ in advanced]
 
 
 def _by_step(groups: list[AdamGroup], steps: list[float | None]) -> list[AdamGroup]:
@@ -220,12 +226,11 @@ def _descend(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     backend: str | None,
-    journal: Journal | None,
+    journal: Journal,
     masters: TensorList | None,
     steps: TensorList | None = None,
 ) -> None:
     """Restore, and call the update of that name on every part. Advance ``steps``, if they are on the device."""
-    journal = [] if journal is None else journal
     parts = route(backend, groups, params, grads, backups, states, masters)
     at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
     written = [grads, backups]
