@@ -103,23 +103,23 @@ def _gradient(step: Step, closure: Closure, ascent: Closure) -> tuple[Any, Repor
     step.clear_gradients()
     if not step.is_ascent_due:
         loss = _call(closure)
-        return loss, step.report(loss)
+        return loss, step.make_report(loss)
     if not step.perturbation.takes_gradient:
         step.ascend(take_grads=False)
         loss = _call(closure)
-        return loss, step.report(None, loss)
+        return loss, step.make_report(None, loss)
     replays = step.options.replay_rng
     state = rng.capture({p.device for p in step.parameters.tensors()}) if replays else None
     loss = _call(ascent)
     if step.options.second_order:
         loss_perturbed = _second_order_pass(step, closure, state)
-        return loss, step.report(loss, loss_perturbed)
+        return loss, step.make_report(loss, loss_perturbed)
     step.ascend(take_grads=True)
     while step.is_ascent_due:
         _call(ascent, state)
         step.ascend(take_grads=True)
     loss_perturbed = _call(closure, state)
-    return loss, step.report(loss, loss_perturbed)
+    return loss, step.make_report(loss, loss_perturbed)
 
 
 def _second_order_pass(step: Step, closure: Closure, state: Any) -> Any:

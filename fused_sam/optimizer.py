@@ -217,11 +217,12 @@ class FusedSAM(Optimizer):
         return self._step.parameters.backend
 
     def step(self, closure: closures.Closures | None = None, *, ascent: closures.Closures | None = None) -> Any:
-        r"""With a closure, a whole SAM step; without, the second half of one that ``first_step`` began.
+        r"""Make a whole SAM step with a closure; without, the second half of one that ``first_step`` began.
 
         The closure runs forward and backward and returns the loss. It is called at w and again at w + e, with gradients
-        zeroed before each call; once only, at w, in a step that is not perturbed (``interval``). An exception in it,
-        KeyboardInterrupt included, leaves the weights at w.
+        zeroed before each call; once only, at w, in a step that is not perturbed (``interval``). After ``first_step``
+        it is called once, at w + e, without zeroing, and the step is finished: wrappers give a closure that does
+        nothing. An exception in it, KeyboardInterrupt included, leaves the weights at w.
 
         A list of k closures, each for m examples of its own, makes one step of m-sharpness (section 4.1 of the paper:
         smaller m generalises better). Every closure is called at w and at a perturbation of its own, and the base step
@@ -238,11 +239,11 @@ class FusedSAM(Optimizer):
         Returns:
             The loss at w, of ``ascent`` where there is one; None without a closure. With a list, the mean of the
             losses, detached; the list of what the closures returned if that is not tensors of one element, or numbers.
-            With ``direction="momentum"``, which evaluates no loss at w, the loss at w + e.
+            Where the closure is not called at w (``direction="momentum"``, after ``first_step``), the loss at w + e.
 
         Raises:
-            RuntimeError: without a closure, if there was no ``first_step`` in a step that is to be perturbed; with one,
-                if there was, or under a GradScaler.
+            RuntimeError: without a closure, if there was no ``first_step`` in a step that is to be perturbed; with one
+                under a GradScaler; after ``first_step`` with a list, an ``ascent``, or when another one is due.
             TypeError: for what is neither a callable nor a list or tuple of callables.
             ValueError: for an empty list, or an ``ascent`` that does not go with the closure.
         """
@@ -253,7 +254,8 @@ class FusedSAM(Optimizer):
                 return closures.run(step, closure, ascent, found_inf is not None)
         if ascent is not None:
             raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
-        step.descend(getattr(self, "grad_scale", None), found_inf)
+        with torch.no_grad():
+            step.descend(getattr(self, "grad_scale", None), found_inf)
         return None
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -270,7 +272,8 @@ class FusedSAM(Optimizer):
         step = self._step
         if step.options.second_order:
             raise RuntimeError("second_order=True needs the closure form: step(closure).")
-        step.ascend(zero_grad)
+        with torch.no_grad():
+            step.ascend(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Call ``step()``, the outermost there is, once; then set the gradients to None if asked.
@@ -278,7 +281,8 @@ class FusedSAM(Optimizer):
         Within a subclass's ``step``, which has been called already, make the second half of the step here.
         """
         if self._step.within:
-            self._step.descend(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            with torch.no_grad():
+                self._step.descend(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         else:
             self.step()
         if zero_grad:
@@ -299,7 +303,8 @@ class FusedSAM(Optimizer):
 
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
-        self._step.restore()
+        with torch.no_grad():
+            self._step.restore()
 
     def add_param_group(self, param_group: dict) -> None:
         """Do as `torch.optim.Optimizer.add_param_group`; ``rho`` and ``adaptive`` default to the constructor's."""

@@ -27,27 +27,21 @@ _is_compiling: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eva
 
 
 def untraced(function: F) -> F:
-    """Return the function so that it records no gradients, and torch.compile does not look into it.
+    """Return the function so that torch.compile does not look into it: a graph ends where it is called.
 
-    A training step may be compiled as a whole: a graph ends where the function is called, and begins after it. Traced,
-    every line that reads tensors in C++ or changes what the step remembers would end a graph, with a warning, and every
-    new learning rate would compile all anew. `torch.compiler.disable` is the same, but imports the compiler at once,
-    which takes seconds; torch's own waits for the first call, as its optimizers do. It takes longer than a small step,
-    and so does `torch.no_grad`, so that the one is left out where nothing is compiled, and the other done by hand.
+    A training step may be compiled as a whole. Traced, every line that reads tensors in C++ or changes what the step
+    remembers would end a graph, with a warning, and every new learning rate would compile all anew.
+    `torch.compiler.disable` is the same, but imports the compiler at once, which takes seconds; torch's own waits for
+    the first call, as its optimizers do. It takes a tenth of a small step, and is left out where nothing is compiled.
     """
     disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)  # the former is torch's own, and may go
-    disabled = disable(torch.no_grad()(function))
+    disabled = disable(function)
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_compiling():  # the former where this is traced itself
             return disabled(*args, **kwargs)
-        records = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch._C._set_grad_enabled(records)
+        return function(*args, **kwargs)
 
     return cast(F, guarded)
 
@@ -137,7 +131,7 @@ class Step:
             peers.average_second(parameters)
             if found_inf is not None:
                 found_inf = self._overflow(found_inf)
-            seen = self.report() if seen is None else seen
+            seen = self.make_report() if seen is None else seen
             if options.looksam_alpha is not None:
                 self._reuse(options.looksam_alpha, found_inf, journal)
             if options.max_grad_norm is not None or options.telemetry:
@@ -181,7 +175,7 @@ class Step:
         self.peers.cleared()
         self.cleared = True
 
-    def report(self, loss: Any = None, loss_perturbed: Any = None) -> Report:
+    def make_report(self, loss: Any = None, loss_perturbed: Any = None) -> Report:
         """Return what is known once both gradients have been taken, and before the base step."""
         displacement = self.displacement
         if displacement is None:

@@ -109,7 +109,7 @@ def refuses() -> None:
     net = small_net()
     for options, match in (
         ({"direction": "momentum", **HYPER}, "direction='momentum' with shard_state"),
-        ({"looksam_alpha": 0.5, "interval": 2, **HYPER}, "reuse with shard_state"),
+        ({"looksam_alpha": 0.5, "interval": 2, **HYPER}, "looksam_alpha=0.5 with shard_state"),
         ({"master_weights": True, **HYPER}, "master_weights=True with shard_state"),
         ({"telemetry": True, **HYPER}, "telemetry=True with shard_state"),
         ({"capturable": True, **HYPER}, "capturable=True with shard_state"),

@@ -90,7 +90,9 @@ def route(
     if not params:
         return []
     device = params[0].device
-    module = _module_for("cpu" if params[0].is_cpu else device.type, backend, masters, q)
+    module: Backend = backends.for_device("cpu" if params[0].is_cpu else device.type, backend)
+    if masters is not None or q not in (None, 2):
+        module = _module_for(device.type, backend, masters, q)
     if isinstance(backups, eager.Batch) and module is not eager:
         backups = backups.backups
     batch = module.batch(params, grads, backups, *states, masters=masters)

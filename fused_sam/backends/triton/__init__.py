@@ -34,7 +34,7 @@ except ImportError as error:
 from fused_sam.backends.triton import kernels, launches, tables
 
 if TYPE_CHECKING:
-    from fused_sam import _native
+    import fused_sam._native as _native
     from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
 
 __all__ = [
