@@ -28,6 +28,9 @@ std::string architecture_why_not(const std::string& built_for, const std::string
 // "sm_75, sm_80, ...", or empty in a build without CUDA.
 const char* architectures();
 
+// For tests: of the next launches on the host so many succeed, and the one after them throws. Negative: all succeed.
+void fail_on_host(int64_t good);
+
 // Elements [begin, begin + count) of tensor number `tensor`, worked on by one warp of the launch number `launch`.
 struct UnitPlace {
   int64_t launch, tensor, begin, count;

@@ -1,13 +1,22 @@
 // The kernels lane by lane on host memory, with the same launches, units and sums.
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <memory>
+#include <stdexcept>
 
 #include "targets.h"
 #include "warp_powers.h"
 
 namespace fused_sam::cuda {
 namespace {
+
+std::atomic<int64_t> good_launches{-1};  // before one that fails; negative: all are good
+
+void count_launch() {
+  if (good_launches >= 0 && good_launches-- == 0)
+    throw std::runtime_error("CUDA error on the host, as it was asked for.");
+}
 
 // Calls visit(number, unit, group) for every unit, through arguments of the size that a device would get.
 template <int kBytes, class Group, class Visit>
@@ -23,6 +32,7 @@ void visit_units_as(const WorkList<Group>& list, const Visit& visit) {
 
 template <class Group, class Visit>
 void visit_units(const WorkList<Group>& list, const Visit& visit) {
+  count_launch();
   if (list.bytes() <= kSmallPayload) {
     visit_units_as<kSmallPayload>(list, visit);
   } else {
@@ -114,6 +124,10 @@ void adam_update(const Target&, const WorkList<AdamTerms>& list, const UpdateTer
 }
 
 }  // namespace
+
+void fail_on_host(int64_t good) {
+  good_launches = good;
+}
 
 const Ops& host_ops() {
   static const Ops ops{capacity, norm, peak, powers, clear, perturb, accumulate, sgd_update, adam_update};

@@ -118,7 +118,7 @@ class Batch:
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         if norm is not None:
             norm = norm.double()
-        if self.for_cuda and self.device.type == "cuda":
+        if self.for_cuda and not is_on_host(self.device):
             self.stream = current_stream(self.device).cuda_stream
         self._run(self.core.perturb, None, norm, groups, q, last=(journal, self))
 
@@ -148,7 +148,7 @@ class Batch:
 
     def _run(self, op: Any, ascent: Batch | None, *first: Any, last: tuple[Any, ...] = ()) -> None:
         """Call an op of the core, which may read the backups of an ascent."""
-        if not self.for_cuda or self.device.type == "cpu":
+        if not self.for_cuda or is_on_host(self.device):
             op(*first, torch.get_num_threads(), *last)
             return
         stream = current_stream(self.device)
@@ -162,6 +162,11 @@ class Batch:
         else:
             with torch.cuda.device(self.device):
                 op(*first, stream.cuda_stream, *last)
+
+
+def is_on_host(device: torch.device) -> bool:
+    """Return whether a device's tensors are in the memory of the host."""
+    return device.type == "cpu"
 
 
 def current_stream(device: torch.device) -> Any:
