@@ -70,7 +70,7 @@ def _warn_of_lost(step: Step) -> None:
     warnings.warn(
         "step(closure) starts without gradients: what a backward before it has left is lost. To accumulate, put every "
         "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches must be 1.)",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

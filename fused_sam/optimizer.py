@@ -216,6 +216,8 @@ class FusedSAM(Optimizer):
         """The backend that was asked for; None: the best for each device."""
         return self._step.parameters.backend
 
+    # Decorated, and not in a `with`: an interrupt at the end of ours would leave the grad mode off.
+    @torch.no_grad()
     def step(self, closure: closures.Closures | None = None, *, ascent: closures.Closures | None = None) -> Any:
         r"""Make a whole SAM step with a closure; without, the second half of one that ``first_step`` began.
 
@@ -250,14 +252,13 @@ class FusedSAM(Optimizer):
         step = self._step
         found_inf = getattr(self, "found_inf", None)
         if closure is not None:
-            with torch.no_grad():
-                return closures.run(step, closure, ascent, found_inf is not None)
+            return closures.run(step, closure, ascent, found_inf is not None)
         if ascent is not None:
             raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
-        with torch.no_grad():
-            step.descend(getattr(self, "grad_scale", None), found_inf)
+        step.descend(getattr(self, "grad_scale", None), found_inf)
         return None
 
+    @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Go from w to w + e, with the gradients present. Parameters without one stay where they are.
 
@@ -272,8 +273,7 @@ class FusedSAM(Optimizer):
         step = self._step
         if step.options.second_order:
             raise RuntimeError("second_order=True needs the closure form: step(closure).")
-        with torch.no_grad():
-            step.ascend(zero_grad)
+        step.ascend(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Call ``step()``, the outermost there is, once; then set the gradients to None if asked.
@@ -281,8 +281,7 @@ class FusedSAM(Optimizer):
         Within a subclass's ``step``, which has been called already, make the second half of the step here.
         """
         if self._step.within:
-            with torch.no_grad():
-                self._step.descend(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            torch.no_grad()(self._step.descend)(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         else:
             self.step()
         if zero_grad:
@@ -301,10 +300,10 @@ class FusedSAM(Optimizer):
         self._step.peers.cleared()
         self._step.cleared = False
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
-        with torch.no_grad():
-            self._step.restore()
+        self._step.restore()
 
     def add_param_group(self, param_group: dict) -> None:
         """Do as `torch.optim.Optimizer.add_param_group`; ``rho`` and ``adaptive`` default to the constructor's."""
