@@ -34,4 +34,13 @@ const char* CUDARTAPI cudaGetErrorString(cudaError_t) {
 const char* CUDARTAPI cudaGetErrorName(cudaError_t) {
   return "cudaErrorStandIn";
 }
+// What nvcc's host code calls before main.
+void** __cudaRegisterFatBinary(void*) {
+  return nullptr;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) {
+  return 1;
+}
 }
