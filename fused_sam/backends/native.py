@@ -132,7 +132,8 @@ class Batch:
     def sgd_update(
         self, groups: list[SGDGroup], grad_scale: Tensor | None, found_inf: Tensor | None, journal: Journal
     ) -> None:
-        scale, skip = _float(grad_scale), _float(found_inf)
+        scale = None if grad_scale is None else grad_scale.float()
+        skip = None if found_inf is None else found_inf.float()
         self._run(self.core.sgd_update, self.ascent, groups, scale, skip, last=(journal,))
 
     def adam_update(
@@ -143,7 +144,8 @@ class Batch:
         found_inf: Tensor | None,
         journal: Journal,
     ) -> None:
-        scale, skip = _float(grad_scale), _float(found_inf)
+        scale = None if grad_scale is None else grad_scale.float()
+        skip = None if found_inf is None else found_inf.float()
         self._run(self.core.adam_update, self.ascent, groups, steps, scale, skip, last=(journal,))
 
     def _run(self, op: Any, ascent: Batch | None, *first: Any, last: tuple[Any, ...] = ()) -> None:
@@ -172,7 +174,3 @@ def is_on_host(device: torch.device) -> bool:
 def current_stream(device: torch.device) -> Any:
     """Return torch's current stream of a CUDA device."""
     return torch.cuda.current_stream(device)
-
-
-def _float(number: Tensor | None) -> Tensor | None:
-    return None if number is None else number.float()
