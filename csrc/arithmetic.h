@@ -38,24 +38,24 @@ FUSED_SAM_HD void dispatch(DType param, DType grad, const F& f) {
   }
 }
 
-// Stands for the storage type of the model where parameters are their own.
-struct NoModel {};
+// Stands for the storage type of the rounded copy where there is none.
+struct NoRounded {};
 
-// The storage type of what the model computes with.
+// The storage type of what the network computes with.
 template <class P, class M>
-using ModelOr = typename std::conditional<std::is_same<M, NoModel>::value, P, M>::type;
+using RoundedOr = typename std::conditional<std::is_same<M, NoRounded>::value, P, M>::type;
 
-// Calls f(P{}, G{}, M{}) with that of the model, too.
+// Calls f(P{}, G{}, M{}) with that of the rounded copy, too.
 template <class F>
-FUSED_SAM_HD void dispatch(DType param, DType grad, DType model, const F& f) {
-  if (model == DType::bf16) {
+FUSED_SAM_HD void dispatch(DType param, DType grad, DType rounded, const F& f) {
+  if (rounded == DType::bf16) {
     if (grad == DType::f32) f(float{}, float{}, bf16{});
     if (grad == DType::bf16) f(float{}, bf16{}, bf16{});
-  } else if (model == DType::f16) {
+  } else if (rounded == DType::f16) {
     if (grad == DType::f32) f(float{}, float{}, f16{});
     if (grad == DType::f16) f(float{}, f16{}, f16{});
   } else {
-    dispatch(param, grad, [&](auto p, auto g) { f(p, g, NoModel{}); });
+    dispatch(param, grad, [&](auto p, auto g) { f(p, g, NoRounded{}); });
   }
 }
 

@@ -20,21 +20,20 @@ constexpr int kStates = 3;
 
 // One parameter tensor and what belongs to it.
 struct Tensor {
-  void* param;   // [numel] w, or w + e between the two passes; with a model the fp32 master copy, always w
-  void* model;   // [numel] of model_dtype: the weights that the model computes with, w or w + e rounded. Null
-                 // where these are `param` itself
-  void* grad;    // [numel] gradient; null: the tensor takes no part in norm, perturb, base step
-  void* backup;  // [numel] w, kept between the two passes; null: nothing is displaced. With a model it is `param`
+  void* param;    // [numel] w, or w + e between the two passes; with a rounded copy the fp32 master, always w
+  void* rounded;  // [numel] of rounded_dtype: what the network computes with, w or w + e. Null where that is `param`
+  void* grad;     // [numel] gradient; null: the tensor takes no part in norm, perturb, base step
+  void* backup;   // [numel] w, kept between the two passes; null: nothing is displaced. With a rounded copy it is param
   void* state[kStates];  // [numel] of the base step; null where it keeps none. SGD: momentum buffer.
                          // Adam: averages of g and of g^2, and with amsgrad the largest of the latter
   const float* step;     // [1] of Adam, the steps before this one where the kernel is to read them; else null
   int64_t numel;
-  DType dtype;                     // of param, backup and state
-  DType grad_dtype;                // can_mix(dtype, grad_dtype)
-  DType model_dtype = DType::f32;  // 16-bit, grad_dtype the same or f32, and dtype f32; f32: there is no model
+  DType dtype;                       // of param, backup and state
+  DType grad_dtype;                  // can_mix(dtype, grad_dtype)
+  DType rounded_dtype = DType::f32;  // 16-bit, grad_dtype the same or f32, and dtype f32; f32: there is none
   int32_t group;
 
-  FUSED_SAM_HD bool has_model() const { return model_dtype != DType::f32; }
+  FUSED_SAM_HD bool has_rounded() const { return rounded_dtype != DType::f32; }
 };
 
 struct AscentGroup {
@@ -82,12 +81,12 @@ namespace cpu {
 // ||x||_q over all tensors, accumulated in fp64. q > 1, possibly infinite.
 Norm norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, int threads);
 
-// backup <- w, param <- w + e; with a model only model <- w + e. `backup == grad` swaps in place: the first gradient's
-// storage, of the parameter's dtype, then holds w. A norm that is zero or not finite, and rho = 0, mean e = 0 exactly
-// (backup is still written). q >= 1; for q = 1 the norm is not used.
+// backup <- w, param <- w + e; with a rounded copy only rounded <- w + e. `backup == grad` swaps in place: the first
+// gradient's storage, of the parameter's dtype, then holds w. A norm that is zero or not finite, and rho = 0, mean e =
+// 0 exactly (backup is still written). q >= 1; for q = 1 the norm is not used.
 void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, const Norm& norm, int threads);
 
-// param <- backup, where there is a backup; with a model, model <- backup.
+// param <- backup, where there is a backup; with a rounded copy, rounded <- backup.
 void restore(const Tensor* tensors, size_t count, int threads);
 
 // mean <- mean + weight * (g - mean) for every tensor that has a gradient g, with the mean as its `param` and no
@@ -100,7 +99,7 @@ void restore_accumulate(const Tensor* tensors, size_t count, const MeanGroup* gr
 //   param <- w - lr * (nesterov ? d + momentum * m : momentum != 0 ? m : d)
 // in the operation order and with the fused multiply-adds of torch.optim.SGD(foreach=False). The scaled gradient is
 // written back when grad_multiplier != 1 (a GradScaler's users read unscaled gradients after the step).
-// With a model, model <- param in the same pass. Tensors without a gradient are restored only.
+// With a rounded copy, rounded <- param in the same pass. Tensors without a gradient are restored only.
 void sgd_update(const Tensor* tensors, size_t count, const SgdGroup* groups, double grad_multiplier, int threads);
 
 // w <- backup (param where there is none), then at step t with g = grad_multiplier * (maximize ? -grad : grad):

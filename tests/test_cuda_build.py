@@ -71,7 +71,7 @@ def test_loads_are_under_way_together(registers: dict[str, int]) -> None:
     names = {}
     for kernel, dtype, *_ in FIGURES:
         # Of three sizes of arguments that of ResNet-50.
-        pattern = re.compile(rf"\d+{kernel}_kernelINS\w*?7OneTypeI{MANGLED[dtype]}NS_7NoModelEEELi8064E")
+        pattern = re.compile(rf"\d+{kernel}_kernelINS\w*?7OneTypeI{MANGLED[dtype]}NS_9NoRoundedEEELi8064E")
         (names[kernel, dtype],) = filter(pattern.search, registers)
     loops = sass.loops_of(LIBRARY, ARCHITECTURE, list(names.values()))
     for kernel, dtype, loads, kilobytes, count in FIGURES:

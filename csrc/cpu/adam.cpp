@@ -1,6 +1,6 @@
-// Restore and Adam step in one pass over one block, and the model's weights where w is a master copy.
+// Restore and Adam step in one pass over one block, and its rounded copy where w is a master.
 #include "block_kernels.h"
-#include "model_span.h"
+#include "rounded_copy.h"
 #include "simd.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
@@ -45,16 +45,16 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
   T* m = static_cast<T*>(t.state[0]) + begin;
   T* v = static_cast<T*>(t.state[1]) + begin;
   T* u = adam.math.amsgrad ? static_cast<T*>(t.state[2]) + begin : v;  // v: never touched through this
-  const ModelSpan<M> model(t, begin, stream);
+  const RoundedSpan<M> rounded(t, begin, stream);
   int64_t i = 0;
   const bool write_only = stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0;
   if (write_only) {
     for (; i + kWidth <= count; i += kWidth) {
-      model.store(i, adam.template operator()<true>(w + i, source + i, g + i, m + i, v + i, u + i));
+      rounded.store(i, adam.template operator()<true>(w + i, source + i, g + i, m + i, v + i, u + i));
     }
   } else {
     for (; i + kWidth <= count; i += kWidth) {
-      model.store(i, adam.template operator()<false>(w + i, source + i, g + i, m + i, v + i, u + i));
+      rounded.store(i, adam.template operator()<false>(w + i, source + i, g + i, m + i, v + i, u + i));
     }
   }
   if (i < count) {
@@ -63,7 +63,7 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
     Tail<G> tail_g(g + i, n);
     const auto updated = adam.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data,
                                                          tail_v.data, tail_u.data);
-    model.store(i, updated, n);
+    rounded.store(i, updated, n);
     tail_w.store(w + i, n);
     if (adam.math.scaled) tail_g.store(g + i, n);
     tail_m.store(m + i, n);
@@ -73,7 +73,7 @@ static void adam_update_as(const Tensor& t, int64_t begin, int64_t count, const 
 }
 
 void adam_update(const Tensor& t, int64_t begin, int64_t count, const AdamTerms& terms, bool stream) {
-  dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
+  dispatch(t.dtype, t.grad_dtype, t.rounded_dtype, [&](auto p, auto g, auto m) {
     adam_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, terms, stream);
   });
 }

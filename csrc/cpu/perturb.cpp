@@ -1,8 +1,8 @@
-// backup <- w, w <- w + e for one block; where w is a master copy, model <- w + e.
+// backup <- w, w <- w + e for one block; where w is a master, rounded <- w + e.
 #include <string.h>
 
 #include "block_kernels.h"
-#include "model_span.h"
+#include "rounded_copy.h"
 #include "simd.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
@@ -51,28 +51,28 @@ static void perturb_as(const Tensor& t, int64_t begin, int64_t count, const Asce
 }
 
 template <class G, class M>
-static void perturb_model(const Tensor& t, int64_t begin, int64_t count, const AscentScalars& s, bool stream) {
+static void perturb_master(const Tensor& t, int64_t begin, int64_t count, const AscentScalars& s, bool stream) {
   if (!s.active) return;
   const AscentMath<VecF> math(s);
   const float* w = static_cast<const float*>(t.param) + begin;
   const G* g = static_cast<const G*>(t.grad) + begin;
-  const ModelSpan<M> model(t, begin, stream);
+  const RoundedSpan<M> rounded(t, begin, stream);
   int64_t i = 0;
-  for (; i + VecF::width <= count; i += VecF::width) model.store(i, math(VecF::load(w + i), VecF::load(g + i)));
+  for (; i + VecF::width <= count; i += VecF::width) rounded.store(i, math(VecF::load(w + i), VecF::load(g + i)));
   if (i < count) {
     const int64_t n = count - i;
     const Tail<float> tail_w(w + i, n);
     const Tail<G> tail_g(g + i, n);
-    model.store(i, math(VecF::load(tail_w.data), VecF::load(tail_g.data)), n);
+    rounded.store(i, math(VecF::load(tail_w.data), VecF::load(tail_g.data)), n);
   }
 }
 
 void perturb(const Tensor& t, int64_t begin, int64_t count, const AscentScalars& s, bool stream) {
-  dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
-    if constexpr (std::is_same<decltype(m), NoModel>::value) {
+  dispatch(t.dtype, t.grad_dtype, t.rounded_dtype, [&](auto p, auto g, auto m) {
+    if constexpr (std::is_same<decltype(m), NoRounded>::value) {
       perturb_as<decltype(p), decltype(g)>(t, begin, count, s, stream);
     } else {
-      perturb_model<decltype(g), decltype(m)>(t, begin, count, s, stream);
+      perturb_master<decltype(g), decltype(m)>(t, begin, count, s, stream);
     }
   });
 }

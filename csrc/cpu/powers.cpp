@@ -34,18 +34,18 @@ double sum_of_powers(const Tensor& t, int64_t begin, int64_t count, const Ascent
 
 void power_perturb(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group, double q, double norm,
                    int64_t element) {
-  dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
+  dispatch(t.dtype, t.grad_dtype, t.rounded_dtype, [&](auto p, auto g, auto m) {
     using P = decltype(p);
-    using Out = ModelOr<P, decltype(m)>;
-    constexpr bool kHasModel = std::is_same<Out, decltype(m)>::value;
+    using Out = RoundedOr<P, decltype(m)>;
+    constexpr bool kHasRounded = std::is_same<Out, decltype(m)>::value;
     auto* w = static_cast<P*>(t.param);
     auto* backup = static_cast<P*>(t.backup);
-    auto* target = static_cast<Out*>(kHasModel ? t.model : t.param);
+    auto* target = static_cast<Out*>(kHasRounded ? t.rounded : t.param);
     const auto* gradient = static_cast<const decltype(g)*>(t.grad);
     for (int64_t i = begin; i < begin + count; ++i) {
       const P old = w[i];
       const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
-      if (!kHasModel) backup[i] = old;
+      if (!kHasRounded) backup[i] = old;
       if (std::isinf(q)) {
         if (i == element) store_rounded(&target[i], peak_displaced(widen(old), x, group, group.rho));
       } else {

@@ -1,6 +1,6 @@
-// Restore and SGD step in one pass over one block, and the model's weights where w is a master copy.
+// Restore and SGD step in one pass over one block, and its rounded copy where w is a master.
 #include "block_kernels.h"
-#include "model_span.h"
+#include "rounded_copy.h"
 #include "simd.h"
 
 namespace fused_sam::cpu::FUSED_SAM_ISA {
@@ -36,24 +36,24 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
   const T* source = t.backup ? static_cast<const T*>(t.backup) + begin : w;
   G* g = static_cast<G*>(t.grad) + begin;
   T* m = t.state[0] ? static_cast<T*>(t.state[0]) + begin : nullptr;
-  const ModelSpan<M> model(t, begin, stream);
+  const RoundedSpan<M> rounded(t, begin, stream);
   int64_t i = 0;
   // A line that is also read must be stored normally: only restored weights are write-only.
   const bool write_only = stream && source != w && reinterpret_cast<uintptr_t>(w) % 64 == 0;
   if (write_only) {
     for (; i + kWidth <= count; i += kWidth) {
-      model.store(i, sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m));
+      rounded.store(i, sgd.template operator()<true>(w + i, source + i, g + i, m ? m + i : m));
     }
   } else {
     for (; i + kWidth <= count; i += kWidth) {
-      model.store(i, sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m));
+      rounded.store(i, sgd.template operator()<false>(w + i, source + i, g + i, m ? m + i : m));
     }
   }
   if (i < count) {
     const int64_t n = count - i;
     Tail<T> tail_w(source + i, n), tail_source(source + i, n), tail_m(sgd.math.reads_buffer() ? m + i : source + i, n);
     Tail<G> tail_g(g + i, n);
-    model.store(i, sgd.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data), n);
+    rounded.store(i, sgd.template operator()<false>(tail_w.data, tail_source.data, tail_g.data, tail_m.data), n);
     tail_w.store(w + i, n);
     if (sgd.math.scaled) tail_g.store(g + i, n);
     if (sgd.math.has_momentum) tail_m.store(m + i, n);
@@ -61,7 +61,7 @@ static void sgd_update_as(const Tensor& t, int64_t begin, int64_t count, const S
 }
 
 void sgd_update(const Tensor& t, int64_t begin, int64_t count, const SgdScalars& s, bool stream) {
-  dispatch(t.dtype, t.grad_dtype, t.model_dtype, [&](auto p, auto g, auto m) {
+  dispatch(t.dtype, t.grad_dtype, t.rounded_dtype, [&](auto p, auto g, auto m) {
     sgd_update_as<decltype(p), decltype(g), decltype(m)>(t, begin, count, s, stream);
   });
 }

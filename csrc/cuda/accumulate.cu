@@ -1,6 +1,7 @@
 // Restore, and a running mean of gradients.
 #include "launch.cuh"
 #include "ops.cuh"
+#include "warp_accumulate.h"
 
 namespace fused_sam::cuda::device {
 namespace {

@@ -1,6 +1,7 @@
 // Restore and Adam step in one pass.
 #include "launch.cuh"
 #include "ops.cuh"
+#include "warp_descent.h"
 
 namespace fused_sam::cuda::device {
 namespace {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "targets.h"
+#include "warp_types.h"
 
 namespace fused_sam::cuda::device {
 

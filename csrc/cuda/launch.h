@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "warp_accumulate.h"
+#include "terms.h"
 
 namespace fused_sam::cuda {
 

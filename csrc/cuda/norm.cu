@@ -2,6 +2,7 @@
 // largest |x| in the same way, and then the sum of powers scaled by it.
 #include "last_block.cuh"
 #include "ops.cuh"
+#include "warp_ascent.h"
 #include "warp_powers.h"
 
 namespace fused_sam::cuda::device {

@@ -6,6 +6,8 @@
 #include <stdexcept>
 
 #include "targets.h"
+#include "warp_accumulate.h"
+#include "warp_ascent.h"
 #include "warp_powers.h"
 
 namespace fused_sam::cuda {

@@ -1,6 +1,7 @@
 // backup <- w, w <- w + e.
 #include "launch.cuh"
 #include "ops.cuh"
+#include "warp_ascent.h"
 #include "warp_powers.h"
 
 namespace fused_sam::cuda::device {

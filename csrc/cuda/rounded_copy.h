@@ -1,4 +1,4 @@
-// Where weights go: copies, and the model's 16-bit weights where the kernels work on fp32 master copies.
+// Where weights go: copies, and the rounded 16-bit weights of fp32 masters.
 #pragma once
 
 #include "vector.h"
@@ -38,33 +38,33 @@ FUSED_SAM_HD void copy(T* to, const F* from, int count, int lane) {
 
 // What is left to do with a unit's new weights, in memory of type M beside that of type P.
 template <class P, class M>
-class ModelStore {
+class RoundedCopy {
  public:
   using Type = M;
 
   template <class E>
-  FUSED_SAM_HD explicit ModelStore(const Unit<E>& u) : model_(static_cast<M*>(u.entry->model()) + u.begin) {}
+  FUSED_SAM_HD explicit RoundedCopy(const Unit<E>& u) : rounded_(static_cast<M*>(u.entry->rounded()) + u.begin) {}
 
   template <int V>
   FUSED_SAM_HD void store(int i, const Pack<P, V>& weights) const {
-    Copy<M, P>{model_, nullptr}.template finish<V>(i, weights);
+    Copy<M, P>{rounded_, nullptr}.template finish<V>(i, weights);
   }
   // The master copy is w already.
-  FUSED_SAM_HD void restore(P* w, const P*, int count, int lane) const { copy(model_, w, count, lane); }
+  FUSED_SAM_HD void restore(P* w, const P*, int count, int lane) const { copy(rounded_, w, count, lane); }
   // What must be aligned as w is.
-  FUSED_SAM_HD const M* or_else(const P*) const { return model_; }
+  FUSED_SAM_HD const M* or_else(const P*) const { return rounded_; }
 
  private:
-  M* model_;
+  M* rounded_;
 };
 
 template <class P>
-class ModelStore<P, NoModel> {
+class RoundedCopy<P, NoRounded> {
  public:
-  using Type = NoModel;
+  using Type = NoRounded;
 
   template <class E>
-  FUSED_SAM_HD explicit ModelStore(const Unit<E>&) {}
+  FUSED_SAM_HD explicit RoundedCopy(const Unit<E>&) {}
 
   template <int V>
   FUSED_SAM_HD void store(int, const Pack<P, V>&) const {}

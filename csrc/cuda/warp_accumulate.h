@@ -1,14 +1,9 @@
 // What a lane does to its share of a running mean of gradients, or of a parameter that is restored beside it.
 #pragma once
 
-#include "warp_ops.h"
+#include "warp_descent.h"
 
 namespace fused_sam::cuda {
-
-struct MeanTerms {
-  using Entry = SlimEntry;
-  MeanGroup group;
-};
 
 // mean <- mean + weight * (g - mean). g may be the mean: a lane reads its elements before it writes them.
 template <class P, class G>
@@ -44,11 +39,11 @@ struct Accumulate {
 // Of a mean if there is a gradient, else of a parameter.
 template <class Types>
 FUSED_SAM_HD void accumulate_unit(const Unit<SlimEntry>& u, const MeanTerms& terms, int lane) {
-  descend_unit<Types>(u, false, lane, [&](auto* mean, const auto*, auto* gradient, auto model) {
+  descend_unit<Types>(u, false, lane, [&](auto* mean, const auto*, auto* gradient, auto rounded) {
     using P = Pointee<decltype(mean)>;
     using G = Pointee<decltype(gradient)>;
     // A mean is nobody's master: for those the restore alone is compiled.
-    if constexpr (std::is_same<typename decltype(model)::Type, NoModel>::value) {
+    if constexpr (std::is_same<typename decltype(rounded)::Type, NoRounded>::value) {
       constexpr int V = pack_width<P, G>();
       const Accumulate<P, G> op{mean, gradient, MeanMath<Lane<typename Computed<P>::type>>(terms.group)};
       const Path<V> path = path_of<V>(u.count, mean, gradient);

@@ -2,7 +2,7 @@
 // where those of an update have the momentum buffer.
 #pragma once
 
-#include "warp_ops.h"
+#include "warp_types.h"
 
 namespace fused_sam::cuda {
 
@@ -58,19 +58,19 @@ FUSED_SAM_HD void power_perturb_unit(const Unit<SlimEntry>& u, const AscentTerms
   const bool infinite = q > 1.7976931348623157e308;
   const bool here = infinite && static_cast<double>(tensor_number(*u.entry)) == norm.tensor;
   const int64_t element = here ? static_cast<int64_t>(norm.element) : -1;
-  dispatch(u.entry->dtype(), u.entry->grad_dtype(), u.entry->model_dtype(), [&](auto p, auto g, auto m) {
+  dispatch(u.entry->dtype(), u.entry->grad_dtype(), u.entry->rounded_dtype(), [&](auto p, auto g, auto m) {
     using P = decltype(p);
-    using Out = ModelOr<P, decltype(m)>;
-    constexpr bool kHasModel = std::is_same<Out, decltype(m)>::value;
+    using Out = RoundedOr<P, decltype(m)>;
+    constexpr bool kHasRounded = std::is_same<Out, decltype(m)>::value;
     P* w = static_cast<P*>(u.entry->param());
-    Out* target = static_cast<Out*>(kHasModel ? u.entry->model() : u.entry->param());
+    Out* target = static_cast<Out*>(kHasRounded ? u.entry->rounded() : u.entry->param());
     P* backup = static_cast<P*>(u.entry->backup());
     const auto* gradient = static_cast<const decltype(g)*>(u.entry->grad());
     FUSED_SAM_ROLLED
     for (int64_t i = u.begin + lane; i < u.begin + u.count; i += kWarp) {
       const P old = w[i];
       const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
-      if (!kHasModel) backup[i] = old;
+      if (!kHasRounded) backup[i] = old;
       if (!active || (infinite && i != element)) continue;
       store_rounded(&target[i], infinite ? peak_displaced(widen(old), x, terms.group, rho)
                                          : displaced(widen(old), x, terms.group, rho, q, norm.value));

@@ -7,7 +7,7 @@ namespace fused_sam::cuda {
 
 template <int kAddresses>
 Entry<kAddresses>::Entry(const Tensor& tensor, int group, uint32_t first_unit, int shift) : first_unit_(first_unit) {
-  const void* third = tensor.has_model() ? tensor.model : tensor.backup;
+  const void* third = tensor.has_rounded() ? tensor.rounded : tensor.backup;
   const void* addresses[4 + kStates] = {tensor.param,    tensor.grad,     third,      tensor.state[0],
                                         tensor.state[1], tensor.state[2], tensor.step};
   for (int i = 0; i < kAddresses; ++i) {
@@ -18,7 +18,7 @@ Entry<kAddresses>::Entry(const Tensor& tensor, int group, uint32_t first_unit, i
   const int64_t units = units_of(tensor.numel, shift);
   const int64_t before = units > 0 ? (units - 1) << shift : 0;
   packed_ = (static_cast<uint32_t>(tensor.numel - before - 1) & 0x3fff) | static_cast<uint32_t>(tensor.dtype) << 14 |
-            static_cast<uint32_t>(tensor.grad_dtype) << 16 | static_cast<uint32_t>(tensor.model_dtype) << 18 |
+            static_cast<uint32_t>(tensor.grad_dtype) << 16 | static_cast<uint32_t>(tensor.rounded_dtype) << 18 |
             static_cast<uint32_t>(group) << 20;
 }
 
@@ -26,10 +26,10 @@ template SlimEntry::Entry(const Tensor&, int, uint32_t, int);
 template WideEntry::Entry(const Tensor&, int, uint32_t, int);
 
 void CommonTypes::add(const Tensor& tensor) {
-  mixed |= known && (tensor.dtype != param || tensor.model_dtype != model);
+  mixed |= known && (tensor.dtype != param || tensor.rounded_dtype != rounded);
   param = tensor.dtype;
-  model = tensor.model_dtype;
-  if (!known) grad = tensor.has_model() ? tensor.model_dtype : tensor.dtype;  // for lists without gradients
+  rounded = tensor.rounded_dtype;
+  if (!known) grad = tensor.has_rounded() ? tensor.rounded_dtype : tensor.dtype;  // for lists without gradients
   known = true;
   if (tensor.grad == nullptr) return;
   mixed |= grad_known && tensor.grad_dtype != grad;
@@ -46,7 +46,7 @@ int shift_for(int64_t elements) {
 void require_representable(const std::vector<Tensor>& tensors) {
   int64_t elements = 0;
   for (const Tensor& t : tensors) {
-    const void* addresses[] = {t.param, t.model, t.grad, t.backup, t.state[0], t.state[1], t.state[2], t.step};
+    const void* addresses[] = {t.param, t.rounded, t.grad, t.backup, t.state[0], t.state[1], t.state[2], t.step};
     for (const void* address : addresses) {
       if (reinterpret_cast<uintptr_t>(address) >> 48 != 0) {
         throw std::out_of_range("Invalid tensor address. Must have at most 48 bits.");

@@ -29,8 +29,8 @@ constexpr int kMinShift = 8, kMaxShift = 14;
 // Units that keep every multiprocessor of the largest GPUs busy without a long tail.
 constexpr int64_t kMostUnits = 32768;
 
-// Addresses have 48 bits, and an op takes as many of them as it needs: kAddresses counts param, grad, backup or model,
-// the states and then the step.
+// Addresses have 48 bits, and an op takes as many of them as it needs: kAddresses counts param, grad, backup or
+// rounded, the states and then the step.
 template <int kAddresses>
 class alignas(8) Entry {
  public:
@@ -38,19 +38,19 @@ class alignas(8) Entry {
 
   FUSED_SAM_HD void* param() const { return address(0); }
   FUSED_SAM_HD void* grad() const { return address(1); }
-  FUSED_SAM_HD void* backup() const { return has_model() ? nullptr : address(2); }
-  FUSED_SAM_HD void* model() const { return has_model() ? address(2) : nullptr; }  // then the backup is param
+  FUSED_SAM_HD void* backup() const { return has_rounded() ? nullptr : address(2); }
+  FUSED_SAM_HD void* rounded() const { return has_rounded() ? address(2) : nullptr; }  // then the backup is param
   FUSED_SAM_HD void* state(int i) const { return address(3 + i); }
   FUSED_SAM_HD const float* step() const { return static_cast<const float*>(address(3 + kStates)); }
   FUSED_SAM_HD uint32_t first_unit() const { return first_unit_; }
   FUSED_SAM_HD uint32_t tail() const { return (packed_ & 0x3fff) + 1; }  // elements of the last unit
   FUSED_SAM_HD DType dtype() const { return static_cast<DType>(packed_ >> 14 & 3); }
   FUSED_SAM_HD DType grad_dtype() const { return static_cast<DType>(packed_ >> 16 & 3); }
-  FUSED_SAM_HD DType model_dtype() const { return static_cast<DType>(packed_ >> 18 & 3); }
+  FUSED_SAM_HD DType rounded_dtype() const { return static_cast<DType>(packed_ >> 18 & 3); }
   FUSED_SAM_HD uint32_t group() const { return packed_ >> 20; }
 
  private:
-  FUSED_SAM_HD bool has_model() const { return model_dtype() != DType::f32; }
+  FUSED_SAM_HD bool has_rounded() const { return rounded_dtype() != DType::f32; }
   FUSED_SAM_HD void* address(int i) const {
     return reinterpret_cast<void*>(static_cast<uintptr_t>(low_[i]) | static_cast<uintptr_t>(high_[i]) << 32);
   }
@@ -117,11 +117,11 @@ struct Arguments {
 
 // The dtypes of a list's tensors, if all have the same.
 struct CommonTypes {
-  DType param = DType::f32, grad = DType::f32, model = DType::f32;
+  DType param = DType::f32, grad = DType::f32, rounded = DType::f32;
   bool known = false, grad_known = false, mixed = false;
 
   void add(const Tensor& tensor);
-  bool are(DType p, DType g, DType m = DType::f32) const { return !mixed && param == p && grad == g && model == m; }
+  bool are(DType p, DType g, DType m = DType::f32) const { return !mixed && param == p && grad == g && rounded == m; }
 };
 
 // The arguments of one launch, in the making.

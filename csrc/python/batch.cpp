@@ -125,9 +125,9 @@ bool Batch::describe(Py_ssize_t index, Tensor* out) {
   if (grad == nullptr && backup == nullptr) return true;
   TensorView param, master;
   if (!read_weights(index, &param, &master, out)) return false;
-  const TensorView& weights = out->has_model() ? master : param;
+  const TensorView& weights = out->has_rounded() ? master : param;
   layouts_[static_cast<size_t>(index)] = layout_key(param);
-  if (out->has_model() && backup != nullptr) return false;
+  if (out->has_rounded() && backup != nullptr) return false;
   if (!read_grad(grad, device_, param, out) || !read_operand(backup, device_, param, &out->backup)) return false;
   for (int k = 0; k < kStates; ++k) {
     if (!read_operand(item(states_[k], index), device_, weights, &out->state[k])) return false;
@@ -144,8 +144,8 @@ bool Batch::read_weights(Py_ssize_t index, TensorView* param, TensorView* master
       !same_layout(*master, *param)) {
     return false;
   }
-  out->model = param->data;
-  out->model_dtype = param->dtype;
+  out->rounded = param->data;
+  out->rounded_dtype = param->dtype;
   out->param = master->data;
   out->dtype = DType::f32;
   return true;
@@ -180,7 +180,7 @@ void Batch::adopt_backups(const Batch& ascent) {
     const bool fits = taking_part || read_weights(i, &param, &master, &tensors_[k]);
     if (fits && !taking_part) layouts_[k] = layout_key(param);
     const bool same_master = tensors_[k].dtype == ascent.tensors_[k].dtype &&
-                             (!tensors_[k].has_model() || tensors_[k].param == ascent.tensors_[k].param);
+                             (!tensors_[k].has_rounded() || tensors_[k].param == ascent.tensors_[k].param);
     if (!fits || object != PyTuple_GET_ITEM(ascent.params_.ptr(), i) || layouts_[k] != ascent.layouts_[k] ||
         !same_master) {
       throw changed(i);
@@ -226,7 +226,7 @@ void Batch::keep_backups(size_t displaced) {
 void Batch::make_backups(bool owned) {
   int64_t pool_bytes = 0;
   for (const Tensor& t : tensors_) {
-    if (t.grad != nullptr && !t.has_model() && bytes_of(t) < kSmallBytes)
+    if (t.grad != nullptr && !t.has_rounded() && bytes_of(t) < kSmallBytes)
       pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
   }
   const py::module_ torch = py::module_::import("torch");
@@ -243,7 +243,7 @@ void Batch::make_backups(bool owned) {
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     if (t.grad == nullptr) continue;
-    if (t.has_model()) {
+    if (t.has_rounded()) {
       t.backup = t.param;
     } else if (bytes_of(t) < kSmallBytes) {
       t.backup = pool;
@@ -263,9 +263,9 @@ void Batch::set_backups(const py::list& backups) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     PyObject* backup = item(backups_, i);
     if (t.grad == nullptr && backup == nullptr) continue;
-    if (backup == nullptr && t.has_model()) {
+    if (backup == nullptr && t.has_rounded()) {
       t.backup = t.param;
-    } else if (!t.has_model() && backup == item(grads_, i) && t.grad_dtype == t.dtype) {
+    } else if (!t.has_rounded() && backup == item(grads_, i) && t.grad_dtype == t.dtype) {
       t.backup = t.grad;
     } else if (backup == nullptr || !describe(i, &t)) {
       throw py::value_error("Invalid backup at index " + std::to_string(i) +

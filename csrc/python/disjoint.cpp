@@ -18,10 +18,10 @@ void require_disjoint(const std::vector<Tensor>& tensors, bool with_backups) {
   };
   for (const Tensor& t : tensors) {
     add(t.param, t, t.dtype);
-    add(t.model, t, t.model_dtype);
+    add(t.rounded, t, t.rounded_dtype);
     for (const void* state : t.state) add(state, t, t.dtype);
     // A master is its own backup.
-    if (with_backups && !t.has_model()) add(t.backup, t, t.dtype);
+    if (with_backups && !t.has_rounded()) add(t.backup, t, t.dtype);
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i) {

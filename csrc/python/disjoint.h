@@ -7,8 +7,8 @@
 
 namespace fused_sam {
 
-// Throws ValueError if two of parameters, models, states and, where asked for, backups overlap: they would be updated
-// in no particular order. All must be dense.
+// Throws ValueError if two of parameters, rounded copies, states and, where asked for, backups overlap: they would be
+// updated in no particular order. All must be dense.
 void require_disjoint(const std::vector<Tensor>& tensors, bool with_backups);
 
 }  // namespace fused_sam

@@ -1,4 +1,4 @@
-// Where the model's 16-bit weights go when a kernel has computed those of the fp32 master copy.
+// Where the rounded 16-bit weights go when a kernel has computed those of the fp32 master.
 #pragma once
 
 #include "../arithmetic.h"
@@ -8,10 +8,10 @@ namespace fused_sam::cpu::FUSED_SAM_ISA {
 
 // Written and never read: `stream` says whether the cache is to be bypassed, where the alignment allows.
 template <class M>
-class ModelSpan {
+class RoundedSpan {
  public:
-  ModelSpan(const Tensor& t, int64_t begin, bool stream)
-      : data_(static_cast<M*>(t.model) + begin), stream_(stream && reinterpret_cast<uintptr_t>(data_) % 64 == 0) {}
+  RoundedSpan(const Tensor& t, int64_t begin, bool stream)
+      : data_(static_cast<M*>(t.rounded) + begin), stream_(stream && reinterpret_cast<uintptr_t>(data_) % 64 == 0) {}
 
   // A whole vector, from element i on.
   void store(int64_t i, VecF weights) const {
@@ -34,9 +34,9 @@ class ModelSpan {
 };
 
 template <>
-class ModelSpan<NoModel> {
+class RoundedSpan<NoRounded> {
  public:
-  ModelSpan(const Tensor&, int64_t, bool) {}
+  RoundedSpan(const Tensor&, int64_t, bool) {}
 
   template <class Vec>
   void store(int64_t, Vec) const {}
