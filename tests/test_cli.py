@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from helpers import PATIENCE, snapshot
 from torch import nn
 
 from fused_sam import analysis
-from fused_sam.cli import bench
 from fused_sam.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -88,14 +86,14 @@ def test_the_doctor_needs_torch_alone() -> None:
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["sharpness"], ["spectrum"], ["landscape"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["sharpness"], ["spectrum"], ["landscape"]])
 def test_help_says_what_a_command_does(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 120
-    assert all(word in said for word in (command or ["doctor", "sharpness", "spectrum", "landscape", "bench"]))
+    assert all(word in said for word in (command or ["doctor", "sharpness", "spectrum", "landscape"]))
     if command and command[0] in ("sharpness", "spectrum", "landscape"):
         assert "TARGET" in said
         assert "docs/analysis.md" in said
@@ -301,9 +299,9 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {file.name for file in tmp_path.iterdir()} == {"density.png", "surface.png"}
     (tmp_path / "nets.py").write_text(targets)
     commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    fused-sam ")]
-    assert [command[0] for command in commands] == ["sharpness", "spectrum", "landscape", "bench"]
+    assert [command[0] for command in commands] == ["sharpness", "spectrum", "landscape"]
     shorter = {"sharpness": [], "spectrum": ["--probes", "2"], "landscape": ["--points", "3"]}
-    for command in commands[:-1]:
+    for command in commands:
         assert main([*command, *shorter[command[0]]]) == 0
     del sys.modules["nets"]
     assert {file.name for file in tmp_path.iterdir()} >= {"spectrum.png", "spectrum.json", "landscape.png"}
@@ -323,51 +321,6 @@ def test_modules_are_found_in_the_current_folder(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].startswith("mine:flat")
-
-
-def test_bench_compares_the_rows_of_a_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """With a stand-in for bench.step, which takes long: it writes the rows on record, to where it is told."""
-    recorded = ROOT / "bench" / "results" / "cpu_step.jsonl"
-    rows = [json.loads(line) for line in recorded.read_text().splitlines()]
-    chosen = [r for r in rows if (r["set"], r["dtype"], r["threads"]) == ("resnet20", "fp32", 1)]
-    last = [r for r in chosen if r["date"][:16] == chosen[-1]["date"][:16]]
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, last)) + "\n")
-    (tmp_path / "bench" / "step.py").write_text(
-        "import shutil, sys; print(sys.argv[1:]); shutil.copy('rows.jsonl', sys.argv[sys.argv.index('--out') + 1])"
-    )
-    shutil.copy(ROOT / "bench" / "__init__.py", tmp_path / "bench")
-    monkeypatch.setattr(bench, "find_checkout", lambda: tmp_path)
-    arguments = ["bench", "--rounds", "3", "--threads", "2", "--json", str(tmp_path / "found.json")]
-    assert main(arguments) == 0
-    said = capfd.readouterr()
-    assert "'--sets', 'resnet20', '--dtypes', 'fp32', '--threads', '2', '--rounds', '3'" in said.err
-    lines = {cells(line)[0]: cells(line)[1:] for line in said.out.splitlines()[1:]}
-    ours = next(r for r in last if r["variant"] == "fused_sam")
-    assert float(lines["fused_sam"][0]) == pytest.approx(1e3 * ours["median_s"], rel=1e-5)
-    assert float(lines["eager_sgd"][1]) == pytest.approx(ours["ratio_to_rival"]["eager_sgd"]["median"], rel=1e-5)
-    assert json.loads((tmp_path / "found.json").read_text())["results"] == last
-
-
-def test_bench_finds_the_checkout_that_it_is_run_in_and_its_options() -> None:
-    pytest.importorskip("rich")
-    assert bench.find_checkout() == ROOT
-    step = pytest.importorskip("bench.step")
-    options = ["--sets", "resnet20", "--dtypes", "fp32", "--threads", "1", "--rounds", "5", "--out", "a.jsonl"]
-    assert step.parse_arguments(options).rounds == 5
-
-
-def test_bench_says_where_it_is_without_a_checkout(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "bench", None)
-    monkeypatch.delitem(sys.modules, "bench.step", raising=False)
-    assert main(["bench"]) == 1
-    assert capsys.readouterr().out == (
-        "The benchmarks are in the folder bench of a source checkout of FusedSAM: run this there.\n"
-    )
 
 
 def test_a_target_is_left_as_it_was(subjects: Any, monkeypatch: pytest.MonkeyPatch) -> None:

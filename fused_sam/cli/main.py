@@ -9,14 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 from fused_sam import __version__
-from fused_sam.cli import bench, doctor, landscape, sharpness, spectrum
+from fused_sam.cli import doctor, landscape, sharpness, spectrum
 
 COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
     "sharpness": sharpness,
     "spectrum": spectrum,
     "landscape": landscape,
-    "bench": bench,
 }
 
 DESCRIPTION = "FusedSAM: what is installed and whether it works, and measurements of trained models."
