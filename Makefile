@@ -39,7 +39,7 @@ fashion-mnist:
 	  || echo "dataset-fashion-mnist could not be installed: the script will look elsewhere"; fi
 
 train: $(READY) fashion-mnist
-	$(BIN)/python -m bench.train_fashion_mnist $(if $(FULL),--full) $(ARGS)
+	$(BIN)/python -m bench.training.fashion_mnist $(if $(FULL),--full) $(ARGS)
 
 paper: $(READY) fashion-mnist
 	$(BIN)/python -m bench.paper.$(EXPERIMENT) $(ARGS)
@@ -57,10 +57,10 @@ lint: $(READY)
 	$(BIN)/python -m bench.report --check
 
 bench: $(READY)
-	$(BIN)/python -m bench.step $(ARGS)
-	$(BIN)/python -m bench.host_time
-	$(BIN)/python -m bench.options
-	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.speed.step $(ARGS)
+	$(BIN)/python -m bench.speed.host_time
+	$(BIN)/python -m bench.speed.options
+	$(BIN)/python -m bench.speed.memory
 	$(BIN)/python -m bench.report
 
 # With the interpreter that has torch for the GPU, not one of ours. ARGS="--steps ..." for a part, --rehearse without a GPU.

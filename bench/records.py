@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import importlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +141,26 @@ def read(folder: Path) -> list[Row]:
                 raise ValueError(f"Invalid row in {path.name}, line {number}: {error!r}.") from error
             rows.append(row)
     return sorted(rows, key=lambda row: row.get("date", ""))
+
+
+def torchvision(user: str) -> ModuleType:
+    """Return the package, with its transforms and data sets; few programs need it.
+
+    Args:
+        user: who needs it, for the message.
+
+    Raises:
+        RuntimeError: saying what to install.
+    """
+    try:
+        importlib.import_module("torchvision.transforms.v2")
+        importlib.import_module("torchvision.datasets")
+        return importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:  # the second one for a build that belongs to another torch
+        raise RuntimeError(
+            f"{user} needs pillow and torchvision, in the version and the build (CPU, CUDA) that go with torch "
+            f"{torch.__version__}. Importing it says: {error}."
+        ) from error
 
 
 def last_level_cache() -> int:

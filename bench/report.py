@@ -1,6 +1,6 @@
 """Write measured rows into README.md and the pages of docs/ as tables, and draw them: python -m bench.report
 
-A block stands between <!-- NAME:start --> and <!-- NAME:end -->; bench/tables.py and bench/gpu_tables.py list the
+A block stands between <!-- NAME:start --> and <!-- NAME:end -->; bench/tables.py and bench/gpu/tables.py list the
 names, and each experiment of bench/paper has the block "paper:" with its name. Only the newest row of each measured
 thing counts. Absent files and blocks, and blocks without text, are left as they are.
 """
@@ -14,8 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import gpu_plot, gpu_tables, records, scaling, step_plot, tables
+from bench import records, tables
+from bench.gpu import plot as gpu_plot
+from bench.gpu import tables as gpu_tables
 from bench.paper import report as paper_report
+from bench.ranks import scaling
+from bench.speed import plot as step_plot
 from bench.tables import latest
 
 PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md", "docs/paper.md")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from bench.harness import FLOOR
 from bench.records import Row
-from bench.rivals import OPTIONS, OURS, SCALE, VARIANTS
-from bench.shapes import SETS, TITLES, parameter_count
+from bench.speed.harness import FLOOR
+from bench.speed.rivals import OPTIONS, OURS, SCALE, VARIANTS
+from bench.speed.shapes import SETS, TITLES, parameter_count
 
 WRONG = "†"
 # The rivals of the short table: what most code copies, the best of torch, the best-known package.

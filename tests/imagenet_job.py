@@ -10,7 +10,9 @@ import signal
 import torch
 import torchvision_ops
 
-from bench import imagenet, imagenet_data, imagenet_training
+from bench.imagenet import __main__ as imagenet
+from bench.imagenet import data as imagenet_data
+from bench.imagenet import trainer as imagenet_training
 
 
 class Watched(imagenet_training.Trainer):

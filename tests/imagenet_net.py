@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bench import imagenet, imagenet_config, imagenet_data, imagenet_training
-from bench.imagenet_ranks import Ranks
+from bench.imagenet import __main__ as imagenet
+from bench.imagenet import config as imagenet_config
+from bench.imagenet import data as imagenet_data
+from bench.imagenet import trainer as imagenet_training
+from bench.imagenet.ranks import Ranks
 
 CPU = torch.device("cpu")
 BATCH, CLASSES, SIZE, STEPS = 12, 3, 4, 2

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from ranks import Ranks
 from torch import nn
 
-from bench import links, overlap, records, tables
-from bench.distributed import VARIANTS, WARM_UP, count
+from bench import records, tables
+from bench.ranks import links, overlap
+from bench.ranks.counts import VARIANTS, WARM_UP, count
 
 IMAGES = 2
 
@@ -79,7 +80,7 @@ def test_numbers_that_measure_nothing_are_refused(arguments: list[str]) -> None:
 SENDER = """
 import socket, sys, time
 sys.path.insert(0, {root!r})
-from bench import links
+from bench.ranks import links
 with socket.create_server(("10.0.0.1", 7007)) as server:
     print("ready", flush=True)
     other, _ = server.accept()

@@ -11,19 +11,16 @@ from rich.console import Console
 
 pytest.importorskip("rich")
 
-from bench import (
-    gpu_iteration,
-    gpu_rivals,
-    gpu_step,
-    gpu_subjects,
-    gpu_tables,
-    records,
-    report,
-    rivals,
-)
-from bench.harness import FLOOR
-from bench.shapes import GPU_SETS
-from bench.vision_models import MODELS
+from bench import records, report
+from bench.gpu import iteration as gpu_iteration
+from bench.gpu import rivals as gpu_rivals
+from bench.gpu import step as gpu_step
+from bench.gpu import subjects as gpu_subjects
+from bench.gpu import tables as gpu_tables
+from bench.gpu.models import MODELS
+from bench.speed import rivals
+from bench.speed.harness import FLOOR
+from bench.speed.shapes import GPU_SETS
 
 TINY = {"resnet20": lambda: [(3, 5), (7,), (1,)]}
 TINY_PARAMETERS = 23

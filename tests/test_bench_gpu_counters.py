@@ -11,8 +11,10 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from bench import gpu_counters, gpu_tables, records, tables
-from bench.gpu_counters import METRICS
+from bench import records, tables
+from bench.gpu import counters as gpu_counters
+from bench.gpu import tables as gpu_tables
+from bench.gpu.counters import METRICS
 
 HEAD = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size", "Grid Size"]
 UNITS_LINE = [""] * len(HEAD) + ["ns", "byte", "byte", "%", "%", "%"]

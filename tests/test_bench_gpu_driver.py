@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import gpu, gpu_commands, gpu_steps
-from bench.gpu_steps import FAILED, OK, SKIPPED
+from bench.gpu import __main__ as gpu
+from bench.gpu import actions, commands
+from bench.gpu.actions import FAILED, OK, SKIPPED
 
 ROOT = Path(__file__).parent.parent
 HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
@@ -37,13 +38,13 @@ def test_afterwards():
 """
 
 
-def runner(out: Path) -> gpu_commands.Runner:
-    return gpu_commands.Runner(out, gpu_steps.environment(rehearse=True))
+def runner(out: Path) -> commands.Runner:
+    return commands.Runner(out, actions.environment(rehearse=True))
 
 
 def step(name: str, code: str, limit_s: float = 300) -> gpu.Step:
     def act(runner, seconds):
-        return gpu_steps.verdict(runner.run([sys.executable, "-c", code], "a.log", seconds, grace_s=1)[0])
+        return actions.verdict(runner.run([sys.executable, "-c", code], "a.log", seconds, grace_s=1)[0])
 
     return gpu.Step(name, limit_s, 0, act)
 
@@ -94,7 +95,7 @@ def test_a_command_is_interrupted_before_it_is_killed(tmp_path):
 
 
 def test_logs_stay_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_commands, "LARGEST_LOG", 1000)
+    monkeypatch.setattr(commands, "LARGEST_LOG", 1000)
     _, output = runner(tmp_path).run([sys.executable, "-c", "print(*range(2000), sep='\\n')"], "a.log", 60)
     assert "\n999\n" in output
     kept = (tmp_path / "a.log").read_text()
@@ -105,11 +106,11 @@ def test_logs_stay_small(tmp_path, monkeypatch):
 def test_a_failure_is_written_at_once_and_a_test_that_hangs_costs_itself(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_some.py").write_text(TESTS)
-    variables = gpu_steps.tests_environment(runner(tmp_path), 10)
-    command = [sys.executable, "-m", "pytest", *gpu_steps.PYTEST_OPTIONS, "-n1", "-c/dev/null", str(tmp_path)]
+    variables = actions.tests_environment(runner(tmp_path), 10)
+    command = [sys.executable, "-m", "pytest", *actions.PYTEST_OPTIONS, "-n1", "-c/dev/null", str(tmp_path)]
     code, output = runner(tmp_path).run(command, "tests.log", 300, **variables)
     assert code == 1
-    assert gpu_steps.counts(output).startswith("2 failed, 1 passed")
+    assert actions.counts(output).startswith("2 failed, 1 passed")
     failures = (tmp_path / "failures.log").read_text()
     for words in ("test_wrong (call)", "assert 1 == 2", "in test_hangs", "crashed while running"):
         assert words in failures
@@ -117,12 +118,12 @@ def test_a_failure_is_written_at_once_and_a_test_that_hangs_costs_itself(tmp_pat
 
 def test_every_kernel_has_a_sanitized_test(tmp_path):
     """As collected on a GPU."""
-    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_pretended"]
-    command = [sys.executable, "-m", "pytest", *options, *gpu_steps.SANITIZED_TESTS]
-    command += ["-k", f"native-cuda and {gpu_steps.FEW_DTYPES}"]
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.pretended"]
+    command = [sys.executable, "-m", "pytest", *options, *actions.SANITIZED_TESTS]
+    command += ["-k", f"native-cuda and {actions.FEW_DTYPES}"]
     code, output = runner(tmp_path).run(command, "a.log", 300)
     assert code == 0, output
-    assert {line.partition("[")[0] for line in output.splitlines() if "[" in line} == set(gpu_steps.SANITIZED_TESTS)
+    assert {line.partition("[")[0] for line in output.splitlines() if "[" in line} == set(actions.SANITIZED_TESTS)
 
 
 @pytest.mark.slow
@@ -156,14 +157,14 @@ END = "\n24 passed in 1.00s\n========= ERROR SUMMARY: 1 error\n"
     ],
 )
 def test_what_a_sanitizer_reports(tool, code, output, state):
-    assert gpu_steps.parse_report(tool, code, output).state == state
+    assert actions.parse_report(tool, code, output).state == state
 
 
-@pytest.mark.parametrize("module", ["gpu", "gpu_step", "gpu_iteration", "gpu_counters"])
+@pytest.mark.parametrize("module", ["__main__", "step", "iteration", "counters"])
 def test_without_a_gpu_it_says_so_at_once(module, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as end:
-        raise SystemExit(importlib.import_module(f"bench.{module}").main(["--out", str(tmp_path / "out")]))
+        raise SystemExit(importlib.import_module(f"bench.gpu.{module}").main(["--out", str(tmp_path / "out")]))
     assert end.value.code == 1
     assert capsys.readouterr().err.startswith("No GPU: torch sees no CUDA device")
     assert not (tmp_path / "out").exists()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import rivals, tables
-from bench.step import moved_bytes
+from bench import tables
+from bench.speed import rivals
+from bench.speed.step import moved_bytes
 
 COUNT = 5  # parameters
 

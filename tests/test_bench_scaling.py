@@ -1,4 +1,4 @@
-"""The formula of bench/scaling.py against times worked out by hand, and against steps that were measured."""
+"""The formula of bench/ranks/scaling.py against times worked out by hand, and against steps that were measured."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from bench import overlap, records, scaling
-from bench.scaling import Cluster, Job
+from bench import records
+from bench.ranks import overlap, scaling
+from bench.ranks.scaling import Cluster, Job
 
 # 8 MB of gradients in four buckets; backward takes 0.3 s of the step's 1 s, the update 0.02 s.
 JOB = Job("a job", 1.0, 0.3, 0.02, 2_000_000, 2e6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.shapes import GPU_SETS, SETS, TITLES, parameter_count
+from bench.speed.shapes import GPU_SETS, SETS, TITLES, parameter_count
 
 PUBLISHED = {
     "resnet50": (161, 25_557_032),

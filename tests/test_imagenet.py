@@ -11,7 +11,8 @@ import types
 import pytest
 from imagenet_images import CLASSES, FLAGS, STEPS, TRAIN, VALIDATION, checkpoint, rows, same, without_times, write_tree
 
-from bench import imagenet, imagenet_training
+from bench.imagenet import __main__ as imagenet
+from bench.imagenet import trainer as imagenet_training
 
 NET = ["--model", "shufflenet_v2_x0_5"]  # of the ones with BatchNorm the fastest on a CPU
 DROPOUT_NET = ["--model", "mobilenet_v3_small"]
@@ -58,7 +59,7 @@ def test_from_images_to_a_row(run, tmp_path, capsys):
     ("flags", "passes"),
     [
         (["--direction", "momentum"], 1),
-        (["--interval", "2", "--reuse", "0.7"], 1),
+        (["--interval", "2", "--looksam-alpha", "0.7"], 1),
         (["--micro-batches", "2", "--m-sharpness", "micro", "--amp", "bf16", "--ascent-part", "0.5"], 2),
         (["--micro-batches", "2", "--amp", "fp16", "--adaptive", "weights", "--eta", "0.01", "--p", "inf"], 2),
     ],
@@ -185,10 +186,10 @@ def test_flags_that_cannot_be_read(run, capsys, flags, message):
         (["--m-sharpness", "2"], "Invalid m_sharpness=2. Must divide the number of ranks, 1."),
         (["--amp", "fp16", "--m-sharpness", "micro"], "Invalid m_sharpness='micro' with amp='fp16'."),
         (["--amp", "fp16", "--decay-in-ascent"], "Invalid decay_in_ascent=True with amp='fp16'."),
-        (["--reuse", "2", "--interval", "2", "--m-sharpness", "micro"], "Invalid reuse=2.0 with m_sharpness='micro'."),
+        (["--looksam-alpha", "2", "--interval", "2", "--m-sharpness", "micro"], "Invalid looksam_alpha=2.0 with m_sh"),
         (["--direction", "momentum", "--ascent-part", "0.5"], "Invalid ascent_part=0.5 with direction='momentum'."),
         (["--rho", "-1"], "Invalid rho=-1.0. Must be >= 0"),
-        (["--reuse", "0.7"], "reuse=0.7"),
+        (["--looksam-alpha", "0.7"], "looksam_alpha=0.7"),
         (["--backend", "none"], "Invalid backend='none'"),
         (["--model", "resnet51"], "Invalid model='resnet51'. Must be a classifier in torchvision.models"),
         (["--model", "googlenet"], "Invalid model='googlenet'."),

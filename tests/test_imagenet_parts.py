@@ -12,8 +12,8 @@ from imagenet_net import BATCH, CPU, Net, batch, config, make_trainer, train, tr
 from ranks import Ranks as Processes
 from torch import nn
 
-from bench import imagenet_data
-from bench.imagenet_ranks import Ranks
+from bench.imagenet import data as imagenet_data
+from bench.imagenet.ranks import Ranks
 from fused_sam import FusedSAM
 
 ALONE = Ranks(0, 1, CPU)

@@ -12,8 +12,8 @@ import torchvision_ops
 
 pytest.importorskip("numpy")
 
-from bench import data
 from bench.paper import augment, cifar
+from bench.training import data
 
 with_torchvision = pytest.mark.skipif(torchvision_ops.import_or_reason() is not None, reason="no torchvision")
 

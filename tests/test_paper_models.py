@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.models import parameter_count
 from bench.paper import defaults, methods, models
 from bench.paper.config import Config
 from bench.paper.models.pyramidnet import PyramidNet
 from bench.paper.models.shake_shake import shake
 from bench.paper.models.shakedrop import ShakeDrop
+from bench.training.models import parameter_count
 
 SMALL = [name for name in models.NAMES if name in ("small", "wrn-28-2", "resnet-20", "resnet-32")]
 SHAKEN = ["pyramidnet-20-12-shakedrop", "pyramidnet-164-3", "shake-shake-26-2x4d", "wrn-10-1"]

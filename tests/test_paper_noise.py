@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import data
 from bench.paper import defaults, mixup, noise
 from bench.paper.config import Config
+from bench.training import data
 
 CONFIG = Config(**defaults.SMALL, device="cpu")
 

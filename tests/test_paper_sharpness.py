@@ -15,9 +15,9 @@ pytest.importorskip("sklearn")
 import numpy as np
 from scipy import stats
 
-from bench import data
 from bench.paper import association, defaults, m_sharpness, methods, models, second_order, spectra, summary, variants
 from bench.paper.config import Config
+from bench.training import data
 
 CONFIG = Config(**defaults.SMALL, device="cpu")
 TINY = ["--dataset", "digits", "--train-size", "48", "--batch-size", "16", "--seeds", "0"]

@@ -24,7 +24,7 @@ CHECKPOINTS = """
 import os, resource, signal, sys, time
 from pathlib import Path
 import torch
-from bench.training import save_whole
+from bench.training.run import save_whole
 
 folder = Path(sys.argv[1])
 path = folder / "checkpoint.pt"

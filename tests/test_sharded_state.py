@@ -283,7 +283,7 @@ def test_what_is_in_p_grad(pair: Ranks) -> None:
 
 def sends_frozen() -> list[int]:
     """The backbone is frozen, then thawed: elements that a step scatters and gathers."""
-    from bench.distributed import count
+    from bench.ranks.counts import count
 
     net = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 4, bias=False))
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)

@@ -1,4 +1,4 @@
-"""bench.train_fashion_mnist: reading the data, label noise, and a tiny job from start to table."""
+"""bench.training.fashion_mnist: reading the data, label noise, and a tiny job from start to table."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from bench import data, training
-from bench import train_fashion_mnist as train
+from bench.training import data
+from bench.training import fashion_mnist as train
+from bench.training import run as training
 
 TINY = ["--train-size", "192", "--batch-size", "64", "--epochs", "2", "--width", "1", "--threads", "1"]
 

@@ -1,6 +1,6 @@
 """The paper's three augmentations of small images (section 3.1), for batches.
 
-basic           shift and flip, which `bench.data.Batches` does
+basic           shift and flip, which `bench.training.data.Batches` does
 cutout          basic, then a square of zeros (DeVries and Taylor, 2017)
 autoaugment     the policy found for CIFAR-10, basic, then cutout (Cubuk et al., 2019, section 4.1)
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import packages
-from bench.data import NOTHING_ELSE, Augmentation
+from bench import records
+from bench.training.data import NOTHING_ELSE, Augmentation
 
 NAMES = ("none", "basic", "cutout", "autoaugment")
 
@@ -56,7 +56,7 @@ def cutout(length: int) -> Change:
 
 def autoaugment() -> Change:
     """torchvision's AutoAugment with the policy for CIFAR-10, drawn for each image."""
-    transforms = packages.torchvision("--augment autoaugment").transforms.v2
+    transforms = records.torchvision("--augment autoaugment").transforms.v2
     policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
 
     def change(images: Tensor, generator: torch.Generator) -> Tensor:  # [B, C, H, W] uint8

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bench import packages, records
-from bench.data import Dataset, Images
+from bench import records
+from bench.training.data import Dataset, Images
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 CACHE_DIR = records.ROOT / "data" / "cifar"
@@ -28,7 +28,7 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     """
     if name not in CLASSES:
         raise ValueError(f"Invalid dataset={name!r}. Must be one of {', '.join(CLASSES)}.")
-    datasets = packages.torchvision(f"--dataset {name}").datasets
+    datasets = records.torchvision(f"--dataset {name}").datasets
     reader = getattr(datasets, name.upper())
     try:
         train, test = (reader(folder or CACHE_DIR, train=train, download=folder is None) for train in (True, False))

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bench import data
 from bench.paper import cifar, noise
 from bench.paper.config import Config
+from bench.training import data
 
 
 class Split(NamedTuple):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.curves import GRID, INK
 from bench.paper.summary import Interval, interval
+from bench.training.curves import GRID, INK
 
 SAM, SGD = "#1f5fa8", "#b5541c"
 # Methods that are compared with them: apart in hue and in lightness.

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import data
 from bench.paper import defaults, figures, models, runner, summary, tables, training
 from bench.paper.config import Config
 from bench.paper.data import Split, split
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
-from bench.training import save_whole
+from bench.training import data
+from bench.training.run import save_whole
 
 SCRATCH = "SGD, 2x epochs, random weights"
 EVEN, ODD = 0, 1

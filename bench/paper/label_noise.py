@@ -21,7 +21,7 @@ from bench.paper import figures, runner, summary, tables, training
 from bench.paper.config import NOISES, Config
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
-from bench.training import save_whole
+from bench.training.run import save_whole
 
 METHODS = ("SGD", "Mixup", "Bootstrap + Mixup", "SAM", "Bootstrap + SAM")
 LARGE_NOISE = 0.8  # from here on the paper takes half of its rho

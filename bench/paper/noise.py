@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench import data
 from bench.paper.config import Config
+from bench.training import data
 
 # Patrini et al. 2017 for CIFAR-10: truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog. By the same idea
 # for Fashion-MNIST: pullover <-> coat, shirt -> T-shirt, sandal -> sneaker, ankle boot -> sneaker.

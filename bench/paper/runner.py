@@ -19,7 +19,7 @@ from bench import records
 from bench.paper import data, flags, summary, training
 from bench.paper.config import Config
 from bench.records import Row
-from bench.training import chosen_backend
+from bench.training.run import chosen_backend
 
 Named: TypeAlias = tuple[str, Config]  # the method as tables name it, and its run
 

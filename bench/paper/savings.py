@@ -48,7 +48,9 @@ def name_of(row: Row) -> str:
         ValueError: it is none of these.
     """
     config = row["config"]
-    options = {name: value for name, value in config["options"].items() if name != "rho"}
+    # Rows from before looksam_alpha had this name call it reuse.
+    renamed = {"looksam_alpha" if name == "reuse" else name: value for name, value in config["options"].items()}
+    options = {name: value for name, value in renamed.items() if name != "rho"}
     for name, method in METHODS.items():
         if (config["optimizer"], options, config["ascent"]) == (method.optimizer, method.options, method.ascent):
             return name

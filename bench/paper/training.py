@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bench import data
 from bench.paper import augment, methods, mixup, models
 from bench.paper.config import Config
 from bench.paper.data import Split, split
 from bench.records import Row
-from bench.training import cosine, mean_of_finite, save_whole
+from bench.training import data
+from bench.training.run import cosine, mean_of_finite, save_whole
 
 CHECKPOINT_SECONDS = 60.0
 Observer = Callable[["Training"], Row]

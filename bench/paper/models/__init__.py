@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from bench.models import WideResNet
 from bench.paper.models.groupnorm import without_batchnorm
 from bench.paper.models.pyramidnet import PyramidNet
 from bench.paper.models.resnet import ResNet
 from bench.paper.models.shake_shake import ShakeShake
+from bench.training.models import WideResNet
 
 NAMES = (
     "small",

@@ -1,0 +1,1 @@
+"""Training on ImageNet: python -m bench.imagenet"""

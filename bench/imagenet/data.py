@@ -1,0 +1,175 @@
+"""ImageNet, or any tree of class folders, in batches for each rank; random images to measure throughput with.
+
+Order and augmentation follow from the seed, the epoch and the number of the image alone: not from the number of worker
+processes, nor from where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bench import records
+from bench.imagenet.ranks import Ranks
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, scaled to [0, 1]
+RESIZE = 256 / 224  # the shorter side before the central crop, of the crop's size
+CLASSES = 1000
+
+Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B] int64
+
+
+class Synthetic:
+    """Random images that are on the device, the same in all micro-batches; arguments as those of `Folders`."""
+
+    def __init__(self, image_size: int, batch_size: int, micro_batches: int, steps: int, ranks: Ranks) -> None:
+        self.classes, self.steps, self.images = CLASSES, steps, batch_size
+        count = batch_size // (ranks.size * micro_batches)
+        generator = torch.Generator().manual_seed(ranks.rank)
+        images = torch.randint(256, (count, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(CLASSES, (count,), generator=generator)
+        self._parts = [_on_device((images, labels), ranks.device)] * micro_batches
+
+    def training(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step."""
+        for _ in range(start, self.steps):
+            yield self._parts
+
+
+class Folders:
+    """A tree of images: train/CLASS/*.jpeg and val/CLASS/*.jpeg.
+
+    Args:
+        root: the folder with train and val.
+        image_size: of the crops.
+        batch_size: images of a step, over all ranks. The last, incomplete batch of an epoch is dropped.
+        micro_batches: parts in which a rank gets its images of a step; so many are also evaluated together.
+        ranks: among which the images are divided.
+        seed: of the order and of the augmentation.
+        workers: processes that read images, for each rank.
+
+    Raises:
+        OSError: for a folder that is missing, or empty.
+        ValueError: for validation folders that are not those of training, or fewer images than one step takes.
+    """
+
+    def __init__(
+        self, root: Path, image_size: int, batch_size: int, micro_batches: int, ranks: Ranks, seed: int, workers: int
+    ) -> None:
+        vision = records.torchvision("bench.imagenet")
+        training = vision.datasets.ImageFolder(root / "train", _augmentation(vision.transforms, image_size))
+        validation = vision.datasets.ImageFolder(root / "val", _central_crop(vision.transforms, image_size))
+        if training.classes != validation.classes:
+            different = sorted(set(training.classes) ^ set(validation.classes))[0]
+            raise ValueError(f"Invalid class {different} in {root}. Must be a folder of both train and val.")
+        if len(training) < batch_size:
+            raise ValueError(f"Invalid {batch_size=}. Must be <= {len(training)}, the images in {root / 'train'}.")
+        self.classes, self.images, self.steps = len(training.classes), len(training), len(training) // batch_size
+        self._device, self._micro_batches = ranks.device, micro_batches
+        self._order = MicroBatches(len(training), batch_size, micro_batches, ranks, seed)
+        at_once = batch_size // (ranks.size * micro_batches)
+        mine = range(ranks.rank, len(validation), ranks.size)  # nothing is counted twice, so that ranks may have fewer
+        options: dict[str, Any] = {
+            "num_workers": workers,
+            "pin_memory": ranks.device.type == "cuda",
+            "persistent_workers": workers > 0,
+            "worker_init_fn": _ignore_interrupts,
+            # Otherwise each epoch, begun or taken up again, takes a number from the generator of the model's dropout.
+            "generator": torch.Generator(),
+        }
+        self._training = DataLoader(Augmented(training, seed), batch_sampler=self._order, **options)
+        self._validation = DataLoader(validation, batch_size=at_once, sampler=mine, **options)
+
+    def training(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step of an epoch, from the step ``start`` on."""
+        self._order.epoch, self._order.start = epoch, start
+        parts = []
+        for part in self._training:
+            parts.append(_on_device(part, self._device))
+            if len(parts) == self._micro_batches:
+                yield parts
+                parts = []
+
+    def validation(self) -> Iterator[Batch]:
+        """What this rank evaluates."""
+        for batch in self._validation:
+            yield _on_device(batch, self._device)
+
+
+class MicroBatches(Sampler[list[tuple[int, int]]]):
+    """(epoch, image) pairs of each micro-batch of a rank; set ``epoch`` and the step to ``start`` with before use."""
+
+    def __init__(self, images: int, batch_size: int, micro_batches: int, ranks: Ranks, seed: int) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.shares, self.micro_batches = ranks.rank, ranks.size * micro_batches, micro_batches
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return (self.images // self.batch_size - self.start) * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=generator)
+        for step in range(self.start, self.images // self.batch_size):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            for part in batch.chunk(self.shares)[self.rank * self.micro_batches :][: self.micro_batches]:
+                yield [(self.epoch, i) for i in part.tolist()]
+
+
+class Augmented(Dataset[Batch]):
+    """The images of a training set, each with random numbers of its own in each epoch."""
+
+    def __init__(self, images: Any, seed: int) -> None:
+        self.images, self.seed = images, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mixed(self.seed, epoch, index))
+            return self.images[index]
+
+
+class Normalise:
+    """[B, 3, H, W] uint8 to float32 of mean 0 and variance 1, in the same memory format."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Once: a copy from the host in every pass would wait for the device.
+        self._mean, self._std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.float() - self._mean) / self._std
+
+
+def _augmentation(transforms: Any, size: int) -> Any:
+    crop = transforms.RandomResizedCrop(size)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+
+def _central_crop(transforms: Any, size: int) -> Any:
+    resize = transforms.Resize(round(RESIZE * size))
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    images, labels = (x.to(device, non_blocking=True) for x in batch)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def _mixed(*numbers: int) -> int:
+    return zlib.crc32(" ".join(map(str, numbers)).encode())
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the workers too, which are to go on until the step has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

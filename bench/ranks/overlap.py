@@ -1,0 +1,254 @@
+"""Time steps of ranks that send over links of a limited rate: python -m bench.ranks.overlap
+
+How much of the averaging of gradients backward hides. Each rank is a process of one thread in a network namespace of
+its own (links.py; root and iproute2), with gloo. In every round each variant makes some steps, in an order that
+changes; ratios are of times in one round. Rows of kind "overlap".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bench import records
+from bench.ranks import links
+from bench.records import Spread
+from bench.speed.rivals import EagerSAM
+from bench.training.models import WideResNet, parameter_count
+from fused_sam import FusedSAM
+from fused_sam.distributed import data_parallel
+
+RANKS = 2
+MEGABITS = 500.0
+ROUNDS = 15
+STEPS = 2  # of a variant in a round
+WARM_UP = 2
+MODEL = "WRN-16-4"
+BATCH = 16
+BUCKET_MB = 1.0
+OPTIONS = {"rho": 0.05, "lr": 0.01, "momentum": 0.9}
+SILENT = "no communication"
+LATE = "all-reduce after backward"
+Batch = tuple[Tensor, Tensor]
+Step = Callable[[Batch], None]
+
+
+def _backward(model: nn.Module, batch: Batch) -> Tensor:
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def _ours(net: nn.Module, ddp: bool = False, late: bool = False, **options: Any) -> Step:
+    opt = FusedSAM(net.parameters(), **OPTIONS)
+    model = DistributedDataParallel(net, bucket_cap_mb=BUCKET_MB) if ddp else net
+    handle = data_parallel(model, opt, bucket_cap_mb=BUCKET_MB, **options)
+
+    def step(batch: Batch) -> None:
+        def closure() -> Tensor:
+            if not late:
+                return _backward(model, batch)
+            with handle.no_sync():
+                return _backward(model, batch)
+
+        opt.step(closure)
+
+    return step
+
+
+def _alone() -> Any:
+    """A group of this rank."""
+    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+
+def _silent(net: nn.Module) -> Step:
+    """The same, buckets included, with a group of one rank."""
+    return _ours(net, process_group=_alone())
+
+
+def _eager(net: nn.Module) -> Step:
+    """Both gradients averaged during backward."""
+    model = DistributedDataParallel(net, bucket_cap_mb=BUCKET_MB)
+    opt = EagerSAM(net.parameters(), **OPTIONS)
+
+    def step(batch: Batch) -> None:
+        _backward(model, batch)
+        opt.first_step(zero_grad=True)
+        _backward(model, batch)
+        opt.second_step(zero_grad=True)
+
+    return step
+
+
+VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
+    SILENT: _silent,
+    "FusedSAM": _ours,
+    LATE: lambda net: _ours(net, late=True),
+    "FusedSAM, shard_state": lambda net: _ours(net, shard_state=True),
+    "DDP, FusedSAM": lambda net: _ours(net, ddp=True),
+    "DDP, eager SAM": _eager,
+}
+
+
+def _slowest(seconds: float) -> float:
+    """Over the ranks; the clock has stopped."""
+    time_ = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(time_, op=dist.ReduceOp.MAX)
+    return float(time_)
+
+
+def stages(net: nn.Module, batch: Batch, steps: int) -> dict[str, float]:
+    """Median seconds, on this rank, of the parts of a step without communication that say what can be hidden.
+
+    One backward; all of the optimizer; of that, the base step with the way back to w; and a collective of one number
+    over all ranks.
+    """
+    opt = FusedSAM(net.parameters(), **OPTIONS)
+    data_parallel(net, opt, process_group=_alone(), bucket_cap_mb=BUCKET_MB)
+    parts: dict[str, list[float]] = {"backward_s": [], "optimizer_s": [], "update_s": [], "smallest_s": []}
+
+    def since(begin: float, part: str) -> None:
+        parts[part].append(time.perf_counter() - begin)
+
+    for _ in range(steps):
+        ascent = 0.0
+        for second in (False, True):
+            loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+            begin = time.perf_counter()
+            loss.backward()
+            since(begin, "backward_s")
+            begin = time.perf_counter()
+            (opt.second_step if second else opt.first_step)(zero_grad=True)
+            if second:
+                since(begin, "update_s")
+                parts["optimizer_s"].append(ascent + parts["update_s"][-1])
+            else:
+                ascent = time.perf_counter() - begin
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_reduce(torch.zeros(1))
+        since(begin, "smallest_s")
+    return {part: Spread.of(seconds).rounded()["median"] for part, seconds in parts.items()}
+
+
+def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
+    """Seconds of a step in each round, and bytes that this rank sends in one, by variant; parameters and `stages`."""
+    torch.manual_seed(dist.get_rank())
+    batch = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    made = {}
+    for name, make in VARIANTS.items():
+        torch.manual_seed(0)
+        made[name] = make(WideResNet(2, 4))
+        for _ in range(WARM_UP):
+            made[name](batch)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    sent = dict.fromkeys(made, 0)
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(made), len(made)):
+            dist.barrier()
+            before, start = links.sent_bytes(), time.perf_counter()
+            for _ in range(steps):
+                made[name](batch)
+            seconds = time.perf_counter() - start
+            sent[name] += links.sent_bytes() - before
+            times[name].append(_slowest(seconds) / steps)
+    net = WideResNet(2, 4)
+    subject = {"parameters": parameter_count(net)} | stages(net, batch, rounds * steps)
+    return times, {name: total / (rounds * steps) for name, total in sent.items()}, subject
+
+
+def _work(options: argparse.Namespace) -> None:
+    """One rank."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = links.DEVICE
+    dist.init_process_group("gloo", f"file://{options.store}", world_size=options.ranks, rank=options.rank)
+    times, sent, subject = measure(options.rounds, options.steps)
+    if options.rank == 0:
+        records.write_rows(rows(options, times, sent, subject), options.out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def rows(
+    options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float], subject: dict[str, float]
+) -> list[records.Row]:
+    """One for each variant, with its times over those in the same rounds without communication, and after backward."""
+    common = {
+        **{"model": MODEL, "batch": BATCH, **subject, "bucket_mb": BUCKET_MB},
+        **{"ranks": options.ranks, "megabits": options.megabits, "rounds": options.rounds, "steps": options.steps},
+    }
+    made = []
+    for name, seconds in times.items():
+        spread = Spread.of(seconds).rounded()
+        row = {"variant": name, "median_s": spread["median"], "p20_s": spread["p20"], "p80_s": spread["p80"]}
+        row["sent_bytes"] = round(sent[name])
+        row["ratio_to_silent"] = Spread.of([a / b for a, b in zip(seconds, times[SILENT])]).rounded()
+        row["ratio_to_late"] = Spread.of([a / b for a, b in zip(seconds, times[LATE])]).rounded()
+        made.append(records.header("overlap") | common | row)
+    return made
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ranks.overlap", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--ranks", type=int, default=RANKS, help=f"processes (default: {RANKS})")
+    add("--megabits", type=float, default=MEGABITS, help=f"a second, of each link each way (default: {MEGABITS:g})")
+    add("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    add("--steps", type=int, default=STEPS, help=f"of each variant in a round (default: {STEPS})")
+    add("--out", type=Path, default=records.RESULTS / "distributed_overlap.jsonl", help="file to append to")
+    add("--rank", type=int, help=argparse.SUPPRESS)
+    add("--store", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if min(options.ranks - 1, options.megabits, options.rounds, options.steps) <= 0:
+        parser.error("--ranks must be >= 2, all other numbers > 0")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the links, start a process on each, print what they wrote."""
+    options = parse_arguments(arguments)
+    if options.rank is not None:
+        _work(options)
+        return 0
+    with tempfile.TemporaryDirectory() as folder, links.links(options.ranks, options.megabits) as names:
+        out = Path(folder) / "rows.jsonl"
+        common = [sys.executable, "-m", "bench.ranks.overlap", "--store", f"{folder}/store", "--out", str(out)]
+        common += [f"--{name}={getattr(options, name)}" for name in ("ranks", "megabits", "rounds", "steps")]
+        processes = [subprocess.Popen(links.inside(name, *common, f"--rank={rank}")) for rank, name in enumerate(names)]
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            return 1
+        made = records.read(Path(folder))
+    records.write_rows(made, options.out)
+    console = Console(highlight=False, soft_wrap=True)
+    for row in made:
+        ratio = row["ratio_to_silent"]
+        console.print(
+            f"{row['variant']:26}{1e3 * row['median_s']:8.1f} ms {ratio['median']:6.2f} "
+            f"[{ratio['p20']:.2f}, {ratio['p80']:.2f}]{row['sent_bytes'] / 1e6:8.1f} MB sent"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

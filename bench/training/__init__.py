@@ -1,0 +1,1 @@
+"""One training loop, and the job that make train runs with it."""

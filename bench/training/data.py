@@ -1,0 +1,285 @@
+"""Fashion-MNIST from disk or from its home page, label noise, and batches with augmentation."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import http.client
+import os
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import records
+
+SIZE = 28
+CLASSES = 10
+DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
+CACHE_DIR = records.ROOT / "data" / "fashion-mnist"
+URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+TIMEOUT_S = 10
+
+# sha256 of the compressed files as the authors publish them
+FILES = {
+    "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+
+Opener = Callable[..., contextlib.AbstractContextManager[BinaryIO]]
+
+
+class Images(NamedTuple):
+    """Images with their labels."""
+
+    images: Tensor  # [N, H, W], of one channel, or [N, C, H, W]; uint8
+    labels: Tensor  # [N] int64
+
+
+class Dataset(NamedTuple):
+    """A training and a test set. `flip`: a mirrored image still belongs to its class."""
+
+    name: str
+    source: str
+    train: Images
+    test: Images
+    flip: bool
+    classes: int = CLASSES
+
+
+class Augmentation(NamedTuple):
+    """What is done to a batch besides shifts and flips: `before` them to uint8 pixels, and `after` normalising."""
+
+    before: Callable[[Tensor, torch.Generator], Tensor] | None = None  # [B, C, H, W] uint8
+    after: Callable[[Tensor, torch.Generator], Tensor] | None = None  # [B, C, H, W] float32
+
+
+NOTHING_ELSE = Augmentation()
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read an idx file of unsigned bytes, compressed or not.
+
+    The format is two zero bytes, the type (8: unsigned byte), the number of dimensions, each dimension as a
+    big-endian 32-bit integer, and the data.
+
+    Raises:
+        ValueError: the file is damaged, of another type, or its size differs from what its header says.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"Invalid idx file {path}: damaged gzip data ({error}).") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"Invalid idx file {path}: begins with {raw[:4].hex()!r}. Must begin with '000008'.")
+    ndim = raw[3]
+    header = 4 + 4 * ndim
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
+    count = torch.Size(shape).numel()
+    if len(raw) != header + count:
+        raise ValueError(
+            f"Invalid idx file {path}: {len(raw)} bytes. Must be {header + count} for {shape=} in its header."
+        )
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header).reshape(shape).clone()
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    candidates = (folder / f"{name}.gz", folder / name)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def has_files(folder: Path) -> bool:
+    """Whether `folder` holds all four files, compressed or not."""
+    return all(_find(folder, name) for name in FILES)
+
+
+def _read_split(folder: Path, prefix: str) -> Images:
+    images_name, labels_name = (name for name in FILES if name.startswith(prefix))
+    paths = {name: _find(folder, name) for name in (images_name, labels_name)}
+    for name, path in paths.items():
+        if path is None:
+            raise FileNotFoundError(f"No {name}.gz or {name} in {folder}.")
+    images, labels = (read_idx(path) for path in paths.values() if path is not None)
+    if images.dim() != 3 or images.shape[1:] != (SIZE, SIZE):
+        raise ValueError(f"Invalid images of shape {list(images.shape)} in {folder}. Must be [N, 28, 28].")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"Invalid labels of shape {list(labels.shape)} in {folder}. Must be [{len(images)}].")
+    if labels.numel() and int(labels.max()) >= CLASSES:
+        raise ValueError(f"Invalid label {int(labels.max())} in {folder}. Must be < {CLASSES}.")
+    return Images(images, labels.long())
+
+
+def load_folder(folder: Path) -> Dataset:
+    """Fashion-MNIST from a folder with the four idx files."""
+    return Dataset("Fashion-MNIST", str(folder), _read_split(folder, "train"), _read_split(folder, "t10k"), flip=True)
+
+
+def download(folder: Path, opener: Opener = urllib.request.urlopen) -> None:
+    """Fetch the four files; each gets its name only once its checksum is right.
+
+    Raises:
+        OSError, http.client.HTTPException: the server cannot be reached, or breaks off.
+        ValueError: a file has another checksum than published.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sha256 in FILES.items():
+        target = folder / f"{name}.gz"
+        if target.exists():
+            continue
+        with opener(URL + target.name, timeout=TIMEOUT_S) as response:
+            content = response.read()
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise ValueError(f"Invalid download of {target.name}: sha256 is {found}. Must be {sha256}.")
+        aside = target.with_suffix(f".part{os.getpid()}")
+        aside.write_bytes(content)
+        os.replace(aside, target)
+
+
+def load_digits() -> Dataset:
+    """scikit-learn's 1797 digits, 8x8 enlarged to 24x24 and padded to 28x28; one fifth is the test set."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    images = torch.from_numpy(digits.images) * (255 / 16)
+    images = images.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
+    images = torch.nn.functional.pad(images, (2, 2, 2, 2)).to(torch.uint8)
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // 5], order[len(order) // 5 :]
+    split = {part: Images(images[index], labels[index]) for part, index in (("train", train), ("test", test))}
+    return Dataset("digits", "scikit-learn", **split, flip=False)
+
+
+def load(data_dir: Path | None = None, say: Callable[[str], None] = print) -> Dataset:
+    """The first that is there: `data_dir`, Debian's package, an earlier download, a download, digits.
+
+    An explicit `data_dir` is used or refused, never replaced by another source.
+    """
+    if data_dir is not None:
+        return load_folder(data_dir)
+    for folder in (DEBIAN_DIR, CACHE_DIR):
+        if has_files(folder):
+            return load_folder(folder)
+    try:
+        say(f"Downloading Fashion-MNIST to {CACHE_DIR}")
+        download(CACHE_DIR)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        say(
+            f"Fashion-MNIST is not installed (Debian: dataset-fashion-mnist) and not downloaded: {error}\n"
+            "Using scikit-learn's digits instead: the figures say nothing about Fashion-MNIST."
+        )
+        return load_digits()
+    return load_folder(CACHE_DIR)
+
+
+def corrupt_labels(labels: Tensor, fraction: float, seed: int, classes: int = CLASSES) -> Tensor:
+    """Symmetric label noise: exactly round(fraction * N) labels get another class, each alike.
+
+    Args:
+        labels: [N] int64, left as it is.
+        fraction: in [0, 1).
+        seed: the same seed gives the same noise.
+        classes: labels are below it.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"Invalid {fraction=}. Must be in [0, 1).")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator)
+    noisy = labels.clone()
+    noisy[chosen] = (noisy[chosen] + shift) % classes
+    return noisy
+
+
+def subset(data: Images, size: int, seed: int) -> Images:
+    """`size` of the images, drawn by `seed`; all of them if there are fewer."""
+    chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))[:size]
+    return Images(data.images[chosen], data.labels[chosen])
+
+
+class Batches:
+    """Normalised batches [B, C, H, W] with random shifts and flips.
+
+    Order and augmentation follow from (seed, epoch): a resumed run sees what an uninterrupted one sees, and
+    both optimizers see the same epochs.
+
+    Args:
+        data: the training images.
+        batch_size: the last, incomplete batch is dropped.
+        shift: shift by up to this many pixels in each direction; the border is black.
+        flip: mirror every second image on average.
+        augmentation: what else is done.
+    """
+
+    def __init__(
+        self,
+        data: Images,
+        batch_size: int,
+        *,
+        shift: int,
+        flip: bool,
+        seed: int,
+        device: torch.device,
+        augmentation: Augmentation = NOTHING_ELSE,
+    ) -> None:
+        if not 1 <= batch_size <= len(data.labels):
+            raise ValueError(f"Invalid {batch_size=}. Must be in [1, {len(data.labels)}], the images.")
+        self.mean, self.std = statistics(data.images)
+        self.labels = data.labels.to(device)
+        self.images = channelled(data.images).to(device)
+        self.batch_size, self.shift, self.flip = batch_size, shift, flip
+        self.seed, self.device, self.augmentation = seed, device, augmentation
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        before, after = self.augmentation
+        for index in order.split(self.batch_size)[: len(self)]:
+            rows, columns = self._windows(len(index), generator)
+            at = index.to(self.device)
+            images = self.images[at] if before is None else before(self.images[at], generator)
+            padded = torch.nn.functional.pad(images, (self.shift,) * 4).movedim(1, -1)
+            image = torch.arange(len(index), device=self.device)
+            shifted = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+            normalised = normalise(shifted, self.mean, self.std)
+            yield normalised if after is None else after(normalised, generator), self.labels[at]
+
+    def _windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Row and column numbers in the padded image, [count, H] and [count, W]."""
+        height, width = (torch.arange(size) for size in self.images.shape[-2:])
+        top, left = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator)
+        columns = width.expand(count, len(width))
+        if self.flip:
+            mirrored = torch.randint(0, 2, (count, 1), generator=generator).bool()
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        return (top + height).to(self.device), (left + columns).to(self.device)
+
+
+def channelled(images: Tensor) -> Tensor:
+    """[N, H, W] or [N, C, H, W] as [N, C, H, W]."""
+    return images.unsqueeze(1) if images.dim() == 3 else images
+
+
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels of each channel, scaled to [0, 1]; [C, 1, 1] float32."""
+    channels = [channel.double() / 255 for channel in channelled(images).unbind(dim=1)]
+    mean, std = (torch.stack([getattr(channel, name)() for channel in channels]) for name in ("mean", "std"))
+    return mean.float()[:, None, None], std.float()[:, None, None]
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """[B, H, W] or [B, C, H, W] uint8 to [B, C, H, W] float32, channels last, zero mean and unit variance."""
+    scaled = (channelled(images).float() / 255 - mean.to(images.device)) / std.to(images.device)
+    return scaled.contiguous(memory_format=torch.channels_last)

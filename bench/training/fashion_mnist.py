@@ -1,0 +1,313 @@
+"""Train a small ResNet on Fashion-MNIST with SGD and with FusedSAM under an equal budget of passes.
+
+A SAM step makes two passes, so SGD trains twice as many epochs: the rule of Foret et al. (ICLR 2021).
+BatchNorm statistics come from the first pass of a SAM step only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fused_sam
+from bench import records
+from bench.training import curves, data
+from bench.training.models import WideResNet, parameter_count
+from bench.training.run import PASSES, Config, Run, chosen_backend, save_whole
+
+SOURCES = "Debian's dataset-fashion-mnist, else a download, else scikit-learn's digits"
+NOISE = "this fraction of the training labels is replaced by another class"
+# the paper's WRN-28-10 (section 3.1, Table 7)
+FULL = {
+    "train_size": 60_000,
+    "blocks": 4,
+    "width": 10,
+    "stem_stride": 1,
+    "shift": 4,
+    "epochs": 200,
+    "batch_size": 256,
+}
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training.fashion_mnist", description=__doc__, formatter_class=_Formatter
+    )
+    _add_task(parser.add_argument_group("task"))
+    _add_model(parser.add_argument_group("model and optimizers"))
+    _add_machine(parser.add_argument_group("machine and files"))
+    return parser
+
+
+def _add_task(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--data-dir", type=Path, help=f"folder with the four idx files, raw or .gz (default: {SOURCES})")
+    add("--train-size", type=int, default=4_000, help="training images, drawn by the seed")
+    add("--label-noise", type=float, default=0.0, metavar="P", help=f"symmetric label noise: {NOISE}")
+    add("--shift", type=int, default=1, help="largest random shift, in pixels")
+    add("--epochs", type=int, default=40, help="epochs of SAM; SGD gets twice as many")
+    add("--batch-size", type=int, default=128, help="images per step")
+    seeds = "one or several seeds of subset, noise, initial weights and order"
+    add("--seed", "--seeds", dest="seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
+    add("--full", action="store_true", help="the paper's WRN-28-10 on all images, for a GPU; other flags win")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--blocks", type=int, default=1, help="blocks in each of the three stages of the wide ResNet")
+    add("--width", type=int, default=2, help="the stages have 16, 32 and 64 times this many channels")
+    add("--stem-stride", type=int, default=2, help="stride of the first convolution")
+    add("--optimizer", choices=("both", *PASSES), default="both", help="which runs")
+    add("--rho", type=float, help="radius of the perturbation (default: 0.05; 0.1 with label noise)")
+    add("--adaptive", action="store_true", help="adaptive SAM")
+    add("--lr", type=float, default=0.1, help="first learning rate of the cosine schedule")
+    add("--momentum", type=float, default=0.9, help="of both runs")
+    add("--weight-decay", type=float, default=5e-4, help="of both runs, on all parameters")
+    add("--nesterov", action="store_true", help="Nesterov momentum")
+    add("--backend", help="FusedSAM's backend (default: the best that works)")
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--device", default="auto", help="cpu, cuda or auto")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--out", type=Path, help="folder of checkpoint, picture and rows (default: runs/train/JOB)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--results", type=Path, metavar="FILE", help="append the rows here (default: results.jsonl in --out)")
+    add("--record", action="store_true", help="write rows and picture to bench/results")
+    add("--no-plot", action="store_true", help="no picture")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked flags, with the defaults that depend on other flags filled in."""
+    parser = build_parser()
+    if parser.parse_args(argv).full:
+        parser.set_defaults(**FULL)
+    args = parser.parse_args(argv)
+    if args.rho is None:
+        args.rho = 0.1 if args.label_noise else 0.05
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("train_size", "epochs", "batch_size", "stem_stride"):
+        if getattr(args, name) < 1:
+            parser.error(f"Invalid {name}={getattr(args, name)}. Must be >= 1.")
+    if args.shift < 0:
+        parser.error(f"Invalid shift={args.shift}. Must be >= 0.")
+    if not 0 <= args.label_noise < 1:
+        parser.error(f"Invalid label_noise={args.label_noise}. Must be in [0, 1).")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+class Job:
+    """All runs of one command, with a checkpoint after every measurement of the test error."""
+
+    def __init__(self, args: argparse.Namespace, dataset: data.Dataset, console: Console) -> None:
+        self.args, self.dataset, self.console = args, dataset, console
+        given = {field.name: getattr(args, field.name, None) for field in fields(Config)}
+        given |= {
+            "dataset": dataset.name,
+            "train_size": min(args.train_size, len(dataset.train.labels)),
+            "backend": chosen_backend(args.backend, args.device),
+            "threads": torch.get_num_threads(),
+        }
+        self.config = Config(**given)
+        if self.config.batch_size > self.config.train_size:
+            raise ValueError(f"Invalid {args.batch_size=}. Must be <= {self.config.train_size}, the training images.")
+        self.name = self.config.name + ("-full" if args.full else "")
+        self.out: Path = args.out or records.ROOT / "runs" / "train" / self.name
+        self.kinds = tuple(PASSES) if args.optimizer == "both" else (args.optimizer,)
+        self.finished: list[dict[str, Any]] = []
+        self._running: dict[str, Any] | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def resume(self) -> None:
+        """Take over finished runs and the interrupted one."""
+        if not self.checkpoint.exists():
+            raise FileNotFoundError(f"No checkpoint to resume from: {self.checkpoint}.")
+        state = torch.load(self.checkpoint, map_location=self.config.device, weights_only=True)
+        mine = asdict(self.config)
+        for name, saved in state["config"].items():
+            if saved != mine[name]:
+                raise ValueError(f"Invalid {name}={mine[name]!r}. Must be {saved!r} as in {self.checkpoint}.")
+        self.finished, self._running = state["finished"], state["running"]
+
+    def run(self) -> None:
+        """Do all runs that are not finished."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress:
+            for seed in self.args.seeds:
+                for kind in self.kinds:
+                    if not any((r["optimizer"], r["seed"]) == (kind, seed) for r in self.finished):
+                        self._run_one(kind, seed, progress)
+
+    def _run_one(self, kind: str, seed: int, progress: Progress) -> None:
+        train = data.subset(self.dataset.train, self.config.train_size, seed)
+        labels = data.corrupt_labels(train.labels, self.config.label_noise, seed)
+        run = Run(kind, seed, self.config, train._replace(labels=labels), flip=self.dataset.flip)
+        if self._running is not None and (self._running["kind"], self._running["seed"]) == (kind, seed):
+            run.load_state_dict(self._running)
+        steps = len(run.batches)
+        name = f"{run.label} seed {seed}" if len(self.args.seeds) > 1 else run.label
+        task = progress.add_task(name, total=run.epochs * steps, completed=run.epoch * steps, status="")
+        while not run.finished:
+            run.advance(self.dataset.test, lambda: progress.advance(task))
+            point = run.history[-1]
+            status = (
+                f"epoch {run.epoch}/{run.epochs}  loss {point['train_loss']:.3f}  "
+                f"test error {point['test_error']:.2f} %"
+            )
+            progress.update(task, status=status)
+            if not self.console.is_terminal:
+                self.console.print(f"{name} {status}")
+            if run.finished:
+                self.finished.append(run.result())
+            self._save(None if run.finished else run)
+
+    def _save(self, run: Run | None) -> None:
+        state = {
+            "config": asdict(self.config),
+            "finished": self.finished,
+            "running": run and run.state_dict(),
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_whole(state, self.checkpoint)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON row per run."""
+        shared = {
+            **records.header("train"),
+            "fused_sam": fused_sam.__version__,
+            "job": self.name,
+            **asdict(self.config),
+        }
+        return [shared | result for result in self.finished]
+
+
+def budget(job: Job) -> str:
+    """The rule both runs train under, with its numbers."""
+    config = job.config
+    steps = config.train_size // config.batch_size
+    sam = f"SAM {config.epochs} epochs x {steps} steps x 2 passes"
+    sgd = f"SGD {2 * config.epochs} epochs x {steps} steps x 1 pass"
+    return f"Equal budget: {sgd} = {sam} = {2 * config.epochs * steps:,} forward-backward passes"
+
+
+def title(job: Job) -> str:
+    """Data set, size and noise."""
+    config = job.config
+    labels = f"{config.label_noise:.0%} label noise" if config.label_noise else "clean labels"
+    return f"{config.dataset}, {config.train_size:,} training images, {labels}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and the standard deviation over several seeds."""
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def table(job: Job) -> Table:
+    """One line per optimizer."""
+    out = Table(title=title(job), caption=budget(job), title_justify="left", caption_justify="left")
+    out.add_column("run")
+    headings = ("epochs", "test error %\nfinal", "test error %\nbest", "step\nms", "optimizer\n% of step", "run\ns")
+    for heading in headings:
+        out.add_column(heading, justify="right", no_wrap=True)
+    for kind in job.kinds:
+        runs = [r for r in job.finished if r["optimizer"] == kind]
+        out.add_row(
+            runs[0]["label"],
+            str(runs[0]["run_epochs"]),
+            spread([r["test_error_final"] for r in runs]),
+            spread([r["test_error_best"] for r in runs]),
+            f"{statistics.fmean(r['step_ms'] for r in runs):.1f}",
+            f"{statistics.fmean(100 * r['optimizer_ms'] / r['step_ms'] for r in runs):.1f}",
+            f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
+        )
+    return out
+
+
+def describe(job: Job, console: Console) -> None:
+    """What is about to be trained."""
+    config, dataset = job.config, job.dataset
+    console.print(f"{title(job)}; {len(dataset.test.labels):,} test images", soft_wrap=True)
+    console.print(f"Data from {dataset.source}", soft_wrap=True)
+    if config.label_noise:
+        console.print("Label noise: symmetric, always to a different class; the test labels are clean")
+    model = WideResNet(config.blocks, config.width, config.stem_stride)
+    name = f"WRN-{6 * config.blocks + 4}-{config.width}"
+    where = f"{config.device}, {config.threads} threads, backend {config.backend}"
+    console.print(f"{name}, {parameter_count(model):,} parameters; {where}; seeds {job.args.seeds}")
+    console.print(budget(job), soft_wrap=True)
+
+
+def report(job: Job, console: Console) -> None:
+    """Table, picture and rows."""
+    console.print(table(job))
+    if not job.args.no_plot:
+        picture = records.RESULTS / f"train_{job.name}.png" if job.args.record else job.out / "curves.png"
+        seeds = f"; mean of seeds {job.args.seeds}" if len(job.args.seeds) > 1 else ""
+        curves.plot(job.finished, title(job), budget(job) + seeds, picture)
+        console.print(f"Picture: {picture}", soft_wrap=True)
+    recorded = records.RESULTS / "train_fashion_mnist.jsonl" if job.args.record else job.out / "results.jsonl"
+    path = job.args.results or recorded
+    records.write_rows(job.rows(), path)
+    console.print(f"Rows: {path}", soft_wrap=True)
+
+
+def prepare(args: argparse.Namespace, console: Console) -> Job:
+    """The job with its data, and with the checkpoint if it resumes; refuses what cannot work."""
+    dataset = data.load(args.data_dir, say=console.print)
+    if args.record and dataset.name != "Fashion-MNIST":
+        raise ValueError(f"Invalid --record with {dataset.name}. Must be Fashion-MNIST.")
+    job = Job(args, dataset, console)
+    if args.resume:
+        job.resume()
+    return job
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; 0 when it finished."""
+    args = parse_args(argv)
+    console = Console(highlight=False, markup=False)
+    try:
+        job = prepare(args, console)
+    except (ValueError, RuntimeError, OSError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
+        return 1
+    describe(job, console)
+    try:
+        job.run()
+    except FloatingPointError as error:
+        console.print(str(error), style="red", soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command with --resume goes on.")
+        return 130
+    report(job, console)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
