@@ -164,7 +164,7 @@ def test_the_part_that_is_held_out():
     (_, sgd), (label, looksam) = rho_grid.grid(args, CONFIG)
     assert label == "LookSAM, every 5th step rho=0.1, 20% label noise"
     assert (sgd.optimizer, sgd.validation, sgd.noise_rate) == ("sgd", 0.5, 0.2)
-    assert looksam.options == {"rho": 0.1, "interval": 5, "reuse": 0.7}
+    assert looksam.options == {"rho": 0.1, "interval": 5, "looksam_alpha": 0.7}
     args.paper = True
     assert {config.validation for _, config in rho_grid.grid(args, CONFIG)} == {0.1}
 

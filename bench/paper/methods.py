@@ -77,8 +77,6 @@ class Sharp:
 
     def __init__(self, model: nn.Module, config: Config, base: type[Optimizer]) -> None:
         options = {"replay_rng": "shake" in config.model} | config.options
-        if "reuse" in options:  # its name when the first rows were written
-            options["looksam_alpha"] = options.pop("reuse")
         self.optimizer = FusedSAM(model.parameters(), base, **base_options(config, base), **options)
         self._part, self._micro = config.ascent, config.micro_batch
         self._ascent_steps = config.options.get("ascent_steps", 1)

@@ -36,7 +36,7 @@ METHODS = {
     "SAM, e from a quarter": Method(ascent=0.25),
     "SAM, every 2nd step": Method(options={"interval": 2}),
     "SAM, every 5th step": Method(options={"interval": 5}),
-    "LookSAM, every 5th step": Method(options={"interval": 5, "reuse": 0.7}),
+    "LookSAM, every 5th step": Method(options={"interval": 5, "looksam_alpha": 0.7}),
     "MSAM": Method(options={"direction": "momentum"}),
 }
 
