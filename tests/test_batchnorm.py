@@ -225,3 +225,18 @@ def test_a_model_with_the_hooks_can_be_averaged(backend: str) -> None:
     before = int(average.module.bare.num_batches_tracked)
     average(x)
     assert int(average.module.bare.num_batches_tracked) == before + 1
+
+
+@pytest.mark.parametrize("momentum", [0.37, None], ids=["momentum", "cumulative"])
+def test_freezing_twice_loses_nothing(momentum: float | None, backend: str) -> None:
+    bn, plain = (nn.BatchNorm1d(3, momentum=momentum) for _ in range(2))
+    opt = FusedSAM(bn.parameters(), rho=RHO, backend=backend, lr=0.13)
+    first_pass_only(bn, opt)
+    for _ in range(3):
+        x = torch.randn(8, 3)
+        opt.step(lambda x=x: bn(x).square().sum().backward())
+        with frozen_statistics(bn), frozen_statistics(bn):
+            bn(x)
+        plain(x)
+    assert bn.momentum == momentum
+    assert_same_bits(bn.buffers(), plain.buffers())

@@ -71,12 +71,6 @@ def test_rows_and_table_of_steps_over_limited_links() -> None:
     assert tables.overlap([]) == ""
 
 
-@pytest.mark.parametrize("arguments", [["--ranks", "1"], ["--megabits", "0"], ["--rounds", "0"]])
-def test_numbers_that_measure_nothing_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        overlap.parse_arguments(arguments)
-
-
 SENDER = """
 import socket, sys, time
 sys.path.insert(0, {root!r})

@@ -57,23 +57,6 @@ def test_the_table_is_read_in_the_order_of_the_launches() -> None:
 def test_an_answer_without_a_table_is_refused(said: str) -> None:
     with pytest.raises(ValueError, match="Must hold a table"):
         gpu_counters.read(said)
-
-
-@pytest.mark.parametrize(
-    ("signature", "name"),
-    [
-        (NATIVE, "norm_kernel"),
-        ("perturb", "perturb"),
-        ("fused_sam::cuda::(anonymous namespace)::perturb_swap<f32>(int)", "perturb_swap"),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<long>, a<b<c>>>(int, T2)",
-         "vectorized_elementwise_kernel"),
-    ],
-)  # fmt: skip
-def test_names_are_short(signature: str, name: str) -> None:
-    assert gpu_counters.short_name(signature) == name
-
-
-def test_a_unit_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match="Invalid unit 'fortnight' of gpu__time_duration"):
         gpu_counters.read(output((NATIVE, NUMBERS)).replace('"ns"', '"fortnight"'))
 

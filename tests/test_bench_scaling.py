@@ -15,20 +15,16 @@ from bench.ranks.scaling import Cluster, Job
 JOB = Job("a job", 1.0, 0.3, 0.02, 2_000_000, 2e6)
 
 
-def test_one_machine_sends_nothing_between_machines() -> None:
-    cluster = Cluster(8, 40e6, 1.0, 0.0)
-    assert cluster.all_reduce(JOB, 8) == pytest.approx(2 * 7 / 8 * 8e6 / 40e6)
-    assert cluster.all_reduce(JOB, 2) == pytest.approx(8e6 / 40e6)
-
-
-def test_the_ranks_of_a_machine_share_what_leaves_it() -> None:
-    inside, between = 2 * 3 / 4 * 8e6 / 100e6, 2 * 7 / 8 * (8e6 / 4) / 5e6
-    assert Cluster(4, 100e6, 5e6, 0.0).all_reduce(JOB, 32) == pytest.approx(inside + between)
-
-
-def test_messages_take_time_by_the_logarithm_of_the_ranks() -> None:
-    fast = Cluster(1, math.inf, math.inf, 1e-3)
-    assert fast.all_reduce(JOB, 1000) == pytest.approx(2 * 4 * 10 * 1e-3)
+@pytest.mark.parametrize(
+    ("cluster", "ranks", "seconds"),
+    [
+        (Cluster(8, 40e6, 1.0, 0.0), 8, 2 * 7 / 8 * 8e6 / 40e6),  # nothing between machines
+        (Cluster(4, 100e6, 5e6, 0.0), 32, 2 * 3 / 4 * 8e6 / 100e6 + 2 * 7 / 8 * (8e6 / 4) / 5e6),  # a share each
+        (Cluster(1, math.inf, math.inf, 1e-3), 1000, 2 * 4 * 10 * 1e-3),  # messages of four buckets, in a tree
+    ],
+)
+def test_the_time_of_an_all_reduce(cluster: Cluster, ranks: int, seconds: float) -> None:
+    assert cluster.all_reduce(JOB, ranks) == pytest.approx(seconds)
 
 
 def test_backward_hides_all_buckets_but_the_last() -> None:
@@ -80,15 +76,3 @@ def test_the_block_says_what_was_measured_and_what_follows() -> None:
     assert "| ranks: WRN-16-4, CPU, 4 ranks | 8 | 64 | 256 | 1024 |" in block
     assert "e a machine" not in block  # each has one rank
     assert scaling.block([]) == scaling.block(overlap_rows()) == ""
-
-
-def test_the_command_prints_what_follows_from_other_links(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scaling.main(["--results", str(tmp_path)]) == 1
-    records.write_rows(overlap_rows(**PARTS), tmp_path / "distributed_overlap.jsonl")
-    links = ["--per-machine", "4", "--inside", "1", "--between", "0.1", "--message", "10"]
-    assert scaling.main(["--results", str(tmp_path), "--ranks", "16", *links]) == 0
-    job, _ = scaling.measured_jobs(overlap_rows(**PARTS))[0]
-    expected = job.seconds / scaling.by_machine(job, Cluster(4, 1e9, 1e8, 1e-5), 16)
-    assert f"{expected:.1%}" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        scaling.main(["--ranks", "1"])

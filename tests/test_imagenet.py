@@ -76,7 +76,6 @@ def test_options_train_and_count_each_batch_once(run, tmp_path, flags, passes):
 INTERRUPTED = {
     "SAM, in the first epoch": ([*DROPOUT_NET, "--ema", "0.7"], 2, signal.SIGINT),
     "SAM after an epoch": ([*NET, "--amp", "fp16", "--interval", "2"], STEPS, signal.SIGTERM),
-    "SGD, in the last step": ([*DROPOUT_NET, "--optimizer", "sgd", "--momentum", "0.8"], 2 * STEPS, signal.SIGTERM),
 }
 
 
@@ -163,10 +162,8 @@ def test_synthetic_images_measure_and_train_nothing(tmp_path, capsys):
         (["--ema", "1"], "Invalid ema=1.0. Must be in [0, 1)."),
         (["--ascent-part", "0"], "Invalid ascent_part=0.0. Must be in (0, 1]."),
         (["--m-sharpness", "half"], "Invalid m_sharpness='half'. Must be micro, rank, world or a number >= 1."),
-        (["--m-sharpness", "0"], "Invalid m_sharpness='0'."),
         (["--optimizer", "sgd", "--rho", "0.1"], "Invalid rho=0.1 with optimizer='sgd'. Must go with sam."),
         (["--synthetic"], "Invalid data_dir. Must be given, or else --synthetic."),
-        (["--amp", "fp8"], "--amp"),
         (["--resum"], "--resum"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
@@ -192,8 +189,6 @@ def test_flags_that_cannot_be_read(run, capsys, flags, message):
         (["--looksam-alpha", "0.7"], "looksam_alpha=0.7"),
         (["--backend", "none"], "Invalid backend='none'"),
         (["--model", "resnet51"], "Invalid model='resnet51'. Must be a classifier in torchvision.models"),
-        (["--model", "googlenet"], "Invalid model='googlenet'."),
-        (["--data-dir", "nowhere"], "nowhere"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -203,19 +198,6 @@ def test_what_cannot_work_is_refused_before_a_step(run, tmp_path, capsys, flags,
     assert message in shown
     assert shown.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_without_torchvision_one_sentence_says_what_is_needed(run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    assert run() == 1
-    assert "bench.imagenet needs pillow and torchvision, in the version and the build" in capsys.readouterr().out
-
-
-def test_help_names_the_ways_to_call(capsys):
-    with pytest.raises(SystemExit) as stop:
-        imagenet.main(["--help"])
-    assert stop.value.code == 0
-    assert "torchrun --nproc-per-node=8 -m bench.imagenet --data-dir DIR" in capsys.readouterr().out
 
 
 def test_curves_go_to_tensorboard_where_there_is_one(run, monkeypatch, capsys, tmp_path):

@@ -9,7 +9,6 @@ import torch
 from helpers import FLOAT64_RTOL
 from imagenet_images import CLASSES, TRAIN, VALIDATION, write_tree
 from imagenet_net import BATCH, CPU, Net, batch, config, make_trainer, train, train_on_this_rank
-from ranks import Ranks as Processes
 from torch import nn
 
 from bench.imagenet import data as imagenet_data
@@ -67,21 +66,6 @@ def test_validation_classes_have_to_be_those_of_training(tree, tmp_path):
         folders(other)
     with pytest.raises(FileNotFoundError):
         folders(tmp_path / "nowhere")
-
-
-def test_normalised_images_have_the_channels_mean_and_deviation():
-    mean, std = (255 * torch.tensor(x) for x in (imagenet_data.MEAN, imagenet_data.STD))
-    images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    x = imagenet_data.Normalise(CPU)(images)
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(x * std.view(3, 1, 1) + mean.view(3, 1, 1), images.float())
-
-
-def test_without_other_processes_nothing_is_shared():
-    x, ranks = torch.tensor([3.0, 5.0]), Ranks(0, 1, CPU)
-    ranks.mean_([x])
-    assert ranks.sum_(x).tolist() == [3, 5]
-    assert (ranks.largest(15), ranks.gather("a")) == (15, ["a"])
 
 
 # The arithmetic of a step
@@ -146,27 +130,6 @@ def test_a_step_is_that_of_the_optimizer(options, scaled):
     expected, expected_loss = by_hand(options)
     torch.testing.assert_close(weights, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
     assert loss == pytest.approx(expected_loss, rel=FLOAT64_RTOL)
-
-
-@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd"}, {"micro_batches": 3, "m_sharpness": "micro"}], ids=str)
-def test_a_step_of_a_tiny_rate_lowers_the_loss_of_its_batch(options):
-    """By lr times the square of the gradient, which in float64 is far more than rounding, whatever the processor."""
-    trainer = make_trainer(ALONE, lr=1e-6, rho=1e-3, **options)
-    images, labels = batch()
-
-    def loss():
-        return trainer.loss(trainer.model(trainer.normalise(images)), labels).item()
-
-    before = loss()
-    trainer.train_step([*zip(*(x.chunk(options.get("micro_batches", 1)) for x in (images, labels)))])
-    assert loss() < before
-
-
-@pytest.fixture(scope="module")
-def pair():
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 MICRO = {"micro_batches": 2, "m_sharpness": "micro"}

@@ -53,19 +53,23 @@ def weights(tmp_path, out):
     return [torch.load(tmp_path / f"{out}-weights.{rank}", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.slow
-def test_ranks_agree_and_go_on_where_a_signal_to_one_of_them_stopped_all(run, tmp_path):
-    status, shown = run(out="whole")
+def test_ranks_agree(run, tmp_path):
+    status, shown = run("--epochs", "1")
     assert status == 0, shown
-    assert shown.count("epoch 2: training loss") == 1
+    assert shown.count("epoch 1: training loss") == 1
     assert "Warning" not in shown
-    first, second = weights(tmp_path, "whole")
+    first, second = weights(tmp_path, "out")
     assert same(first, second)
-    (row,) = rows(tmp_path / "whole")
+    (row,) = rows(tmp_path / "out")
     assert (row["ranks"], row["m_sharpness"]) == (2, "rank")
     counted = row["top1"] * VALIDATION / 100
     assert counted == pytest.approx(round(counted), abs=1e-6)
 
+
+@pytest.mark.skipif("FUSED_SAM_SOAK" not in os.environ, reason="three runs of two processes: make soak")
+def test_ranks_go_on_where_a_signal_to_one_of_them_stopped_all(run, tmp_path):
+    status, shown = run(out="whole")
+    assert status == 0, shown
     status, shown = run(out="parts", STOP_RANK="1", STOP_STEP="1")
     assert status != 0
     assert "SIGTERM after step 2 of epoch 1: saved." in shown

@@ -249,6 +249,11 @@ def test_frozen_parameters_stay_and_join_when_thawed(backend: str, device: str) 
     params[1].requires_grad_(True)
     opt.step(quadratic(params))
     assert bits(params[1]) != frozen
+    for p in params:
+        p.requires_grad_(False)
+    w = snapshot(params)
+    opt.step(lambda: None)  # with nothing to train
+    assert snapshot(params) == w
 
 
 def test_a_group_added_later_takes_part(backend: str, device: str) -> None:

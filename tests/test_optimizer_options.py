@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from helpers import RHO, assert_as_torch, assert_bits_of_torch, leaves, quadratic
+from helpers import RHO, assert_as_torch, assert_bits_of_torch, leaves, quadratic, snapshot
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fused_sam import FusedSAM
@@ -135,3 +136,20 @@ def test_schedulers_drive_the_base_step_without_warning(
             theirs.step()
             assert opt.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
             (assert_bits_of_torch if base is torch.optim.SGD else assert_as_torch)(params, twins)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam], ids=["SGD", "Adam", "NAdam"])
+def test_a_learning_rate_reaches_the_base_after_a_checkpoint_too(
+    base: type[torch.optim.Optimizer], backend: str, device: str
+) -> None:
+    params = leaves(9, device=device)
+    opt = FusedSAM(params, base, rho=RHO, backend=backend, lr=0.13)
+    opt.step(quadratic(params))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    w = snapshot(params)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step(quadratic(params))
+    assert snapshot(params) == w
+    opt.param_groups[0]["lr"] = 0.5
+    opt.step(quadratic(params))
+    assert snapshot(params) != w

@@ -84,19 +84,6 @@ def test_every_model_with_hyperparameters_can_be_made():
 
 
 @pytest.mark.parametrize(
-    ("dataset", "model", "noise_rate", "message"),
-    [
-        ("cifar10", "small", 0.0, "Invalid model='small' .* on cifar10. Must be one of pyramidnet-110-270"),
-        ("cifar10", "wrn-28-10", 0.4, "on cifar10 with noise_rate=0.4"),
-        ("digits", "small", 0.0, "on digits. Must be one of none"),
-    ],
-)
-def test_hyperparameters_that_the_paper_does_not_have(dataset, model, noise_rate, message):
-    with pytest.raises(ValueError, match=message):
-        tables.hyperparameters(dataset, model, noise_rate=noise_rate)
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"columns": ["method", "error"]}, r"Invalid columns \['error'\] in made.json. Must be among source"),
@@ -114,8 +101,3 @@ def test_damage_is_named(folder, changes, message):
     folder(**changes)
     with pytest.raises(ValueError, match=message):
         tables.published("made")
-
-
-def test_unknown_table():
-    with pytest.raises(ValueError, match=r"Invalid name='table 1'\. Must be one of classification, "):
-        tables.published("table 1")

@@ -1,21 +1,80 @@
-"""bench.paper: cutout, AutoAugment, and CIFAR in the format in which it is published."""
+"""The data of bench/paper: splits, label noise at exact rates, augmentation, and CIFAR as it is published."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torchvision_ops
 
-pytest.importorskip("numpy")
+pytest.importorskip("sklearn")
 
-from bench.paper import augment, cifar
-from bench.training import data
+from bench.paper import augment, cifar, defaults, mixup, noise
+from bench.paper import data as paper_data
+from bench.paper.config import Config
 
+SMALL = defaults.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 1, "batch_size": 32}
+CONFIG = Config(**SMALL, device="cpu")
 with_torchvision = pytest.mark.skipif(torchvision_ops.import_or_reason() is not None, reason="no torchvision")
+
+
+def test_held_out_images_are_not_trained_on_and_keep_their_labels():
+    dataset = paper_data.load("digits")
+    whole = paper_data.split(dataset, replace(CONFIG, noise_rate=0.5))
+    part = paper_data.split(dataset, replace(CONFIG, noise_rate=0.5, validation=0.25))
+    assert (len(part.train.labels), len(part.test.labels), len(whole.train.labels)) == (72, 24, 96)
+    assert torch.equal(part.unseen.images, dataset.test.images)
+    assert torch.equal(part.test.images, whole.train.images[72:])
+    assert torch.equal(part.test.labels, whole.true_labels[72:])
+    assert int((part.train.labels != part.true_labels).sum()) == 36
+
+
+def uneven_labels(classes: int) -> torch.Tensor:
+    """Class c occurs 13 + 7 c times."""
+    labels = torch.cat([torch.full((13 + 7 * c,), c) for c in range(classes)])
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.37, 0.8])
+def test_symmetric_noise_changes_exactly_as_many_labels(rate, classes):
+    clean = uneven_labels(classes)
+    noisy = noise.corrupted(clean, replace(CONFIG, noise_rate=rate, seed=3), classes)
+    assert int((noisy != clean).sum()) == round(rate * len(clean))
+    assert 0 <= int(noisy.min()) <= int(noisy.max()) < classes
+    if rate == 0.8:
+        assert len(noisy[clean == 0].unique()) > 5
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "fashion-mnist", "digits"])
+@pytest.mark.parametrize("rate", [0.2, 0.37])
+def test_asymmetric_noise_goes_to_the_partner_and_nowhere_else(rate, dataset):
+    clean = uneven_labels(10)
+    config = replace(CONFIG, dataset=dataset, noise="asymmetric", noise_rate=rate, seed=3)
+    noisy = noise.corrupted(clean, config, 10)
+    pairs = noise.confused(dataset, 10)
+    for c in range(10):
+        wrong = noisy[(clean == c) & (noisy != clean)]
+        assert len(wrong) == (round(rate * (13 + 7 * c)) if c in pairs else 0)
+        assert set(wrong.tolist()) <= {pairs.get(c)}
+    assert torch.equal(noisy, noise.corrupted(clean, config, 10))
+    assert not torch.equal(noisy, noise.corrupted(clean, replace(config, seed=4), 10))
+
+
+def test_mixup_is_the_same_combination_of_images_and_labels():
+    images = torch.randn(7, 2, 5, 3, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6])  # all different: they say who was mixed with whom
+    mixed, targets = mixup.mix(images, labels, 0.4, 9, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(7))
+    shares = targets.gather(1, labels[:, None]).squeeze(1)
+    share = shares[shares < 1][0]
+    for place in range(7):
+        others = targets[place].nonzero().squeeze(1)
+        partner = int(next((o for o in others if o != place), torch.tensor(place)))
+        torch.testing.assert_close(mixed[place], share * images[place] + (1 - share) * images[partner])
 
 
 def draw(name, images, seed=4):
@@ -45,13 +104,6 @@ def test_cutout_covers_one_square_around_a_pixel(size):
         assert sides.float().mean(dim=0).min() > 0.1
 
 
-def test_cutout_follows_from_the_generator():
-    ones = torch.ones(20, 1, 28, 28)
-    assert torch.equal(draw("cutout", ones), draw("cutout", ones))
-    assert not torch.equal(draw("cutout", ones), draw("cutout", ones, seed=5))
-    assert ones.all()
-
-
 @with_torchvision
 @pytest.mark.parametrize("channels", [1, 3])
 def test_autoaugment_follows_from_the_generator_alone(channels):
@@ -72,34 +124,6 @@ def test_autoaugment_follows_from_the_generator_alone(channels):
     assert not torch.equal(changed(2), first)
     differ = (first != images).flatten(1).any(dim=1)
     assert differ.sum() >= 8  # most sub-policies change most images, each its own way
-
-
-@with_torchvision
-def test_batches_are_augmented_and_repeatable():
-    images = data.Images(torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10)
-
-    def epoch(name):
-        batches = data.Batches(
-            images,
-            16,
-            shift=4,
-            flip=True,
-            seed=3,
-            device=torch.device("cpu"),
-            augmentation=augment.make(name, 32),
-        )
-        return torch.cat([x for x, _ in batches.epoch(2)])
-
-    made = {name: epoch(name) for name in augment.NAMES}
-    assert all(torch.equal(epoch(name), made[name]) for name in made)
-    assert not torch.equal(made["cutout"], made["basic"])
-    assert not torch.equal(made["autoaugment"], made["cutout"])
-    assert (made["cutout"] == 0).flatten(1).sum(dim=1).min() >= 3 * 64
-
-
-def test_augment_refuses():
-    with pytest.raises(ValueError, match=r"Invalid augment='mixup'\. Must be one of none, basic, cutout, autoaugment"):
-        augment.make("mixup", 28)
 
 
 def write_cifar(folder, reader, counts, classes):
@@ -150,11 +174,3 @@ def test_cifar(tmp_path, monkeypatch, name, classes, files):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(FileNotFoundError, match="with the published files in"):
         cifar.load(name, tmp_path)
-
-
-def test_cifar_refuses_what_it_cannot_read(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"Invalid dataset='mnist'\. Must be one of cifar10, cifar100"):
-        cifar.load("mnist", tmp_path)
-    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
-    with pytest.raises(RuntimeError, match="--dataset cifar10 needs pillow and torchvision"):
-        cifar.load("cifar10", tmp_path)
