@@ -26,9 +26,13 @@ Peak peak(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& grou
 }
 
 double sum_of_powers(const Tensor& t, int64_t begin, int64_t count, const AscentGroup& group, double q, double scale) {
-  double sum = 0.0;
-  for_each_element(t, begin, count,
-                   [&](double w, double g, int64_t) { sum += power_of(scaled(w, g, group), scale, q); });
+  double sum = 0.0, lost = 0.0;  // Kahan's sum: e is a power of the norm, in which an error grows
+  for_each_element(t, begin, count, [&](double w, double g, int64_t) {
+    const double term = power_of(scaled(w, g, group), scale, q) - lost;
+    const double next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  });
   return sum;
 }
 
