@@ -24,7 +24,7 @@ CHECKPOINTS = """
 import os, resource, signal, sys, time
 from pathlib import Path
 import torch
-from bench.training.run import save_whole
+from bench.training import checkpoint
 
 folder = Path(sys.argv[1])
 path = folder / "checkpoint.pt"
@@ -41,7 +41,7 @@ def child(work):
     return pid
 
 def save(n, size=1 << 20):
-    save_whole({"finished": [n], "running": {"w": torch.full((size,), float(n))}}, path)
+    checkpoint.save({"finished": [n], "running": {"w": torch.full((size,), float(n))}}, path)
 
 def whole():
     state = torch.load(path, weights_only=True)

@@ -24,12 +24,13 @@ from rich.console import Console
 
 import fused_sam
 from bench import records
-from bench.imagenet import checkpoint
 from bench.imagenet.config import DTYPES, SAM_FLAGS, Config
 from bench.imagenet.data import Folders, Synthetic
 from bench.imagenet.progress import TIMES, Reporter, timing
 from bench.imagenet.ranks import Ranks, joined, ranks_on_this_machine
-from bench.imagenet.trainer import Trainer
+from bench.imagenet.signals import Interrupted, Requests
+from bench.imagenet.trainer import CHECKPOINT, Trainer
+from bench.training import checkpoint
 from bench.training.run import chosen_backend
 
 WARM_UP = 5  # steps that are not measured
@@ -161,7 +162,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Trainer:
     flags = vars(args) | {"backend": chosen_backend(args.backend, args.device)}
     config = Config.of(flags, classes=data.classes, train_images=data.images, ranks=ranks.size)
     trainer = Trainer(config, ranks, data, args.log_every)
-    path = args.out / checkpoint.NAME
+    path = args.out / CHECKPOINT
     if args.resume:
         trainer.load_state_dict(checkpoint.load(path, asdict(config)))
         if trainer.epoch == config.epochs:
@@ -201,7 +202,7 @@ def train(args: argparse.Namespace, trainer: Trainer, console: Console) -> dict[
     """What is left of the run; returns what it came to."""
     first = trainer.ranks.rank == 0
     reporter = Reporter(console, args.out / "tensorboard" if first else None)
-    requests = checkpoint.Requests()
+    requests = Requests()
     steps = trainer.config.epochs * trainer.data.steps
     with requests.heard(), reporter.bar(trainer.steps_made, steps):
         trainer.run(args.out, reporter, requests)
@@ -221,7 +222,7 @@ def execute(args: argparse.Namespace, trainer: Trainer, console: Console) -> int
     except FloatingPointError as error:
         console.print(str(error), style="red", soft_wrap=True)
         return 1
-    except checkpoint.Interrupted as stop:
+    except Interrupted as stop:
         where = f"after step {trainer.step} of epoch {trainer.epoch + 1}"
         console.print(f"{stop} {where}: saved. The same command with --resume goes on.", soft_wrap=True)
         return 128 + stop.signum

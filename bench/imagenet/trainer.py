@@ -18,13 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_sam
-from bench.imagenet import checkpoint
 from bench.imagenet.config import DTYPES, Config, make_model, make_optimizer
 from bench.imagenet.data import Batch, Folders, Normalise, Synthetic
 from bench.imagenet.progress import Reporter
 from bench.imagenet.ranks import Ranks
+from bench.imagenet.signals import Interrupted, Requests
+from bench.training import checkpoint
 from bench.training.run import StepClock
 from fused_sam import rng
+
+CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer:
@@ -60,7 +63,7 @@ class Trainer:
         """Since the run began."""
         return self.epoch * self.data.steps + self.step
 
-    def run(self, out: Path, reporter: Reporter, requests: checkpoint.Requests) -> None:
+    def run(self, out: Path, reporter: Reporter, requests: Requests) -> None:
         """The epochs that are left, each with an evaluation and a checkpoint.
 
         Raises:
@@ -78,7 +81,7 @@ class Trainer:
             self.save(out)
             reporter.epoch(self.history[-1], self.steps_made)
 
-    def train_epoch(self, out: Path, reporter: Reporter, requests: checkpoint.Requests) -> None:
+    def train_epoch(self, out: Path, reporter: Reporter, requests: Requests) -> None:
         """The steps of the present epoch that are left."""
         self.model.train()
         for parts in self.data.training(self.epoch, self.step):
@@ -215,7 +218,7 @@ class Trainer:
         loss, first, five, images = self.ranks.sum_(sums).tolist()
         return {"val_loss": loss / images, "top1": 100 * first / images, "top5": 100 * five / images}
 
-    def _stop_if_asked(self, requests: checkpoint.Requests, out: Path) -> None:
+    def _stop_if_asked(self, requests: Requests, out: Path) -> None:
         """On all ranks after the same step, whichever of them has heard the signal."""
         signum = self.ranks.largest(requests.signum)
         if not signum:
@@ -223,7 +226,7 @@ class Trainer:
         if self._pending:
             self.look()
         self.save(out)
-        raise checkpoint.Interrupted(signum)
+        raise Interrupted(signum)
 
     def save(self, out: Path) -> None:
         """Rank 0 writes the checkpoint; the others wait for it. Running statistics become those of all ranks."""
@@ -231,7 +234,7 @@ class Trainer:
             self.ranks.mean_([] if model is None else list(model.buffers()))
         random_states = self.ranks.gather(checkpoint.random_state(self.ranks.device))
         if self.ranks.rank == 0:
-            checkpoint.save(self.state_dict() | {"random": random_states}, out / checkpoint.NAME)
+            checkpoint.save(self.state_dict() | {"random": random_states}, out / CHECKPOINT)
         self.ranks.wait()
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from bench.paper.config import Config
 from bench.paper.data import Split, split
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
-from bench.training import data
-from bench.training.run import save_whole
+from bench.training import checkpoint, data
 
 SCRATCH = "SGD, 2x epochs, random weights"
 EVEN, ODD = 0, 1
@@ -99,7 +98,7 @@ def _pretrained(config: Config, context: training.Context) -> dict[str, Tensor]:
     if not path.is_file():
         trained = training.train(first, context, images=split(half(context.dataset, ODD), first))
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_whole(trained.model.state_dict(), path)
+        checkpoint.save(trained.model.state_dict(), path)
     return torch.load(path, weights_only=True)
 
 

@@ -21,7 +21,7 @@ from bench.paper import figures, runner, summary, tables, training
 from bench.paper.config import NOISES, Config
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
-from bench.training.run import save_whole
+from bench.training import checkpoint
 
 METHODS = ("SGD", "Mixup", "Bootstrap + Mixup", "SAM", "Bootstrap + SAM")
 LARGE_NOISE = 0.8  # from here on the paper takes half of its rho
@@ -79,7 +79,7 @@ def _first(config: Config, context: training.Context) -> Row:
     labels = trained.logits(trained.images.train.images).argmax(dim=1).cpu()
     known = {"result": trained.result(), "labels": labels, "right": _agreement(labels, trained.images.true_labels)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(known, path)
+    checkpoint.save(known, path)
     return known
 
 

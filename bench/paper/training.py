@@ -16,8 +16,8 @@ from bench.paper import augment, methods, mixup, models
 from bench.paper.config import Config
 from bench.paper.data import Split, split
 from bench.records import Row
-from bench.training import data
-from bench.training.run import cosine, mean_of_finite, save_whole
+from bench.training import checkpoint, data
+from bench.training.run import cosine, mean_of_finite
 
 CHECKPOINT_SECONDS = 60.0
 Observer = Callable[["Training"], Row]
@@ -30,9 +30,16 @@ class Training:
         config: of the run.
         images: what it is trained and tested on.
         weights: of the model at first; None for random ones.
+        make_stepper: what makes the steps.
     """
 
-    def __init__(self, config: Config, images: Split, weights: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        images: Split,
+        weights: dict[str, Tensor] | None = None,
+        make_stepper: methods.Factory = methods.make,
+    ) -> None:
         self.config, self.images, self.device = config, images, torch.device(config.device)
         self.batches = data.Batches(
             images.train,
@@ -49,7 +56,7 @@ class Training:
         if weights is not None:
             model.load_state_dict(weights)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.stepper = methods.make(self.model, config)
+        self.stepper = make_stepper(self.model, config)
         self.epoch, self.seconds, self.passes = 0, 0.0, 0.0
         self.history: list[Row] = []
 
@@ -87,7 +94,7 @@ class Training:
         self.optimizer.zero_grad()
         self.seconds += self._clock() - start
         self.epoch += 1
-        return mean_of_finite(values, f"epoch {self.epoch} of {self.config}")
+        return mean_of_finite(values, f"epoch {self.epoch}")
 
     def _training_mode(self) -> None:
         self.model.train()
@@ -142,20 +149,15 @@ class Training:
         kept = {name: getattr(self, name) for name in ("epoch", "seconds", "passes", "history")}
         return kept | {
             "config": asdict(self.config),
-            "random": [torch.get_rng_state(), *self._device_random()],
+            "random": checkpoint.random_state(self.device),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def _device_random(self) -> list[Tensor]:
-        return [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-
     def load_state_dict(self, state: Row) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"][0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"][1], self.device)
+        checkpoint.set_random_state(state["random"], self.device)
         for name in ("epoch", "seconds", "passes", "history"):
             setattr(self, name, state[name])
 
@@ -186,14 +188,13 @@ def train(
     training = Training(config, images or context.split(config), weights)
     path = context.folder / f"{config.key}.pt"
     if path.is_file():
-        training.load_state_dict(torch.load(path, weights_only=True))
+        training.load_state_dict(checkpoint.load(path, asdict(config)))
     saved = time.monotonic()
     while not training.finished:
         training.advance(context.observe_during)
         context.on_epoch(config, training.epoch)
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_whole(training.state_dict(), path)
+            checkpoint.save(training.state_dict(), path)
             saved = time.monotonic()
     path.unlink(missing_ok=True)
     return training

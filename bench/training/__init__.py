@@ -1,1 +1,1 @@
-"""One training loop, and the job that make train runs with it."""
+"""The job of make train, and what all training has: data, models, the clock, checkpoints."""

@@ -7,9 +7,9 @@ BatchNorm statistics come from the first pass of a SAM step only.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,25 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor, nn
 
 import fused_sam
 from bench import records
-from bench.training import curves, data
+from bench.paper import methods
+from bench.paper.config import Config
+from bench.paper.data import split
+from bench.paper.training import Training
+from bench.training import checkpoint, curves, data
 from bench.training.models import WideResNet, parameter_count
-from bench.training.run import PASSES, Config, Run, chosen_backend, save_whole
+from bench.training.run import StepClock, chosen_backend
 
 SOURCES = "Debian's dataset-fashion-mnist, else a download, else scikit-learn's digits"
 NOISE = "this fraction of the training labels is replaced by another class"
+PASSES = {"sgd": 1, "sam": 2}
+MEASUREMENTS = 20  # of the test error in a run, at most
+# What decides the figures: a checkpoint is continued under the same values only, and rows hold them.
+SETTINGS = ("dataset", "train_size", "label_noise", "blocks", "width", "stem_stride", "shift", "epochs", "batch_size")
+SETTINGS += ("lr", "momentum", "weight_decay", "nesterov", "rho", "adaptive", "backend", "device", "threads")
 # the paper's WRN-28-10 (section 3.1, Table 7)
 FULL = {
     "train_size": 60_000,
@@ -117,22 +127,46 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+class TimedSteps:
+    """Steps of SGD, or of SAM in its two calls, and the milliseconds of model and optimizer."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.optimizer = methods.make(model, config).optimizer
+        self.clock = StepClock(torch.device(config.device))
+
+    def step(self, loss_of: methods.LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """Train on a batch; return the loss at w, still on the device, and the passes."""
+        sam = isinstance(self.optimizer, fused_sam.FusedSAM)
+        with self.clock.part("model"):
+            loss = loss_of(images, targets)
+            loss.backward()
+        if sam:
+            with self.clock.part("optimizer"):
+                self.optimizer.first_step(zero_grad=True)
+            with self.clock.part("model"):
+                loss_of(images, targets).backward()
+        with self.clock.part("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach(), 2.0 if sam else 1.0
+
+
 class Job:
     """All runs of one command, with a checkpoint after every measurement of the test error."""
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset, console: Console) -> None:
         self.args, self.dataset, self.console = args, dataset, console
-        given = {field.name: getattr(args, field.name, None) for field in fields(Config)}
-        given |= {
+        given = {name: getattr(args, name, None) for name in SETTINGS} | {
             "dataset": dataset.name,
             "train_size": min(args.train_size, len(dataset.train.labels)),
             "backend": chosen_backend(args.backend, args.device),
             "threads": torch.get_num_threads(),
         }
-        self.config = Config(**given)
+        self.config = argparse.Namespace(**given)
         if self.config.batch_size > self.config.train_size:
             raise ValueError(f"Invalid {args.batch_size=}. Must be <= {self.config.train_size}, the training images.")
-        self.name = self.config.name + ("-full" if args.full else "")
+        noise = f"-noise{100 * self.config.label_noise:.0f}" if self.config.label_noise else ""
+        self.name = dataset.name.lower() + noise + ("-full" if args.full else "")
         self.out: Path = args.out or records.ROOT / "runs" / "train" / self.name
         self.kinds = tuple(PASSES) if args.optimizer == "both" else (args.optimizer,)
         self.finished: list[dict[str, Any]] = []
@@ -144,13 +178,7 @@ class Job:
 
     def resume(self) -> None:
         """Take over finished runs and the interrupted one."""
-        if not self.checkpoint.exists():
-            raise FileNotFoundError(f"No checkpoint to resume from: {self.checkpoint}.")
-        state = torch.load(self.checkpoint, map_location=self.config.device, weights_only=True)
-        mine = asdict(self.config)
-        for name, saved in state["config"].items():
-            if saved != mine[name]:
-                raise ValueError(f"Invalid {name}={mine[name]!r}. Must be {saved!r} as in {self.checkpoint}.")
+        state = checkpoint.load(self.checkpoint, vars(self.config))
         self.finished, self._running = state["finished"], state["running"]
 
     def run(self) -> None:
@@ -162,37 +190,81 @@ class Job:
                     if not any((r["optimizer"], r["seed"]) == (kind, seed) for r in self.finished):
                         self._run_one(kind, seed, progress)
 
+    def _config_of(self, kind: str, seed: int) -> Config:
+        """Return the run as the study's training loop takes it."""
+        given = self.config
+        same = ("dataset", "train_size", "shift", "batch_size", "lr", "momentum", "weight_decay", "nesterov", "device")
+        sam = {"rho": given.rho, "adaptive": given.adaptive, "backend": given.backend}
+        return Config(
+            **{name: getattr(given, name) for name in same},
+            model=f"wrn-{6 * given.blocks + 4}-{given.width}-stride{given.stem_stride}",
+            augment="basic",
+            epochs=2 * given.epochs // PASSES[kind],
+            seed=seed,
+            noise_rate=given.label_noise,
+            measurements=math.ceil(given.epochs / math.ceil(given.epochs / MEASUREMENTS)),  # after as many passes
+            optimizer=kind,
+            options=sam if kind == "sam" else {},
+        )
+
+    def _label(self, kind: str) -> str:
+        """Return how tables and pictures name a run."""
+        return "SGD" if kind == "sgd" else f"{'ASAM' if self.config.adaptive else 'SAM'} rho={self.config.rho:g}"
+
     def _run_one(self, kind: str, seed: int, progress: Progress) -> None:
-        train = data.subset(self.dataset.train, self.config.train_size, seed)
-        labels = data.corrupt_labels(train.labels, self.config.label_noise, seed)
-        run = Run(kind, seed, self.config, train._replace(labels=labels), flip=self.dataset.flip)
+        config = self._config_of(kind, seed)
+        run = Training(config, split(self.dataset, config), make_stepper=TimedSteps)
+        times: dict[str, list[float]] = {"model": [], "optimizer": []}
         if self._running is not None and (self._running["kind"], self._running["seed"]) == (kind, seed):
-            run.load_state_dict(self._running)
-        steps = len(run.batches)
-        name = f"{run.label} seed {seed}" if len(self.args.seeds) > 1 else run.label
-        task = progress.add_task(name, total=run.epochs * steps, completed=run.epoch * steps, status="")
+            run.load_state_dict(self._running["run"])
+            times = self._running["times"]
+        name = f"{self._label(kind)} seed {seed}" if len(self.args.seeds) > 1 else self._label(kind)
+        task = progress.add_task(name, total=config.epochs, completed=run.epoch, status="")
         while not run.finished:
-            run.advance(self.dataset.test, lambda: progress.advance(task))
+            known = len(run.history)
+            try:
+                run.advance()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{self._label(kind)}, seed {seed}: {error}") from error
+            for part, milliseconds in run.stepper.clock.read(len(run.batches)).items():
+                times[part].append(statistics.median(milliseconds))
+            progress.update(task, completed=run.epoch)
+            if len(run.history) == known:
+                continue
             point = run.history[-1]
             status = (
-                f"epoch {run.epoch}/{run.epochs}  loss {point['train_loss']:.3f}  "
+                f"epoch {run.epoch}/{config.epochs}  loss {point['train_loss']:.3f}  "
                 f"test error {point['test_error']:.2f} %"
             )
             progress.update(task, status=status)
             if not self.console.is_terminal:
                 self.console.print(f"{name} {status}")
+            running = {"kind": kind, "seed": seed, "run": run.state_dict(), "times": times}
             if run.finished:
-                self.finished.append(run.result())
-            self._save(None if run.finished else run)
+                self.finished.append(self._result(kind, run, times))
+            self._save(None if run.finished else running)
 
-    def _save(self, run: Run | None) -> None:
-        state = {
-            "config": asdict(self.config),
-            "finished": self.finished,
-            "running": run and run.state_dict(),
+    def _result(self, kind: str, run: Training, times: dict[str, list[float]]) -> dict[str, Any]:
+        """Return what the table, the picture and the result rows show."""
+        model_ms, optimizer_ms = (statistics.median(times[part]) for part in ("model", "optimizer"))
+        errors = [point["test_error"] for point in run.history]
+        return {
+            "optimizer": kind,
+            "label": self._label(kind),
+            "seed": run.config.seed,
+            "run_epochs": run.epoch,
+            "steps": run.epoch * len(run.batches),
+            "test_error_final": errors[-1],
+            "test_error_best": min(errors),
+            "step_ms": model_ms + optimizer_ms,
+            "optimizer_ms": optimizer_ms,
+            "seconds": run.seconds,  # of the processor on a CPU
+            "history": run.history,
         }
-        self.out.mkdir(parents=True, exist_ok=True)
-        save_whole(state, self.checkpoint)
+
+    def _save(self, running: dict[str, Any] | None) -> None:
+        state = {"config": vars(self.config), "finished": self.finished, "running": running}
+        checkpoint.save(state, self.checkpoint)
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON row per run."""
@@ -200,7 +272,7 @@ class Job:
             **records.header("train"),
             "fused_sam": fused_sam.__version__,
             "job": self.name,
-            **asdict(self.config),
+            **vars(self.config),
         }
         return [shared | result for result in self.finished]
 
@@ -231,7 +303,14 @@ def table(job: Job) -> Table:
     """One line per optimizer."""
     out = Table(title=title(job), caption=budget(job), title_justify="left", caption_justify="left")
     out.add_column("run")
-    headings = ("epochs", "test error %\nfinal", "test error %\nbest", "step\nms", "optimizer\n% of step", "run\ns")
+    headings = (
+        "epochs",
+        "test error %\nfinal",
+        "test error %\nbest",
+        "step\nms",
+        "optimizer\n% of step",
+        "training\ns",
+    )
     for heading in headings:
         out.add_column(heading, justify="right", no_wrap=True)
     for kind in job.kinds:

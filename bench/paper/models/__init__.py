@@ -1,7 +1,7 @@
 """The paper's networks, by name, for grey or coloured images.
 
 small                       WRN-10-2 whose first convolution has stride 4: the default, seconds a run on one core
-wrn-D-K                     wide ResNet: D layers, K times 16, 32 and 64 channels; wrn-28-10, wrn-40-10, ...
+wrn-D-K                     wide ResNet: D layers, K times 16, 32 and 64 channels; wrn-28-10, wrn-10-2-stride2, ...
 resnet-D                    the CIFAR ResNets: resnet-20, resnet-32, ...; resnet-D-stride2 halves the image at once
 pyramidnet-D-A              A channels wider over D layers; bottlenecks from 164 layers on, as published;
                             pyramidnet-110-270, pyramidnet-272-200; with -shakedrop behind it, ShakeDrop
@@ -71,11 +71,11 @@ def _small(*, channels: int, classes: int) -> nn.Module:
     return WideResNet(blocks=1, width=2, stem_stride=4, channels=channels, classes=classes)
 
 
-def _wide(depth: str, width: str, *, channels: int, classes: int) -> nn.Module:
+def _wide(depth: str, width: str, stride: str | None, *, channels: int, classes: int) -> nn.Module:
     blocks, rest = divmod(int(depth) - 4, 6)
     if rest:
         raise ValueError(f"Invalid model='wrn-{depth}-{width}'. Must have 6 n + 4 layers.")
-    return WideResNet(blocks, int(width), channels=channels, classes=classes)
+    return WideResNet(blocks, int(width), int(stride or 1), channels=channels, classes=classes)
 
 
 def _resnet(depth: str, stride: str | None, *, channels: int, classes: int) -> nn.Module:
@@ -99,7 +99,7 @@ def _shake(width: str, *, channels: int, classes: int) -> nn.Module:
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     r"small": _small,
-    r"wrn-(\d+)-(\d+)": _wide,
+    r"wrn-(\d+)-(\d+)(?:-stride([12]))?": _wide,
     r"resnet-(\d+)(?:-stride([12]))?": _resnet,
     r"pyramidnet-(\d+)-(\d+)(-shakedrop)?": _pyramid,
     r"shake-shake-26-2x(\d+)d": _shake,
