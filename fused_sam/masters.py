@@ -69,7 +69,7 @@ class Masters:
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
 
     def note(self, params: TensorList) -> None:
-        """Remember the parameters as their masters say."""
+        """Remember each parameter as its rounded master."""
         self._params, self._marks = params, _marks(params)
 
 

@@ -164,7 +164,7 @@ class FusedSAM(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """torch.optim's groups of parameters."""
+        """Return torch.optim's groups of parameters."""
         return self._step.parameters.groups
 
     @param_groups.setter
@@ -173,7 +173,7 @@ class FusedSAM(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """torch.optim's state of each parameter."""
+        """Return torch.optim's state of each parameter."""
         return self._step.parameters.state  # type: ignore[return-value]
 
     @state.setter
@@ -190,17 +190,17 @@ class FusedSAM(Optimizer):
 
     @property
     def last(self) -> Report:
-        """What the last step saw, a `fused_sam.report.Report` of tensors on the device."""
+        """Return what the last step saw, a `fused_sam.report.Report` of tensors on the device."""
         return self._step.last
 
     @property
     def perturbed(self) -> bool:
-        """Whether the weights are at w + e: between ``first_step`` and ``step``, ``second_step`` or ``restore``."""
+        """Return whether weights are at w + e: between ``first_step`` and ``step``, ``second_step`` or ``restore``."""
         return self._step.displacement is not None
 
     @property
     def perturb_next(self) -> bool:
-        """Whether ``first_step`` is due: with ``interval``, ``start`` or ``stop`` some steps go without, else none.
+        """Return whether ``first_step`` is due; with ``interval``, ``start`` or ``stop`` some steps have none.
 
         Where it is False a step takes one gradient: backward, then ``step()``, which calls a closure once.
         """
@@ -208,12 +208,12 @@ class FusedSAM(Optimizer):
 
     @property
     def direction(self) -> str:
-        """``"gradient"`` or ``"momentum"``: what the perturbation follows."""
+        """Return ``"gradient"`` or ``"momentum"``: what the perturbation follows."""
         return self._step.options.direction
 
     @property
     def backend(self) -> str | None:
-        """The backend that was asked for; None: the best for each device."""
+        """Return the backend that was asked for; None: the best for each device."""
         return self._step.parameters.backend
 
     # Decorated, and not in a `with`: an interrupt at the end of ours would leave the grad mode off.

@@ -113,7 +113,7 @@ class Parameters:
             self.masters.refresh(tensors, self.entries(tensors, MASTER))
 
     def note_masters(self) -> None:
-        """Remember the parameters as their masters say: they are at w."""
+        """Remember each parameter as its rounded master: they are at w."""
         if self.masters is not None:
             self.masters.note(self.tensors())
 

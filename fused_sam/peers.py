@@ -38,7 +38,7 @@ class Peers:
         return self
 
     def place_grads(self, parameters: Parameters) -> None:
-        """Lay p.grad out over the ranks as p is."""
+        """Lay out p.grad over the ranks as p is."""
 
     def average_first(self, parameters: Parameters) -> None:
         """Write to p.grad its mean over those ranks that share one e. Before the norm."""

@@ -16,19 +16,19 @@ from torch import Tensor
 
 
 def scaling(w: Tensor, adaptive: bool, eta: float = 0.0) -> Tensor:
-    """T_w: the elementwise scale of the neighbourhood, 1 (SAM) or |w| + eta (ASAM, Kwon et al. 2021, eq. 4)."""
+    """Return T_w, the elementwise scale of the neighbourhood, 1 (SAM) or |w| + eta (ASAM, Kwon et al. 2021, eq. 4)."""
     return w.abs() + eta if adaptive else torch.ones_like(w)
 
 
 def dual_norm(xs: Sequence[Tensor], p: float) -> Tensor:
-    """||x||_q of all tensors together, 1/p + 1/q = 1; shape []."""
+    """Return ||x||_q of all tensors together, 1/p + 1/q = 1; shape []."""
     flat = torch.cat([x.flatten() for x in xs]) if any(x.numel() for x in xs) else torch.zeros(1)
     q = math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
     return torch.linalg.vector_norm(flat, ord=q)
 
 
 def direction(xs: Sequence[Tensor], p: float) -> list[Tensor]:
-    """sign(x) |x|^(q-1) / (||x||_q^q)^(1/p): eq. 2 without rho, of length 1 in the p-norm.
+    """Return sign(x) |x|^(q-1) / (||x||_q^q)^(1/p): eq. 2 without rho, of length 1 in the p-norm.
 
     p = 1 is the limit: all of it at the largest |x|, of equal ones at the first.
     """
@@ -51,7 +51,7 @@ def norm(
     p: float = 2.0,
     eta: float = 0.0,
 ) -> Tensor:
-    """||T g||_q over all tensors that have a gradient; shape []."""
+    """Return ||T g||_q over all tensors that have a gradient; shape []."""
     return dual_norm([scaling(w, a, eta) * g for w, g, a in zip(params, grads, adaptive) if g is not None], p)
 
 
@@ -63,7 +63,7 @@ def perturb(
     p: float = 2.0,
     eta: float = 0.0,
 ) -> list[Tensor]:
-    """w + e with e = rho T direction(T g), which is rho T^2 g / ||T g||_2 for p = 2 (eq. 2, footnote 2).
+    """Return w + e with e = rho T direction(T g), which is rho T^2 g / ||T g||_2 for p = 2 (eq. 2, footnote 2).
 
     A zero or non-finite norm gives e = 0.
     """
@@ -80,7 +80,7 @@ def perturb(
 
 
 def project(es: Sequence[Tensor], rho: Sequence[float], scales: Sequence[Tensor], p: float) -> list[Tensor]:
-    """e moved into the ball ||e / (rho T)||_p <= 1: element by element for p = inf, else along the ray to 0.
+    """Return e moved into the ball ||e / (rho T)||_p <= 1: element by element for p = inf, else along the ray to 0.
 
     For p = 2 and T = 1 that is the nearest point of the ball. Where rho T = 0, e is 0.
     """
@@ -101,7 +101,7 @@ def sam_gradient(
     eta: float = 0.0,
     second_order: bool = True,
 ) -> list[Tensor]:
-    """The gradient of L(w + e(w)) with respect to w, by the chain rule (section 2, and appendix C.4).
+    """Return the gradient of L(w + e(w)) with respect to w, by the chain rule (section 2, and appendix C.4).
 
     Without ``second_order`` e is held constant, which leaves the gradient of L at w + e (eq. 3).
     """
@@ -114,14 +114,14 @@ def sam_gradient(
 
 
 def orthogonal_part(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
-    """g_v = g_s - <g, g_s> / ||g||^2 g over all tensors together: LookSAM (Liu et al. 2022)."""
+    """Return g_v = g_s - <g, g_s> / ||g||^2 g over all tensors together: LookSAM (Liu et al. 2022)."""
     dot = sum((a * b).sum() for a, b in zip(first, second))
     square = sum((a * a).sum() for a in first)
     return [b - dot / square * a for a, b in zip(first, second)]
 
 
 def with_reused(grads: Sequence[Tensor], orthogonal: Sequence[Tensor], alpha: float) -> list[Tensor]:
-    """g + alpha ||g|| / ||g_v|| g_v: LookSAM, in the steps between."""
+    """Return g + alpha ||g|| / ||g_v|| g_v: LookSAM, in the steps between."""
     ratio = dual_norm(grads, 2.0) / dual_norm(orthogonal, 2.0)
     return [g + alpha * ratio * v for g, v in zip(grads, orthogonal)]
 
@@ -138,7 +138,7 @@ def sgd_update(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of SGD as `torch.optim.SGD` defines it: the new w, and the new momentum buffer or None."""
+    """Make one step of SGD as `torch.optim.SGD` defines it. Return the new w, and the new momentum buffer or None."""
     d = (-g if maximize else g) + weight_decay * w
     if momentum == 0:
         return w - lr * d, None
@@ -156,7 +156,7 @@ class AdamState(NamedTuple):
 
     @classmethod
     def zeros(cls, w: Tensor) -> AdamState:
-        """Before the first step."""
+        """Return the state before the first step."""
         return cls(0, *(torch.zeros_like(w) for _ in range(3)))
 
 
@@ -173,7 +173,7 @@ def adam_update(
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> tuple[Tensor, AdamState]:
-    """One step of Adam (Kingma and Ba 2015, Algorithm 1) as `torch.optim.Adam` defines it: the new w and state.
+    """Make one step of Adam (Kingma and Ba 2015, Algorithm 1), as `torch.optim.Adam` does. Return the new w and state.
 
     ``decoupled``: weight decay as in AdamW (Loshchilov and Hutter 2019, Algorithm 2). ``amsgrad``: Reddi et al. 2018.
     """
@@ -192,7 +192,7 @@ def adam_update(
 
 
 def decayed(w: Tensor, g: Tensor, weight_decay: float) -> Tensor:
-    """The gradient of L + weight_decay / 2 ||w||^2: what the authors' own code ascends by."""
+    """Return the gradient of L + weight_decay / 2 ||w||^2: what the authors' own code ascends by."""
     return g + weight_decay * w
 
 
@@ -241,7 +241,7 @@ class ReferenceSAM:
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """w -> w + e (Algorithm 1, line 5); again, from w + e: one more step of the ascent, and into the ball."""
+        """Go from w to w + e (Algorithm 1, line 5); from w + e, make one more ascent step and project it."""
         params = self._flat()
         # The worst point of an objective to be maximised is where it is least.
         rho = [-g["rho"] if g.get("maximize") else g["rho"] for g in self.param_groups for _ in g["params"]]
@@ -264,7 +264,7 @@ class ReferenceSAM:
 
     @torch.no_grad()
     def first_step_along_momentum(self) -> None:
-        """w -> w - rho m / ||m||: MSAM (Becker et al. 2024), Algorithm 1, with m of SGD or of Adam."""
+        """Go from w to w - rho m / ||m||: MSAM (Becker et al. 2024), Algorithm 1, with m of SGD or of Adam."""
         grads = [p.grad for p in self._flat()]
         for group in self.param_groups:
             for p in group["params"]:
@@ -280,14 +280,14 @@ class ReferenceSAM:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Back to w."""
+        """Restore w."""
         for p, w in zip(self._flat(), self._w):
             p.copy_(w)
         self._w = []
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Back to w, then the base step with the gradient taken at w + e (Algorithm 1, lines 6 and 7)."""
+        """Restore w, then make the base step with the gradient at w + e (Algorithm 1, lines 6 and 7)."""
         self.restore()
         for group in self.param_groups:
             options = {key: value for key, value in group.items() if key not in OWN_KEYS}
@@ -306,7 +306,7 @@ class ReferenceSAM:
                     p.grad = None
 
     def step(self, closure: Callable[[], Tensor] | Sequence[Callable[[], Tensor]]) -> Tensor:
-        """Both passes: the closure zeroes the gradients, runs forward and backward and returns the loss.
+        """Make both passes: the closure zeroes the gradients, runs forward and backward and returns the loss.
 
         With a list of closures, m-sharpness (section 4.1): each has an e of its own, gradients and losses are averaged.
         """

@@ -43,7 +43,7 @@ class Report(NamedTuple):
 
     @property
     def loss_gap(self) -> Any:
-        """L(w + e) - L(w), the sharpness of Foret et al. 2021, section 2; None without both."""
+        """Return L(w + e) - L(w), the sharpness of Foret et al. 2021, section 2; None without both."""
         if self.loss is None or self.loss_perturbed is None:
             return None
         return self.loss_perturbed - self.loss

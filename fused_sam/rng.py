@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 
 def capture(devices: Iterable[torch.device | str] = ()) -> RNGState:
-    """The state of torch's CPU generator and of the default generators of the given accelerator devices."""
+    """Return the state of torch's CPU generator and of the default generators of the given accelerator devices."""
     state = {_CPU: torch.get_rng_state()}
     for device in {torch.device(d) for d in devices}:
         if device.type != "cpu":

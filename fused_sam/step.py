@@ -84,7 +84,7 @@ class Step:
 
     @property
     def is_ascent_due(self) -> bool:
-        """Whether `ascend` comes next."""
+        """Return whether `ascend` comes next."""
         if self.displacement is not None:
             return self.displacement.ascents < self.perturbation.ascents
         return self.always or self.schedule.due(self.parameters.groups)
@@ -249,7 +249,7 @@ class Step:
         return flag
 
     def _reuse(self, alpha: float, found_inf: Tensor | None, journal: Journal) -> None:
-        """LookSAM: keep a part of this gradient, or add the part that was kept to it."""
+        """Keep a part of this gradient for LookSAM, or add the kept part to it."""
         if self.displacement is not None:
             assert self.displacement.grads is not None
             looksam.keep(self.parameters, self.displacement.grads, found_inf, journal)

@@ -51,11 +51,11 @@ class Hessian:
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors."""
+        """Return the device of the vectors."""
         return self._objective.device
 
     def hvp(self, v: Tensor) -> Tensor:
-        """H v, fp64, shape [n], for a vector of shape [n] of any dtype and on any device.
+        """Return H v, fp64, shape [n], for a vector v of shape [n], of any dtype and on any device.
 
         Raises:
             ValueError: for another shape.
@@ -84,7 +84,7 @@ class Hessian:
         return flat(torch.autograd.grad([g for g, _ in curved], params, [v for _, v in curved], **options))
 
     def linear_operator(self) -> Any:
-        """H as a `scipy.sparse.linalg.LinearOperator` of float64, for its eigensolvers and linear solvers.
+        """Return H as a `scipy.sparse.linalg.LinearOperator` of float64, for its eigensolvers and linear solvers.
 
         Raises:
             ModuleNotFoundError: without scipy (``pip install 'fused-sam[analysis]'``).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tridiagonal(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
-    """T of H Q = Q T, with Q an orthonormal basis of span(v, H v, ..., H^(k-1) v) for v = ``start``.
+    """Return T of H Q = Q T, with Q an orthonormal basis of span(v, H v, ..., H^(k-1) v) for v = ``start``.
 
     With full reorthogonalisation, in two sweeps: without it rounding brings converged eigenvalues back as ghosts, each
     with weight of its own in the density.

@@ -30,7 +30,7 @@ class Landscape(NamedTuple):
 def random_direction(
     params: Iterable[Tensor], *, seed: int = 0, normalise: bool = True, vectors: bool = False
 ) -> list[Tensor]:
-    r"""A random direction, filter-normalised (Li et al. 2018, section 4):
+    r"""Return a random direction, filter-normalised (Li et al. 2018, section 4):
 
     .. math:: d_{i,j} \leftarrow \frac{d_{i,j}}{\lVert d_{i,j} \rVert} \lVert w_{i,j} \rVert
 
@@ -60,14 +60,14 @@ def random_direction(
 
 
 def _as_long_as(d: Tensor, w: Tensor) -> Tensor:
-    """d with the 2-norm of each filter that of w's."""
+    """Return d with each filter scaled to the 2-norm of the same filter of w."""
     dims = tuple(range(1, w.dim())) if w.dim() > 1 else None
     lengths, wanted = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (d, w))
     return d * torch.where(lengths > 0, wanted / lengths, 0.0)
 
 
 def difference(model: nn.Module, other: nn.Module) -> list[Tensor]:
-    """The direction from the weights of one model to those of another: at 1 the loss is that of the other's weights.
+    """Return the direction from the weights of one model to those of another, whose loss it reaches at 1.
 
     Buffers stay those of ``model``: running statistics do not travel along.
 
@@ -100,7 +100,7 @@ def landscape(
     replay_rng: bool = True,
     backend: str | None = None,
 ) -> Landscape:
-    """The loss at w + c_1 d_1 (one direction) or w + c_1 d_1 + c_2 d_2 (two), for all combinations of the coordinates.
+    """Return the loss at w + c_1 d_1 (one direction) or w + c_1 d_1 + c_2 d_2 (two), for all pairs of coordinates.
 
     Each point takes a forward pass over the data. The sum is formed in fp64 and rounded once, so that 0 is w itself.
     The weights come back bit for bit, also after an exception; modes, running statistics and ``p.grad`` are not
@@ -144,7 +144,7 @@ def landscape(
 
 
 def _vectors(directions: Sequence[Direction], params: list[Tensor]) -> list[Tensor]:
-    """Each direction as one vector."""
+    """Return each direction as one vector."""
     if len(directions) not in (1, 2):
         raise ValueError(f"Invalid directions: {len(directions)}. Must be one or two.")
     for direction in directions:

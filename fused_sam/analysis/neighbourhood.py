@@ -27,16 +27,16 @@ class Neighbourhood:
         self.rho, self.p, self.eta = float(rho), float(p), float(eta)
 
     def groups(self, params: list[Tensor], radius: float) -> list[ops.AscentGroup]:
-        """What the ops need for a step of length ``radius`` from w."""
+        """Return what the ops need for a step of length ``radius`` from w."""
         return Parameters([{**self._options, "params": params, "rho": radius}], {}).perturbed_groups()
 
     def scale(self, params: list[Tensor]) -> Tensor:
-        """T at w, fp64, all elements in one vector."""
+        """Return T at w, fp64, all elements in one vector."""
         adaptive = [group.adaptive for group in self.groups(params, self.rho) for _ in range(group.size)]
         return flat([p.abs().double() + self.eta if a else torch.ones_like(p) for p, a in zip(params, adaptive)])
 
     def project(self, e: Tensor, scale: Tensor) -> Tensor:
-        """e if it is in the neighbourhood, else a point of it: for p = 2 and inf the nearest, in terms of e / T; for
+        """Return e if it is in the neighbourhood, else a point of it: for p = 2 and inf the nearest by e / T; for
         any other p the one on the ray through e. Vectors of fp64; where T is 0, so is the result."""
         return projected.project([e], [self.rho * scale], self.p)[0]
 
@@ -62,13 +62,13 @@ class Climb:
         self._journal: ops.Journal = []
 
     def start(self, grads: list[Tensor]) -> None:
-        """w -> w + e with the gradient at w. A step of eq. 2 is as long as the ball allows without any projection."""
+        """Go to w + e along the gradient at w. A step of eq. 2 is as long as the ball allows without any projection."""
         groups = self._neighbourhood.groups(self._params, min(self._step_size, self._neighbourhood.rho))
         ascent = ops.Ascent(self._params, grads, groups, self._backend, self._neighbourhood.p)
         ascent.perturb(ascent.norm(), self._journal, self._backups)
 
     def go_on(self, grads: list[Tensor]) -> None:
-        """w + e -> w + e' with the gradient at w + e, in fp64; rounded once, to the dtype of the weights."""
+        """Go from w + e to w + e' with the gradient at w + e, in fp64, rounded once, to the dtype of the weights."""
         w = flat(self._backups)
         ahead = w.clone()
         views = split(ahead, self._params)
@@ -81,5 +81,5 @@ class Climb:
             p.copy_(x)
 
     def undo(self) -> None:
-        """Back to w."""
+        """Restore w."""
         ops.roll_back(self._journal)

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     size: int
 
     def cut(self, m: int) -> Iterator[Batch]:
-        """Disjoint groups of m examples in order; the last may be smaller."""
+        """Yield disjoint groups of m examples in order; the last may be smaller."""
         for start in range(0, self.size, m):
             part = slice(start, min(start + m, self.size))
             x, y = (_map_tensors(functools.partial(_rows, part), side) for side in (self.x, self.y))
@@ -69,11 +69,11 @@ class Objective:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are brought to and sums are kept: the device of the first parameter."""
+        """Return the device of the first parameter, to which batches are moved and where sums are kept."""
         return self.params[0].device
 
     def random_state(self) -> rng.RNGState | None:
-        """The generators as they are now; None if they are not to be replayed."""
+        """Return the generators as they are now; None if they are not to be replayed."""
         return rng.capture({p.device for p in self.params}) if self.replay_rng else None
 
     @contextlib.contextmanager
@@ -88,7 +88,7 @@ class Objective:
                 rng.replay(state)
 
     def __iter__(self) -> Iterator[Batch]:
-        """All examples in batches, on the device of the parameters.
+        """Yield all examples in batches, on the device of the parameters.
 
         Raises:
             ValueError: for a batch that is no pair, or whose tensors differ in their number of examples.
@@ -109,7 +109,7 @@ class Objective:
                 yield Batch(x, y, size)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch, shape [].
+        """Return the mean loss of a batch, shape [].
 
         Raises:
             ValueError: if ``loss_fn`` does not return one number.
@@ -122,7 +122,7 @@ class Objective:
 
     @torch.no_grad()
     def mean_loss(self) -> Tensor:
-        """L at the present weights; fp64, shape [], on the device.
+        """Return L at the present weights; fp64, shape [], on the device.
 
         Raises:
             ValueError: for data without examples.
@@ -135,7 +135,7 @@ class Objective:
 
 
 def as_batches(data: Any) -> Iterable[Any]:
-    """``data`` as an iterable of batches: a pair of tensors is one batch.
+    """Return ``data`` as an iterable of batches: a pair of tensors is one batch.
 
     Raises:
         TypeError: as `Objective`.
@@ -153,7 +153,7 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 
 def require_examples(size: int) -> int:
-    """The number of examples, if there are any."""
+    """Return the number of examples, or raise if there are none."""
     if size == 0:
         raise ValueError("Invalid data without examples. Must hold at least one.")
     return size
@@ -171,7 +171,7 @@ def _checked(params: list[Tensor]) -> list[Tensor]:
 
 
 def _map_tensors(f: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """f of every tensor in a nest of tuples, lists and dicts; anything else stays as it is."""
+    """Return a nest of tuples, lists and dicts with f applied to every tensor; anything else stays."""
     if isinstance(x, Tensor):
         return f(x)
     if isinstance(x, dict):
@@ -198,10 +198,10 @@ def _tensors(x: Any) -> list[Tensor]:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements as one fp64 vector on the device of the first."""
+    """Return all elements as one fp64 vector on the device of the first."""
     return torch.cat([t.detach().to(tensors[0].device, torch.float64).flatten() for t in tensors])
 
 
 def split(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a vector in the shapes of the parameters, which have as many elements."""
+    """Return views of a vector in the shapes of the parameters, which have as many elements."""
     return [piece.view(p.shape) for piece, p in zip(v.split([p.numel() for p in params]), params)]

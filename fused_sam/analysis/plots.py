@@ -22,7 +22,7 @@ DENSITY_FLOOR = 1e-6
 
 
 def plot_surfaces(landscapes: Mapping[str, Landscape], ceiling: float | None = None) -> Any:
-    """Surfaces in three dimensions over planes, with a common vertical axis.
+    """Draw surfaces in three dimensions over planes, with a common vertical axis.
 
     Args:
         landscapes: results of two directions each, by name.
@@ -46,7 +46,7 @@ def plot_surfaces(landscapes: Mapping[str, Landscape], ceiling: float | None = N
 
 
 def plot_contours(landscapes: Mapping[str, Landscape], ceiling: float | None = None) -> Any:
-    """Contours over planes, with the same levels in each. Arguments and errors are those of `plot_surfaces`."""
+    """Draw contours over planes, with the same levels in each. Arguments and errors are those of `plot_surfaces`."""
     _require_directions(landscapes, 2)
     low, high = _range(landscapes, ceiling)
     levels = torch.linspace(low, high, LEVELS).numpy()
@@ -62,7 +62,7 @@ def plot_contours(landscapes: Mapping[str, Landscape], ceiling: float | None = N
 
 
 def plot_lines(landscapes: Mapping[str, Landscape]) -> Any:
-    """Losses along lines, in one pair of axes.
+    """Draw losses along lines, in one pair of axes.
 
     Raises:
         ValueError: without landscapes, or for one of another number of directions than one.
@@ -77,7 +77,7 @@ def plot_lines(landscapes: Mapping[str, Landscape]) -> Any:
 
 
 def plot_densities(densities: Mapping[str, Density]) -> Any:
-    """Spectral densities on a logarithmic axis, in one pair of axes.
+    """Draw spectral densities on a logarithmic axis, in one pair of axes.
 
     Raises:
         ValueError: without densities.
@@ -102,7 +102,7 @@ def _require_directions(landscapes: Mapping[str, Landscape], wanted: int) -> Non
 
 
 def _range(landscapes: Mapping[str, Landscape], ceiling: float | None) -> tuple[float, float]:
-    """Of all finite losses together, up to the ceiling; never empty."""
+    """Return the range of all finite losses together, up to the ceiling; it is never empty."""
     values = torch.cat([result.loss.flatten() for result in landscapes.values()])
     values = values[values.isfinite()]
     if not len(values):

@@ -49,7 +49,7 @@ def sharpness(
     process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Sharpness:
-    r"""The m-sharpness of Foret et al. 2021, section 4.1: over disjoint groups S of m examples, the mean of
+    r"""Return the m-sharpness of Foret et al. 2021, section 4.1: over disjoint groups S of m examples, the mean of
 
     .. math:: \max_{\lVert T^{-1} \epsilon \rVert_p \le \rho} L_S(w + \epsilon) - L_S(w).
 
@@ -132,11 +132,11 @@ class _Group:
         self.size = torch.zeros((), dtype=torch.float64, device=objective.device)
 
     def loss(self) -> Tensor:
-        """Shape [], fp64, on the device."""
+        """Return the mean loss; fp64, shape [], on the device."""
         return self._evaluate(None)
 
     def loss_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and a gradient for each parameter, in its dtype or fp32 if that is wider."""
+        """Return the loss, and a gradient for each parameter, in its dtype or fp32 if that is wider."""
         params = self._objective.params
         sums = [torch.zeros_like(p, dtype=torch.float64) for p in params]
         loss = self._evaluate(sums)
@@ -144,7 +144,7 @@ class _Group:
         return loss, [(g / self.size.to(g.device)).to(dtype) for g, dtype in zip(sums, wide)]
 
     def _evaluate(self, sums: list[Tensor] | None) -> Tensor:
-        """The mean loss; adds the gradients of all examples to ``sums``."""
+        """Return the mean loss and add the gradients of all examples to ``sums``."""
         if self._random_state is not None:
             rng.replay(self._random_state)
         total, size = (torch.zeros((), dtype=torch.float64, device=self._objective.device) for _ in range(2))
@@ -174,7 +174,7 @@ def _groups(objective: Objective, m: int | None, process_group: dist.ProcessGrou
 
 
 def _climb(group: _Group, climb: Climb, steps: int) -> tuple[Tensor, Tensor]:
-    """The loss at w, and the highest at w + epsilon_1, w + epsilon_2, ...; the weights are back at w then."""
+    """Return the loss at w, and the highest at w + epsilon_1, w + epsilon_2, ...; the weights are back at w then."""
     loss, grads = group.loss_and_gradient()
     highest = torch.full_like(loss, -math.inf)
     try:
@@ -190,7 +190,7 @@ def _climb(group: _Group, climb: Climb, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _add_up(tensors: list[Tensor], process_group: dist.ProcessGroup | None) -> None:
-    """Over the processes of the group, in place."""
+    """Add up over the processes of the group, in place."""
     if process_group is not None:
         for x in tensors:
             dist.all_reduce(x, group=process_group)

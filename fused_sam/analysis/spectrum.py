@@ -32,7 +32,7 @@ class Eigenvalues(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """lambda_1 / lambda_5, the measure of how few directions are sharp (Foret et al. 2021, figure 3; Jastrzebski et
+        """Return lambda_1 / lambda_5: how few directions are sharp (Foret et al. 2021, figure 3; Jastrzebski et
         al. 2020); None for k < 5."""
         return float(self.values[0] / self.values[4]) if len(self.values) >= 5 else None
 
@@ -46,7 +46,7 @@ def eigenvalues(
     max_products: int = 1000,
     seed: int = 0,
 ) -> Eigenvalues:
-    """The k largest eigenvalues, by ARPACK's implicitly restarted Lanczos method (`scipy.sparse.linalg.eigsh`).
+    """Return the k largest eigenvalues, by ARPACK's implicitly restarted Lanczos method (`scipy.sparse.linalg.eigsh`).
 
     Args:
         hessian: the operator, of more than k weights.
@@ -104,7 +104,7 @@ class Trace(NamedTuple):
 
 
 def trace(hessian: Hessian, probes: int = 30, *, seed: int = 0) -> Trace:
-    r"""tr H by Hutchinson's estimator: the mean of :math:`z^\top H z` over z with independent elements +1 and -1.
+    r"""Return tr H by Hutchinson's estimator: the mean of :math:`z^\top H z` over z with independent elements +-1.
 
     One probe is off by a standard deviation of :math:`\sqrt{2 \sum_{i \ne j} H_{ij}^2}`, so a diagonal matrix is exact.
 
@@ -153,7 +153,7 @@ def density(
     width: float | None = None,
     seed: int = 0,
 ) -> Density:
-    r"""The density of the eigenvalues by stochastic Lanczos quadrature (Ubaru et al. 2017, Ghorbani et al. 2019):
+    r"""Return the eigenvalues' density by stochastic Lanczos quadrature (Ubaru et al. 2017, Ghorbani et al. 2019):
 
     .. math:: \phi(t) = \frac1n \sum_i \mathcal N(t; \lambda_i, \sigma^2) \approx \frac1{|Z|} \sum_{z \in Z} \sum_j
         \omega_{zj}^2 \, \mathcal N(t; \theta_{zj}, \sigma^2),

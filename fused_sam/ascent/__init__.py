@@ -23,7 +23,7 @@ class Perturbation(Protocol):
 
     @property
     def takes_gradient(self) -> bool:
-        """Whether it follows a gradient at w, which ranks may have to average before."""
+        """Return whether it follows a gradient at w, which ranks may have to average before."""
 
     def displace(self, parameters: Parameters, displacement: Displacement, peers: Peers, take_grads: bool) -> None:
         """Make one step of the ascent, and say in ``displacement`` what was done.

@@ -96,7 +96,7 @@ class Batch:
             self.params[i].copy_(w)
 
     def _perturbed(self, i: int, group: AscentGroup, norm: Tensor | None, q: float) -> Tensor:
-        """w + e of one tensor."""
+        """Return w + e of one tensor."""
         w = wide(self.weights[i])
         g = _decayed(w, wide(self.grads[i]), group)
         t = _neighbourhood(w, group) if group.adaptive else 1.0
@@ -161,7 +161,7 @@ class Batch:
         journal.clear()
 
     def _round(self, index: int) -> None:
-        """The parameter from its master."""
+        """Round a master to its parameter."""
         if self.masters[index] is not None:
             self.params[index].copy_(self.masters[index])
 
@@ -170,7 +170,7 @@ class Batch:
         return None if states is None else states[index]
 
     def _members(self, groups: list[Any]) -> Iterator[tuple[int, Any]]:
-        """(index, group) of every tensor that has a gradient."""
+        """Yield (index, group) of every tensor that has a gradient."""
         index = 0
         for group in groups:
             for _ in range(group.size):
@@ -183,7 +183,7 @@ batch = Batch
 
 
 def _accumulate(pairs: list[tuple[Tensor, Tensor]], group: MeanGroup) -> None:
-    """mean + weight * (g - mean), or weight * g, for (mean, g) of one group."""
+    """Return mean + weight * (g - mean), or weight * g, for (mean, g) of one group."""
     alike = [(mean, g) for mean, g in pairs if mean.dtype == g.dtype]
     if alike and group.first:
         torch._foreach_copy_([m for m, _ in alike], torch._foreach_mul([g for _, g in alike], group.weight))
@@ -196,12 +196,12 @@ def _accumulate(pairs: list[tuple[Tensor, Tensor]], group: MeanGroup) -> None:
 
 
 def _neighbourhood(w: Tensor, group: AscentGroup) -> Tensor:
-    """T, by which gradient and displacement are scaled."""
+    """Return T, by which gradient and displacement are scaled."""
     return w.abs() + group.eta if group.adaptive else torch.ones_like(w)
 
 
 def _scaled(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
-    """T (g + decay w)"""
+    """Return T (g + decay w)"""
     if not group.adaptive and group.decay == 0:
         return g
     x = _decayed(w.double(), g.double(), group)
@@ -209,12 +209,12 @@ def _scaled(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
 
 
 def _decayed(w: Tensor, g: Tensor, group: AscentGroup) -> Tensor:
-    """The gradient as the ascent takes it."""
+    """Return the gradient as the ascent takes it."""
     return g if group.decay == 0 else g.add(w, alpha=group.decay)
 
 
 def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(pre, post, active): e = post * (pre * g) where active, with pre a power of two that keeps post representable."""
+    """Return (pre, post, active): e = post * (pre * g) where active; pre, a power of two, keeps post in range."""
     limit, shift = (900.0, 512.0) if dtype == torch.float64 else (100.0, 64.0)
     active = torch.isfinite(norm) & (norm > 0) & (rho != 0)
     exponent = torch.log2(norm)
@@ -233,7 +233,7 @@ def _sgd_tensor(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """torch.optim.SGD's for-loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
+    """Do torch.optim.SGD's loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
     w, d = wide(param), _direction(grad, grad_scale, group.maximize)
     if group.weight_decay != 0:
         d = d.add(w, alpha=group.weight_decay)
@@ -260,7 +260,7 @@ def _adam_tensor(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """torch.optim.Adam's for-loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
+    """Do torch.optim.Adam's loop on one tensor, in fp32 for 16-bit data, skipped on the device if found_inf is set."""
     w, d = wide(param), _direction(grad, grad_scale, group.maximize)
     correction1: Any = group.correction1
     correction2_root: Any = group.correction2_root
@@ -292,7 +292,7 @@ def _adam_tensor(
 
 
 def _direction(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient as the base step takes it, after unscaling it in place; an expanded one cannot be written."""
+    """Unscale the gradient in place and return it as the base step takes it; an expanded one cannot be written."""
     g = wide(grad)
     if grad_scale is not None:
         # Out of place in fp32: a factor on a GPU would be rounded to the gradient's 16 bits first.

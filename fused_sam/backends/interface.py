@@ -55,7 +55,7 @@ class AscentGroup(NamedTuple):
 
     @property
     def distance(self) -> Any:
-        """|rho|, a number or a tensor."""
+        """Return |rho|, a number or a tensor."""
         return abs(self.rho)
 
     def on(self, device: torch.device, size: int) -> AscentGroup:
@@ -139,15 +139,15 @@ class Batch(Protocol):
 
     @property
     def joins_update(self) -> bool:
-        """Whether an update by the same backend can restore what this has perturbed."""
+        """Return whether an update by the same backend can restore what this has perturbed."""
 
     @property
     def odd(self) -> Sequence[int]:
-        """The indices of tensors that want a look by `fused_sam.ops.routing` before an op may take them."""
+        """Return the indices of tensors that `fused_sam.ops.routing` must look at before an op may take them."""
 
     @property
     def kept(self) -> TensorList:
-        """An entry for each parameter: None for those without a backup."""
+        """Return an entry for each parameter: None for those without a backup."""
 
     def make_backups(self, owned: bool) -> None:
         """Find memory for w of each parameter with a gradient: the gradient's own where that is ``owned`` alone."""
@@ -189,19 +189,19 @@ class Backend(Protocol):
 
     @property
     def NEEDS_DENSE(self) -> bool:
-        """Whether tensors of other layouts than dense ones must be replaced by contiguous stand-ins."""
+        """Return whether tensors of other layouts than dense ones must be replaced by contiguous stand-ins."""
 
     @property
     def BASE_STEPS(self) -> tuple[str, ...]:
-        """The base steps that a batch has."""
+        """Return the base steps that a batch has."""
 
     @property
     def TAKES_MASTERS(self) -> bool:
-        """Whether a batch takes masters."""
+        """Return whether a batch takes masters."""
 
     @property
     def TAKES_POWERS(self) -> bool:
-        """Whether a batch has the ascents of p other than 1, 2 and inf."""
+        """Return whether a batch has the ascents of p other than 1, 2 and inf."""
 
     def why_not(self, device_type: str) -> str | None:
         """Return why this backend cannot take tensors of a device type; None where it can."""

@@ -12,7 +12,7 @@ PICTURES = (".pdf", ".png", ".svg")
 
 
 def add_common(parser: argparse.ArgumentParser, picture: str | None = None) -> None:
-    """TARGET, ``--seed``, ``--json`` and, with the name of what it draws, ``--plot``."""
+    """Add TARGET, ``--seed``, ``--json`` and, with the name of what it draws, ``--plot``."""
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="module:function returning (model, loss_fn, data)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of torch before a TARGET is called, and of what is drawn (default: 0)"
@@ -23,17 +23,17 @@ def add_common(parser: argparse.ArgumentParser, picture: str | None = None) -> N
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``."""
+    """Add ``--json``."""
     parser.add_argument("--json", type=output_path, metavar="FILE", help="write options and results, unrounded")
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of an integer from ``least`` on."""
+    """Return the argparse type of an integer >= ``least``."""
     return _number(int, lambda x: x >= least, f"an integer >= {least}")
 
 
 def real(least: float, *, above: bool = False) -> Callable[[str], float]:
-    """The type of a number from ``least`` on, or above it; inf is one."""
+    """Return the argparse type of a number >= ``least``, or > ``least``; inf is allowed."""
     rule = f"a number > {least:g}" if above else f"a number >= {least:g}"
     return _number(float, lambda x: x > least if above else x >= least, rule)
 
@@ -52,7 +52,7 @@ def _number(convert: Callable[[str], Any], holds: Callable[[Any], bool], rule: s
 
 
 def output_path(text: str) -> Path:
-    """The type of a file to be written: refused before the computation, not after it."""
+    """Return the path of a file to be written; refuse it before the computation, not after it."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"invalid file {text!r}. Must be in a folder that exists.")
@@ -60,7 +60,7 @@ def output_path(text: str) -> Path:
 
 
 def picture_path(text: str) -> Path:
-    """The type of a picture to be written."""
+    """Return the path of a picture to be written."""
     if Path(text).suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"invalid picture {text!r}. Must end in one of {', '.join(PICTURES)}.")
     return output_path(text)

@@ -16,7 +16,7 @@ TOLERANCE = 8 * torch.finfo(torch.float32).eps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Add no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def devices() -> list[str]:
-    """The types of the devices that are here."""
+    """Return the types of this machine's devices."""
     return ["cpu", *(kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available())]
 
 
@@ -58,7 +58,7 @@ def report(device: str) -> int:
 
 
 def environment() -> dict[str, str]:
-    """What a bug report needs."""
+    """Return what a bug report needs."""
     facts = {
         "fused_sam": __version__,
         "torch": torch.__version__,
@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
 
 
 def step_error(backend: str, device: str = "cpu") -> float:
-    """Largest deviation of the weights from the float64 reference after one SAM step on made-up gradients."""
+    """Return the largest deviation of weights from the float64 reference after one SAM step on made-up gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def tensors() -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from fused_sam.cli import arguments, output, target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fused_sam.analysis.landscape` and of the pictures."""
+    """Add the arguments of `fused_sam.analysis.landscape` and of the pictures."""
     parser.add_argument("--dim", type=int, choices=[1, 2], default=2, help="a line or a plane (default: 2)")
     parser.add_argument("--points", type=arguments.whole(1), default=21, help="on each axis (default: 21)")
     parser.add_argument(

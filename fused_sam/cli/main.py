@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; without one, the doctor's."""
+    """Return the parser of all commands; without a command the doctor runs."""
     prog = "fused-sam" if Path(sys.argv[0]).name.startswith("fused-sam") else "python -m fused_sam"
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)

@@ -19,7 +19,7 @@ from fused_sam import __version__
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns, the first to the left; numbers with six digits."""
+    """Return aligned columns, the first to the left; numbers with six digits."""
     lines = [list(header)] + [[f"{x:.6g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
@@ -29,7 +29,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_json(path: Path, options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Versions, options and results. JSON has no inf and no NaN: they are the strings "inf", "-inf" and "nan"."""
+    """Write versions, options and results. JSON has no inf and no NaN: they are the strings "inf", "-inf" and "nan"."""
     content = {"fused_sam": __version__, "torch": torch.__version__, "options": vars(options), "results": results}
     path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
@@ -61,7 +61,7 @@ class _Watched:
 
 @contextlib.contextmanager
 def watched(data: Any, title: str, passes: int | None = None) -> Iterator[Any]:
-    """The data, with progress on stderr for as long as it is gone over.
+    """Yield the data, with progress on stderr.
 
     Args:
         data: as `fused_sam.analysis.sharpness` takes it.

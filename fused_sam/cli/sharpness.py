@@ -12,7 +12,7 @@ from fused_sam.cli import arguments, output, target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fused_sam.analysis.sharpness`; several radii make several rows."""
+    """Add the arguments of `fused_sam.analysis.sharpness`; several radii make several rows."""
     parser.add_argument(
         "--rho", nargs="+", type=arguments.real(0), default=[0.05], help="radius, or several (default: 0.05)"
     )

@@ -13,7 +13,7 @@ from fused_sam.cli import arguments, output, target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `fused_sam.analysis.eigenvalues`, `trace` and `density`."""
+    """Add the arguments of `fused_sam.analysis.eigenvalues`, `trace` and `density`."""
     parser.add_argument("--k", type=arguments.whole(1), default=5, help="number of eigenvalues (default: 5)")
     parser.add_argument(
         "--which", choices=["LA", "LM"], default="LA", help="algebraically largest, or largest in magnitude"

@@ -21,7 +21,7 @@ class Base(Protocol):
 
     @property
     def elementwise(self) -> bool:
-        """Whether it goes element by element, so that ranks may each update a slice."""
+        """Return whether it goes element by element, so that ranks may each update a slice."""
 
     def is_decoupled(self, group: dict[str, Any]) -> bool:
         """Return whether the weight decay of a group is no part of the gradient, as in AdamW."""

@@ -36,7 +36,7 @@ class AnyBase:
     def update(
         self, parameters: Parameters, journal: Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """Restore, unscale or skip as a GradScaler would, and let the base step."""
+        """Restore w, unscale or skip as a GradScaler would, and let the base make its step."""
         ops.restore_weights(journal)
         if found_inf is not None and bool(found_inf):
             journal.clear()

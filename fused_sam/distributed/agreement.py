@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 def entries(named: Iterable[tuple[str, Tensor]]) -> list[Entry]:
-    """Of parameters in their order."""
+    """Return an entry for each parameter, in their order."""
     return [Entry(name, tuple(p.shape), p.stride(), p.dtype, p.requires_grad) for name, p in named]
 
 
@@ -49,7 +49,7 @@ def require_same(mine: list[Any], what: str, group: dist.ProcessGroup) -> None:
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Rank 0's values on all ranks of the group."""
+    """Return rank 0's values on all ranks of the group."""
     source = dist.get_global_rank(group, 0)
     for x in tensors:
         sent = x.detach().contiguous()  # x itself where it is
@@ -60,7 +60,7 @@ def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
 
 @torch.no_grad()
 def differing(tensors: list[Tensor], group: dist.ProcessGroup) -> list[int]:
-    """Which of the tensors do not have the same bits on all ranks, the same answer on each. Waits for the device."""
+    """Return which tensors differ in a bit between ranks, alike on all ranks. Waits for the device."""
     if not tensors:
         return []
     sums = torch.stack([_checksum(x).to(tensors[0].device) for x in tensors])
@@ -71,7 +71,7 @@ def differing(tensors: list[Tensor], group: dist.ProcessGroup) -> list[int]:
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """sum_i (2 i + 1) bits_i modulo 2^64, int64 of shape []: of other bits or another order it is another one."""
+    """Return sum_i (2 i + 1) bits_i modulo 2^64, int64 of shape []: other bits or another order change it."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = torch.view_as_real(x).flatten() if x.is_complex() else x.detach().contiguous().flatten()
     bits = flat.view(integers[flat.element_size()]).long()

@@ -27,7 +27,7 @@ class Flat:
 
     @property
     def nbytes(self) -> int:
-        """Of the gradients alone."""
+        """Return the bytes of the gradients alone."""
         return self.used * self.dtype.itemsize
 
     def add(self, param: Tensor) -> None:
@@ -37,7 +37,7 @@ class Flat:
         self.used += aligned(param.numel(), self.dtype)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """A place for each parameter, with its strides where it has no gaps."""
+        """Return a place for each parameter, with its strides where it has no gaps."""
         views = []
         for p, offset in zip(self.params, self.offsets):
             piece = flat[offset : offset + p.numel()]
@@ -45,7 +45,7 @@ class Flat:
         return views
 
     def packed(self, grads: list[Any], size: int) -> Tensor:
-        """The gradients in new memory of ``size`` elements, with 0 for those that there are not.
+        """Copy the gradients to new memory of ``size`` elements, with 0 for missing ones.
 
         Raises:
             ValueError: for a sparse gradient.
@@ -61,7 +61,7 @@ class Flat:
 
 
 def aligned(count: int, dtype: torch.dtype) -> int:
-    """The number of elements, rounded up to whole blocks of memory."""
+    """Return the number of elements, rounded up to whole blocks of memory."""
     step = max(ALIGNMENT // dtype.itemsize, 1)
     return -(-count // step) * step
 
@@ -74,7 +74,7 @@ class Bucket(Flat):
     """
 
     def pack(self) -> Tensor:
-        """The gradients there are now, in new memory.
+        """Copy the present gradients to new memory.
 
         Raises:
             ValueError: for a sparse gradient.
@@ -87,7 +87,7 @@ class Bucket(Flat):
         return flat
 
     def unpack(self, flat: Tensor) -> None:
-        """p.grad = a view of what `pack` made. Gradients that there were are not written: others may hold them."""
+        """Set p.grad to a view of what `pack` made. Old gradients are not written: others may hold them."""
         missing = any(p.grad is None for p in self.params)
         flags = flat[self.used :].tolist() if missing else [1.0] * len(self.params)
         for p, view, flag in zip(self.params, self.views(flat), flags):
@@ -103,7 +103,7 @@ class Layout:
         self._buckets: list[Bucket] = []
 
     def of(self, params: list[Tensor]) -> list[Bucket]:
-        """Those of the parameters that take a gradient now."""
+        """Return the buckets of those parameters that take a gradient now."""
         trained = [p for p in params if p.requires_grad]
         identities = list(map(id, trained))
         if identities != self._for:
@@ -116,7 +116,7 @@ F = TypeVar("F", bound=Flat)
 
 
 def make_buckets(params: list[Tensor], cap_bytes: float, make: Callable[[Tensor], F]) -> list[F]:
-    """Last parameters first, since backward comes to them first; cut at the cap. Of one bucket are those of one kind:
+    """Make buckets, last parameters first as in backward, cut at the cap. A bucket has parameters of one kind:
     the same dtypes, on the same device.
 
     ``make`` is called for the first parameter of a bucket.
@@ -134,7 +134,7 @@ def make_buckets(params: list[Tensor], cap_bytes: float, make: Callable[[Tensor]
 
 
 def grad_dtype(p: Tensor) -> torch.dtype:
-    """Of the gradient that a parameter has, or will have."""
+    """Return the dtype of the gradient that a parameter has, or will have."""
     return getattr(p, "grad_dtype", None) or p.dtype
 
 
@@ -148,7 +148,7 @@ class Mean:
 
     @property
     def sent(self) -> int:
-        """How many buckets are under way."""
+        """Return how many buckets are under way."""
         return len(self._sent)
 
     def send(self) -> None:
@@ -164,13 +164,13 @@ class Mean:
         self.hand_out([sent for sent, _ in self._sent])
 
     def start(self, bucket: Any) -> tuple[Any, Any]:
-        """What `hand_out` will need of a bucket, and the collective that makes it."""
+        """Return what `hand_out` will need of a bucket, and the collective that makes it."""
         # Divided first, as DistributedDataParallel does: a sum of 16-bit numbers overflows.
         flat = bucket.pack().div_(dist.get_world_size(self.group))
         return flat, dist.all_reduce(flat, group=self.group, async_op=True)
 
     def hand_out(self, sent: list[Any]) -> None:
-        """p.grad = what has arrived."""
+        """Set p.grad to what has arrived."""
         for bucket, flat in zip(self.buckets, sent):
             bucket.unpack(flat)
 
@@ -183,15 +183,15 @@ class AllReduce:
         self._group = group
 
     def begin(self, params: list[Tensor]) -> Mean:
-        """One averaging of the gradients of those parameters that take one now."""
+        """Begin to average the gradients of those parameters that take one now."""
         return Mean(self._layout.of(params), self._group)
 
     def reset(self) -> None:
-        """A step has ended."""
+        """Prepare for the next step."""
 
 
 def cap_in_bytes(bucket_cap_mb: float) -> float:
-    """The option of `fused_sam.distributed.data_parallel`.
+    """Return ``bucket_cap_mb`` of `fused_sam.distributed.data_parallel` in bytes.
 
     Raises:
         ValueError: unless it is > 0.

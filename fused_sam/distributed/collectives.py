@@ -13,7 +13,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 def reduce_scatter(part: Tensor, flat: Tensor, group: dist.ProcessGroup) -> Any:
-    """part = this rank's share of the sum of ``flat`` over the ranks; the collective, which has been started.
+    """Start and return the collective that makes ``part`` this rank's share of the sum of ``flat`` over the ranks.
 
     Args:
         part: shape [n].
@@ -23,5 +23,5 @@ def reduce_scatter(part: Tensor, flat: Tensor, group: dist.ProcessGroup) -> Any:
 
 
 def all_gather(flat: Tensor, part: Tensor, group: dist.ProcessGroup) -> Any:
-    """The inverse: share r of ``flat`` = the ``part`` of rank r, which may be this rank's share of ``flat`` itself."""
+    """Start and return the collective that makes share r of ``flat`` rank r's ``part``, which may be that share."""
     return _all_gather(flat, part, group=group, async_op=True)

@@ -41,11 +41,11 @@ class DataParallel:
         self._local_first = local_first
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """For gradient accumulation: backwards inside communicate nothing. Around all but the last of a pass."""
+        """Keep backwards inside the block from communicating: around all backwards of a pass but the last."""
         return self._averager.skipped() if isinstance(self._averager, Overlap) else self._averager.no_sync()
 
     def consolidate_state_dict(self, to: int | None = 0) -> dict[str, Any] | None:
-        """The optimizer's ``state_dict()`` as it is without ``shard_state``: any number of ranks loads it.
+        """Return the optimizer's ``state_dict()`` as without ``shard_state``: any number of ranks can load it.
 
         To be called on all ranks; the state goes through their CPUs.
 
@@ -89,7 +89,7 @@ def data_parallel(
     shard_state: bool = False,
     timeout: timedelta | None = None,
 ) -> DataParallel:
-    r"""m-sharpness over the ranks of a process group (Foret et al. 2021, section 4.1).
+    r"""Set up m-sharpness over the ranks of a process group (Foret et al. 2021, section 4.1).
 
     Each group of ranks has a perturbation of its own, made of the mean of its first gradients; the base step takes the
     mean of the second gradients of all R ranks:
@@ -183,7 +183,7 @@ def _require_ready(step: Step) -> None:
 
 
 def _group(ddp: DistributedDataParallel | None, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The ranks: those given, those of the model, or all there are."""
+    """Return the group of ranks: the one given, the model's, or all ranks."""
     everyone: Any = dist.group.WORLD if ddp is None else ddp.process_group
     if process_group is None:
         return everyone

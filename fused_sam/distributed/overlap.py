@@ -17,10 +17,10 @@ class Averaging(Protocol):
     """Which collective averages, and what of the mean a rank gets."""
 
     def begin(self, params: list[Tensor]) -> Mean:
-        """One averaging of the gradients of those parameters that take one now."""
+        """Begin to average the gradients of those parameters that take one now."""
 
     def reset(self) -> None:
-        """A step has ended."""
+        """Prepare for the next step."""
 
 
 class Overlap:
@@ -49,14 +49,14 @@ class Overlap:
         self.watch(params)
 
     def watch(self, params: list[Tensor]) -> None:
-        """More parameters."""
+        """Add parameters."""
         self._params += params
         hook = _weak(self._on_grad)
         self._hooks += [p.register_post_accumulate_grad_hook(hook) for p in params if p.requires_grad]
 
     @contextlib.contextmanager
     def skipped(self) -> Iterator[None]:
-        """A backward inside the block is not averaged."""
+        """Keep backwards inside the block from being averaged."""
         self._skipping += 1
         try:
             yield
@@ -70,11 +70,11 @@ class Overlap:
         self.pending = False
 
     def abandon(self) -> None:
-        """Gradients are thrown away: what a backward has sent of them, and failed, belongs to no later one."""
+        """Forget what a failed backward has sent: its gradients are thrown away."""
         self._mean = None
 
     def reset(self) -> None:
-        """For the next step: its gradients are new."""
+        """Prepare for the next step, whose gradients are new."""
         self.abandon()
         self.pending = True
         self._averaging.reset()
@@ -113,7 +113,7 @@ class Overlap:
 
 
 def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """A hook that keeps nothing alive: the collector does not see through those of a parameter."""
+    """Return a hook that keeps nothing alive: the collector does not see through those of a parameter."""
     reference = weakref.WeakMethod(method)
 
     def hook(param: Tensor) -> None:

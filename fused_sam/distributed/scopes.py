@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def ranks_per_e(m_sharpness: Any, world_size: int) -> int:
-    """How many consecutive ranks share one e: 1 for ``"rank"``, all for ``"world"``, a number as it is.
+    """Return how many consecutive ranks share a perturbation: 1 for ``"rank"``, all for ``"world"``, or the number.
 
     Raises:
         ValueError: for what is none of these, or a number that does not divide the number of ranks.
@@ -26,7 +26,7 @@ def ranks_per_e(m_sharpness: Any, world_size: int) -> int:
 
 
 def scope_of_this_rank(size: int, group: dist.ProcessGroup, timeout: timedelta | None) -> dist.ProcessGroup:
-    """The group of this rank's ``size`` consecutive ranks of ``group``; ``group`` itself if that is all of them.
+    """Return the group of this rank's ``size`` consecutive ranks of ``group``; ``group`` itself if that is all of them.
 
     Made by its members alone: ranks outside of ``group`` need not take part.
     """

@@ -22,18 +22,18 @@ class Piece(NamedTuple):
     offset: int
 
     def of(self, x: Tensor) -> Tensor:
-        """These elements of a tensor of the parameter's shape, 1-D: a view, or a copy if it has other strides."""
+        """Return these elements of a tensor of the parameter's shape, 1-D: a view, or a copy for other strides."""
         if x.stride() != self.param.stride():
             x = torch.empty_like(self.param, dtype=x.dtype).copy_(x)
         return in_memory(x)[self.start : self.stop]
 
     def in_flat(self, flat: Tensor) -> Tensor:
-        """These elements of the bucket, 1-D."""
+        """Return these elements of the bucket, 1-D."""
         return flat[self.offset : self.offset + self.stop - self.start]
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """The elements of a tensor without gaps in the order of memory, a 1-D view."""
+    """Return a 1-D view of a tensor without gaps, in the order of memory."""
     return x.detach().as_strided((x.numel(),), (1,), x.storage_offset())
 
 
@@ -47,24 +47,24 @@ class SlicedBucket(Flat):
 
     @property
     def share(self) -> int:
-        """Elements of a rank."""
+        """Return the number of elements of a rank."""
         return aligned(-(-self.used // self.ranks), self.dtype)
 
     @property
     def trained(self) -> list[Tensor]:
-        """The parameters that take a gradient now."""
+        """Return the parameters that take a gradient now."""
         return [p for p in self.params if p.requires_grad]
 
     def pack(self) -> Tensor:
-        """The gradients of `trained` parameters, in new memory."""
+        """Copy the gradients of `trained` parameters to new memory."""
         return self.packed([p.grad if p.requires_grad else None for p in self.params], self.share * self.ranks)
 
     def part(self, flat: Tensor, rank: int) -> Tensor:
-        """The share of a rank."""
+        """Return the share of a rank."""
         return flat[rank * self.share : (rank + 1) * self.share]
 
     def pieces(self, rank: int) -> list[Piece]:
-        """What of the parameters is in the share of a rank; empty ones are rank 0's, which keeps their state."""
+        """Return what a rank's share has of the parameters; rank 0 has empty ones and keeps their state."""
         first, last = rank * self.share, (rank + 1) * self.share
         pieces = []
         for p, offset in zip(self.params, self.offsets):
@@ -89,16 +89,16 @@ class SlicedLayout:
         self.add(params)
 
     def add(self, params: list[Tensor]) -> None:
-        """More parameters, in buckets of their own, which are sent first."""
+        """Add parameters, in buckets of their own, which are sent first."""
         self.buckets = make_buckets(params, self._cap_bytes, lambda p: SlicedBucket(p, self.ranks)) + self.buckets
 
     @property
     def trained(self) -> list[SlicedBucket]:
-        """The buckets with a parameter that takes a gradient now."""
+        """Return the buckets with a parameter that takes a gradient now."""
         return [bucket for bucket in self.buckets if bucket.trained]
 
     def pieces(self, rank: int) -> dict[Tensor, Piece]:
-        """What a rank updates: at most one piece of each parameter."""
+        """Return what a rank updates: at most one piece of each parameter."""
         return {piece.param: piece for bucket in self.buckets for piece in bucket.pieces(rank)}
 
 
@@ -116,7 +116,7 @@ class ScatteredMean(Mean):
         self._handed_out = handed_out
 
     def start(self, bucket: SlicedBucket) -> tuple[tuple[Tensor, Tensor], Any]:
-        """The bucket and this rank's share of its mean, to be."""
+        """Start the reduction of a bucket; return the bucket and this rank's share of its mean."""
         for p in bucket.trained:
             if p.grad is not None and self._handed_out.get(p) is p.grad:
                 raise RuntimeError(
@@ -129,7 +129,7 @@ class ScatteredMean(Mean):
         return (flat, share), reduce_scatter(share, flat, self.group)
 
     def hand_out(self, sent: list[tuple[Tensor, Tensor]]) -> None:
-        """The shares, back in their places."""
+        """Put the shares back in their places."""
         if not sent:
             return
         trained = [p for bucket in self.buckets for p in bucket.trained]
@@ -147,7 +147,7 @@ class ScatteredMean(Mean):
                     self._handed_out[p] = p.grad
 
     def _flags(self, trained: list[Tensor], shares: list[Tensor]) -> Tensor:
-        """1 for each parameter with a gradient on some rank, and for a mean that is not finite on some; else 0."""
+        """Return 1 for each parameter with a gradient on some rank, and for a mean not finite on some; else 0."""
         flags = torch.ones(len(trained) + 1, device=shares[0].device)
         for i, p in enumerate(trained):
             if p.grad is None:
@@ -166,9 +166,9 @@ class ReduceScatter:
         self._handed_out: dict[Tensor, Tensor] = {}
 
     def begin(self, params: list[Tensor]) -> ScatteredMean:
-        """One averaging of the gradients of those parameters that take one now."""
+        """Begin to average the gradients of those parameters that take one now."""
         return ScatteredMean(self._layout, self._handed_out)
 
     def reset(self) -> None:
-        """A step has ended: what comes into a gradient now belongs to another."""
+        """Prepare for the next step, to which all gradients from now on belong."""
         self._handed_out.clear()

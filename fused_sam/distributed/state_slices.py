@@ -16,7 +16,7 @@ STEP = "step"  # one number for a parameter; all other entries of theirs are ten
 
 
 def cut(state: State, layout: SlicedLayout) -> None:
-    """Entries of the parameters' shapes become the pieces of this rank, 1-D, in memory of their own.
+    """Cut entries of the parameters' shapes to this rank's pieces, 1-D, in memory of their own.
 
     Raises:
         ValueError: for an entry of another shape; nothing has been changed then.
@@ -38,7 +38,7 @@ def cut(state: State, layout: SlicedLayout) -> None:
 
 
 def whole(state: State, layout: SlicedLayout, to: int | None) -> State | None:
-    """The state of all ranks, on the CPU; on rank ``to`` of the group, None on the others; or on all."""
+    """Return the state of all ranks, on the CPU: on rank ``to`` of the group (None elsewhere), or on all."""
     pieces = layout.pieces(layout.rank)
     numbers = {p: i for i, p in enumerate(_params(layout))}
     mine = {numbers[p]: _on_cpu(state[p]) for p in pieces if p in state}
@@ -67,7 +67,7 @@ def whole(state: State, layout: SlicedLayout, to: int | None) -> State | None:
 
 
 def _params(layout: SlicedLayout) -> list[Tensor]:
-    """All parameters, in an order that is the same on all ranks."""
+    """Return all parameters, in an order that is the same on all ranks."""
     return [p for bucket in layout.buckets for p in bucket.params]
 
 

@@ -230,7 +230,7 @@ def _descend(
     masters: TensorList | None,
     steps: TensorList | None = None,
 ) -> None:
-    """Restore, and call the update of that name on every part. Advance ``steps``, if they are on the device."""
+    """Restore w and call the update of that name on every part; advance ``steps`` that are on the device."""
     parts = route(backend, groups, params, grads, backups, states, masters)
     at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
     written = [grads, backups]

@@ -24,7 +24,7 @@ class Copies:
 
     @property
     def kept(self) -> TensorList:
-        """None for each parameter that is not displaced."""
+        """Return an entry for each parameter: None for those that are not displaced."""
         return self.backups
 
     def restore(self) -> None:

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 def get_grads(params: TensorList) -> TensorList:
-    """p.grad of every parameter."""
+    """Return p.grad of every parameter."""
     return [p.grad for p in params]
 
 
 def clear_grads(params: TensorList) -> None:
-    """p.grad = None for every parameter."""
+    """Set p.grad to None for every parameter."""
     for p in params:
         p.grad = None
 
 
 def lookup(state: dict[Tensor, dict[str, Any]], params: TensorList, key: str) -> TensorList:
-    """The entry of each parameter's state, None where there is none."""
+    """Return the entry of each parameter's state, None where there is none."""
     return [state[p].get(key) if p in state else None for p in params]
 
 
 def all_present(tensors: TensorList) -> bool:
-    """Whether no entry is None. (``None in tensors`` would compare tensors.)"""
+    """Return whether no entry is None. (``None in tensors`` would compare tensors.)"""
     return all(x is not None for x in tensors)
 
 

@@ -37,7 +37,7 @@ class Part:
         return tensors if self.index is None else [tensors[i] for i in self.index]
 
     def take_any(self, tensors: Any) -> TensorList | None:
-        """`take` from a list; return None for anything else."""
+        """Call `take` on a list; return None for anything else."""
         return self.take(tensors) if isinstance(tensors, list) else None
 
     def to_list_index(self, norm: Tensor) -> Tensor:

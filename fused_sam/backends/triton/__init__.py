@@ -149,7 +149,7 @@ class Batch:
                 launches.launch(kernels.restore, x, *columns, x.first)
 
     def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
-        """The parameters of this batch are the means; those to restore are ``restored``'s, an ascent's, if any."""
+        """Take the gradients into this batch's parameters, which are the means, and restore those of ``restored``."""
         sizes = _sizes(groups)
         plan = self._plan(sizes, with_grads=True)
         columns = [*self._addresses("grads"), bytes(8 * len(self.params))]
@@ -205,19 +205,19 @@ class Batch:
             journal.clear()
 
     def _state_columns(self, needs: list[list[bool]], groups: list[Any]) -> list[bytes]:
-        """The addresses of each kind of state, of which every group says whether it needs it."""
+        """Return the addresses of each kind of state, of which every group says whether it needs it."""
         for k, needed in enumerate(needs):
             self._operands.require_state(_sizes(groups), k, needed)
         return [self._operands.state_addresses(k) for k in range(len(needs))]
 
     def _plan(self, group_sizes: list[int], with_grads: bool = False, with_backups: bool = False) -> tables.Plan:
-        """The launches for the tensors with a gradient, or a backup, if they may have their addresses."""
+        """Return the launches for the tensors with a gradient, or a backup, if they may have their addresses."""
         self._operands.check(group_sizes)
         kinds, sizes = self._operands.kinds(with_grads, with_backups), self._operands.sizes()
         return tables.plan(kinds, sizes, tuple(group_sizes))
 
     def _addresses(self, *others: str) -> tuple[bytes, ...]:
-        """The columns of the parameters and of what else is named."""
+        """Return the columns of the parameters and of what else is named."""
         return tuple(self._operands.addresses(of) for of in ("params", *others))
 
     def _columns(self, plan: tables.Plan, *columns: bytes | Tensor) -> list[Any]:
@@ -229,7 +229,7 @@ class Batch:
         return [next(sent) if isinstance(x, bytes) else x for x in columns]
 
     def _kept_at(self) -> bytes | Tensor:
-        """The column of backups to restore from."""
+        """Return the column of backups to restore from."""
         return self._operands.addresses("backups") if self._moved is None else self._moved
 
 

@@ -29,7 +29,7 @@ def terms_of(ascent, groups, row):
 
 @triton.jit
 def scaled(w_, g_, start, count, adaptive, eta, decay, C: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
-    """x = T (g + decay w) of a tile in fp64, zeros beyond the end. Where x does not depend on w, w is not read."""
+    """Return x = T (g + decay w) of a tile in fp64, zeros beyond the end. w is read only where x depends on it."""
     x = widened(load(g_, start, count, True, TILE, FULL), C).to(tl.float64)
     if adaptive | (decay != 0):
         w = widened(load(w_, start, count, True, TILE, FULL), C).to(tl.float64)
@@ -54,7 +54,7 @@ def norm_partials(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """partials[chunk] = sum of x^2 over the chunk in float64; element i of it goes to lane i % TILE."""
+    """Write partials[chunk] = sum of x^2 over the chunk in float64; element i of it goes to lane i % TILE."""
     index = first + tl.program_id(0)
     row, begin, count = chunk(chunks, sizes, index, CHUNK)
     _, _, adaptive, eta, decay = terms_of(ascent, groups, row)
@@ -73,7 +73,7 @@ def norm_partials(
 
 @triton.jit(do_not_specialize=["partials", "out", "count"])
 def norm_total(partials, out, count, TILE: tl.constexpr):
-    """out = sqrt(sum of partials), a float64, by one program: partial i goes to lane i % TILE."""
+    """Write out = sqrt(sum of partials), a float64, by one program: partial i goes to lane i % TILE."""
     acc = tl.zeros([TILE], tl.float64)
     lane = tl.arange(0, TILE)
     for start in range(0, count, TILE):
@@ -83,7 +83,7 @@ def norm_total(partials, out, count, TILE: tl.constexpr):
 
 @triton.jit
 def _ascent_factors(rho, norm, C: tl.constexpr):
-    """(pre, post, active): e = post * (pre * g) where active, with pre a power of two that keeps post in range."""
+    """Return (pre, post, active): e = post * (pre * g) where active; pre, a power of two, keeps post in range."""
     double: tl.constexpr = C.primitive_bitwidth == 64
     limit: tl.constexpr = 2.0**900 if double else 2.0**100
     shift: tl.constexpr = 2.0**512 if double else 2.0**64
@@ -163,7 +163,7 @@ def perturb(
     REST: tl.constexpr,
     PEAK: tl.constexpr,
 ):
-    """backup = w, w = w + e; without a norm, the e of p = inf, and with PEAK that of p = 1: all of rho T at the largest
+    """Set backup = w, w = w + e; without a norm, the e of p = inf, and with PEAK that of p = 1: rho T at the largest
     element. moved[tensor] = where the backup is, now that it is one.
 
     From the last chunk to the first: the cache still holds what the norm read last.
@@ -197,7 +197,7 @@ def perturb(
 def restore(
     chunks, sizes, weights, backups, first, P: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr
 ):
-    """w = backup where there is one."""
+    """Set w = backup where there is one."""
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     b_address, b = pointer(backups, row, begin, P)

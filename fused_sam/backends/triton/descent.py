@@ -20,7 +20,7 @@ from fused_sam.backends.triton.tiles import (
 
 @triton.jit
 def _is_live(g_address, found_inf):
-    """Whether there is an update after the restore."""
+    """Return whether there is an update after the restore."""
     live = g_address != 0
     if found_inf is not None:
         live = live & (tl.load(found_inf) == 0)
@@ -29,7 +29,7 @@ def _is_live(g_address, found_inf):
 
 @triton.jit
 def _multiplier(grad_scale, C: tl.constexpr):
-    """float32(1 / float64(scale)), which is what a GradScaler multiplies by, in the type of the arithmetic.
+    """Return float32(1 / float64(scale)), which is what a GradScaler multiplies by, in the type of the arithmetic.
 
     Of a float32 the quotient in float32 is the same number: float64 has more than twice the digits, so that rounding
     twice rounds as once.
@@ -64,7 +64,7 @@ def _sgd_tile(
     TILE: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """The operations of torch.optim.SGD's for-loop, in its order: ``x.add(y, alpha=a)`` is fma(y, a, x) there."""
+    """Do the operations of torch.optim.SGD's for-loop, in its order: ``x.add(y, alpha=a)`` is fma(y, a, x) there."""
     has_momentum = (flags & 16) != 0
     first = (flags & 8) != 0
     scaled = live & (multiplier != 1.0)
@@ -109,7 +109,7 @@ def sgd_update(
     TILE: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """w = backup where there is one, then SGD where there is a gradient and found_inf is 0."""
+    """Set w = backup where there is one, then do SGD where there is a gradient and found_inf is 0."""
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
@@ -134,7 +134,7 @@ def sgd_update(
 
 @triton.jit
 def _divided(x, y):
-    """x / y, rounded once: of fp32 Triton's own division is not."""
+    """Return x / y, rounded once, which Triton's own fp32 division is not."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -143,7 +143,7 @@ def _divided(x, y):
 
 @triton.jit
 def _root(x):
-    """The square root, rounded once."""
+    """Return the square root, rounded once."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -214,7 +214,7 @@ def _adam_tile(
     TILE: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """The operations of torch.optim.Adam's for-loop, in its order; see AdamMath in csrc/arithmetic.h."""
+    """Do the operations of torch.optim.Adam's for-loop, in its order; see AdamMath in csrc/arithmetic.h."""
     remembers = live & ((flags & 8) == 0)
     amsgrad = (flags & 64) != 0
     decoupled = (flags & 128) != 0
@@ -270,7 +270,7 @@ def adam_update(
     TILE: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """w = backup where there is one, then Adam where there is a gradient and found_inf is 0.
+    """Set w = backup where there is one, then do Adam where there is a gradient and found_inf is 0.
 
     What depends on hyperparameters alone is computed in float64 and rounded once.
     """

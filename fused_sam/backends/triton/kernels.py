@@ -72,5 +72,5 @@ DECOUPLED = 128
 
 
 def tiles_of(kernel: Any) -> dict[str, int]:
-    """TILE and REST of a kernel with one program per chunk."""
+    """Return TILE and REST of a kernel with one program per chunk."""
     return NARROW_TILES if kernel in NARROW else TILES

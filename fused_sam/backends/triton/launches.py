@@ -20,13 +20,13 @@ _LANGUAGE = {
 
 
 def launch(kernel: Any, what: tables.Launch, *arguments: Any, **constants: Any) -> None:
-    """One program per chunk."""
+    """Launch a kernel with one program per chunk."""
     kernel[(what.programs,)](*arguments, **_constants(kernel, what.dtypes, tuple(constants.items())))
 
 
 @functools.cache
 def _constants(kernel: Any, dtypes: tables.Dtypes, more: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
+    """Return what is compiled in: the dtypes, in memory and of the arithmetic, and the division of the work."""
     param, grad = dtypes
     computed = torch.float64 if param == torch.float64 else torch.float32
     constants = {"P": _LANGUAGE[param], "G": _LANGUAGE[grad], "C": _LANGUAGE[computed], **dict(more)}
@@ -35,12 +35,12 @@ def _constants(kernel: Any, dtypes: tables.Dtypes, more: tuple[tuple[str, Any], 
 
 
 def float64(device: torch.device, *size: int) -> Tensor:
-    """Uninitialised."""
+    """Return an uninitialised fp64 tensor."""
     return torch.empty(size, dtype=torch.float64, device=device)
 
 
 def sum_of_squares(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
-    """||x||_2, shape []."""
+    """Return ||x||_2, shape []."""
     partials, result = float64(columns[0].device, plan.total), float64(columns[0].device)
     for x in plan.launches:
         launch(kernels.norm_partials, x, *columns, partials, x.first)
@@ -49,7 +49,7 @@ def sum_of_squares(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
 
 
 def peak(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
-    """The largest |x|, the number of its tensor, and its place in that tensor; shape [3]."""
+    """Return the largest |x|, the number of its tensor, and its place in that tensor; shape [3]."""
     device = columns[0].device
     peaks, elements = torch.empty(2, plan.total, dtype=torch.int64, device=device)
     result = float64(device, 3)

@@ -12,7 +12,7 @@ from fused_sam.backends.triton.tiles import chunk, in_full_tiles, load, number, 
 def _mean_tile(
     w_, source, g_, start, count, is_mean, first, weight, C: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr
 ):
-    """Computed as torch's lerp; see Lerp in csrc/arithmetic.h. g is read before it is written where it is the mean."""
+    """Update the mean like torch's lerp; see Lerp in csrc/arithmetic.h. Where g is the mean, it is read first."""
     raw = load(source, start, count, (is_mean & first) == 0, TILE, FULL)
     g = widened(load(g_, start, count, is_mean, TILE, FULL), C)
     mean = widened(raw, C)
@@ -42,7 +42,7 @@ def restore_accumulate(
     TILE: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """w = w + weight * (g - w) where there is a gradient, and w is its mean; w = backup where there is one."""
+    """Set w = w + weight * (g - w) where there is a gradient; w is its mean. Set w = backup where there is one."""
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)

@@ -11,7 +11,7 @@ from fused_sam.backends.triton.tiles import chunk, in_full_tiles, pointer
 
 @triton.jit
 def _higher(x, start, best, at, TILE: tl.constexpr):
-    """(bits of the largest |x| so far, where) in every lane: bits of numbers >= 0 are in their order, NaN above."""
+    """Return (bits of the largest |x| so far, where), by lane: bits of numbers >= 0 are in their order, NaN above."""
     bits = tl.where(x == x, x, float("nan")).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     higher = bits > best
     return tl.where(higher, bits, best), tl.where(higher, start + tl.arange(0, TILE), at)
@@ -36,7 +36,7 @@ def peak_partials(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """peaks[chunk] = the bits of the largest |x|, elements[chunk] = the first such element; -1 if all are 0."""
+    """Write peaks[chunk] = the bits of the largest |x|, elements[chunk] = the first such element; -1 if all are 0."""
     index = first + tl.program_id(0)
     row, begin, count = chunk(chunks, sizes, index, CHUNK)
     _, _, adaptive, eta, decay = terms_of(ascent, groups, row)
@@ -59,7 +59,7 @@ def peak_partials(
 
 @triton.jit(do_not_specialize=["chunks", "peaks", "elements", "out", "count"])
 def peak_total(chunks, peaks, elements, out, count, TILE: tl.constexpr):
-    """out = (largest, number of its tensor, its element), by one program; of equal ones the first in the list."""
+    """Write out = (largest, number of its tensor, its element), by one program; of equal ones the first in the list."""
     last: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     best = tl.zeros([TILE], tl.int64)
     entry = tl.full([TILE], last, tl.int64)

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """How many chunks there are."""
+        """Return the number of chunks."""
         return len(self.chunks) // 8
 
 
@@ -82,7 +82,7 @@ def column(numbers: Iterable[int]) -> bytes:
 
 
 def addresses_of(tensors: TensorList | None, count: int) -> bytes:
-    """A column of ``count`` addresses, 0 where there is no tensor."""
+    """Return a column of ``count`` addresses, 0 where there is no tensor."""
     return bytes(8 * count) if tensors is None else column(0 if x is None else x.data_ptr() for x in tensors)
 
 
@@ -97,7 +97,7 @@ def ascent_table(groups: list[AscentGroup]) -> bytes:
 
 
 def sgd_table(groups: list[SGDGroup]) -> bytes:
-    """The hyperparameters of SGD as the kernels read them."""
+    """Return the hyperparameters of SGD as the kernels read them."""
     rows = []
     for group in groups:
         lr, address, flags = _scalar(group.lr)
@@ -109,7 +109,7 @@ def sgd_table(groups: list[SGDGroup]) -> bytes:
 
 
 def adam_table(groups: list[AdamGroup]) -> bytes:
-    """The hyperparameters of Adam as the kernels read them."""
+    """Return the hyperparameters of Adam as the kernels read them."""
     rows = []
     for group in groups:
         lr, address, flags = _scalar(group.lr)
@@ -122,20 +122,20 @@ def adam_table(groups: list[AdamGroup]) -> bytes:
 
 
 def mean_table(groups: list[MeanGroup]) -> bytes:
-    """The weights of running means as the kernel reads them, and a row for what has no gradient."""
+    """Return the weights of running means as the kernel reads them, and a row for what has no gradient."""
     rows = [struct.pack("=dq", group.weight, kernels.FIRST * group.first) for group in groups]
     return b"".join(rows) + bytes(16)
 
 
 def _scalar(value: float | Tensor) -> tuple[float, int, int]:
-    """(number, address, flags): a tensor is read by the kernel, where it is."""
+    """Return (number, address, flags): a tensor is read by the kernel, where it is."""
     if not isinstance(value, Tensor):
         return float(value), 0, 0
     return 0.0, value.data_ptr(), kernels.WIDE if value.dtype == torch.float64 else 0
 
 
 def readable(value: Any) -> Any:
-    """The value in a dtype that the kernels read, if it is a tensor."""
+    """Return the value in a dtype that the kernels read, if it is a tensor."""
     if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
         return value.to(torch.float64)
     return value
@@ -161,7 +161,7 @@ class Columns:
         self._reserve: Tensor | None = None
 
     def on(self, device: torch.device, columns: Sequence[bytes]) -> list[Tensor]:
-        """The columns as int64 tensors on a device, for use on its current stream."""
+        """Return the columns as int64 tensors on a device, for use on its current stream."""
         if device.type == "cpu":
             stream, capturing = 0, False
         else:
@@ -201,5 +201,5 @@ class Columns:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to this device within."""
+    """Make launches inside the block go to this device."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def chunk(chunks, sizes, index, CHUNK: tl.constexpr):
-    """(tensor, first element, elements) of a chunk. The table answers in one load what a search takes ten for."""
+    """Return (tensor, first element, elements) of a chunk. The table takes one load, where a search takes ten."""
     entry = tl.load(chunks + index)
     row = entry >> 32
     begin = (entry & 0xFFFFFFFF) * CHUNK
@@ -17,27 +17,27 @@ def chunk(chunks, sizes, index, CHUNK: tl.constexpr):
 
 @triton.jit
 def pointer(addresses, row, begin, T: tl.constexpr):
-    """(address, pointer to element `begin`) of a tensor."""
+    """Return (address, pointer to element `begin`) of a tensor."""
     address = tl.load(addresses + row)
     return address, address.to(tl.pointer_type(T)) + begin
 
 
 @triton.jit
 def source_of(w_address, backups, row, begin, P: tl.constexpr):
-    """(address of the backup, pointer to w: the backup where there is one)."""
+    """Return (address of the backup, pointer to w: the backup where there is one)."""
     b_address = tl.load(backups + row)
     return b_address, tl.where(b_address == 0, w_address, b_address).to(tl.pointer_type(P)) + begin
 
 
 @triton.jit
 def in_full_tiles(address, count, TILE: tl.constexpr):
-    """Elements that can be taken in vectors of 16 bytes: whole tiles, if all the addresses that were or-ed allow it."""
+    """Return how many elements fit vectors of 16 bytes: whole tiles, if all the addresses that were or-ed allow it."""
     return tl.where((address & 15) == 0, count // TILE * TILE, 0)
 
 
 @triton.jit
 def _tile(pointer, start, TILE: tl.constexpr, FULL: tl.constexpr):
-    """Pointers to the elements of a tile. The hint must follow the cast to a pointer, or it is lost."""
+    """Return pointers to the elements of a tile. The hint must follow the cast to a pointer, or it is lost."""
     first = pointer + start
     if FULL:
         first = tl.multiple_of(first, 16)
@@ -46,7 +46,7 @@ def _tile(pointer, start, TILE: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def load(pointer, start, count, wanted, TILE: tl.constexpr, FULL: tl.constexpr):
-    """A tile of a tensor, zeros where it is not wanted. A mask that is the same for all elements keeps the vectors."""
+    """Load a tile of a tensor, zeros where unwanted. A mask that is the same for all elements keeps the vectors."""
     if FULL:
         return tl.load(_tile(pointer, start, TILE, FULL), mask=wanted, other=0.0)
     inside = start + tl.arange(0, TILE) < count
@@ -55,7 +55,7 @@ def load(pointer, start, count, wanted, TILE: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def store(pointer, value, start, count, wanted, TILE: tl.constexpr, FULL: tl.constexpr):
-    """A tile of a tensor, where it is wanted."""
+    """Store a tile of a tensor where it is wanted."""
     if FULL:
         tl.store(_tile(pointer, start, TILE, FULL), value, mask=wanted)
     else:
@@ -65,7 +65,7 @@ def store(pointer, value, start, count, wanted, TILE: tl.constexpr, FULL: tl.con
 
 @triton.jit
 def widened(x, C: tl.constexpr):
-    """16-bit data by way of fp32."""
+    """Convert a tile to a wider dtype; 16-bit data goes by way of fp32."""
     if x.dtype != C:
         x = x.to(tl.float32)
     return x.to(C)
@@ -73,7 +73,7 @@ def widened(x, C: tl.constexpr):
 
 @triton.jit
 def narrowed(x, T: tl.constexpr):
-    """The inverse of `widened`, rounded: 16-bit data by way of fp32."""
+    """Round a tile to a narrower dtype; 16-bit data goes by way of fp32."""
     if T.primitive_bitwidth == 16:
         x = x.to(tl.float32)
     return x.to(T)
@@ -81,13 +81,13 @@ def narrowed(x, T: tl.constexpr):
 
 @triton.jit
 def number(bits):
-    """The float64 of these bits."""
+    """Return the float64 of these bits."""
     return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def scalar(bits, address, wide):
-    """A float64: the number itself, or what is in device memory."""
+    """Return a float64: the number itself, or what is in device memory."""
     value = number(bits)
     if address != 0:
         if wide:
@@ -99,7 +99,7 @@ def scalar(bits, address, wide):
 
 @triton.jit
 def sum_of_lanes(x, SIZE: tl.constexpr):
-    """Neighbours are added until one number is left: the same additions in whatever layout a target keeps the tile."""
+    """Add neighbours until one number is left: the same additions in whatever layout a target keeps the tile."""
     n: tl.constexpr = SIZE // 2
     x = tl.sum(tl.reshape(x, [n, 2]), axis=1)
     if n > 1:
