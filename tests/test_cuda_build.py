@@ -35,7 +35,7 @@ compiled = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def registers() -> dict[str, int]:
     """Registers of each kernel by its mangled name; none may keep anything in local memory."""
-    report = sass.dump(LIBRARY, "-res-usage")
+    report = sass.dump(LIBRARY, "-res-usage", "-arch", f"sm_{ARCHITECTURE}")
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     assert len(found) > 3
     assert [name for name, _, stack, local in found if int(stack) + int(local)] == []
@@ -58,8 +58,8 @@ FIGURES = [
     *[("perturb", dtype, 4, 64, 9) for dtype in ("float", "bf16", "f16", "double")],
     *[("accumulate", dtype, 4, 64, 2) for dtype in ("float", "bf16", "f16", "double")],
     *[("sgd", dtype, 6, 56, 8) for dtype in ("float", "bf16", "f16", "double")],
-    ("adam", "float", 4, 40, 4),
-    ("adam", "double", 4, 32, 4),
+    ("adam", "float", 4, 40, 5),  # the restore's loop is one of them
+    ("adam", "double", 4, 32, 5),
     *[("adam", dtype, 8, 64, 4) for dtype in ("bf16", "f16")],
 ]
 MANGLED = {"float": "ff", "double": "dd", "bf16": r"NS_4bf16ES\d_", "f16": r"NS_3f16ES\d_"}

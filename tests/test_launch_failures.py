@@ -105,7 +105,7 @@ class Stream:
 
 
 def test_backups_are_kept_for_the_stream_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else memory would go back to the stream of the backward while that of the step reads it."""
+    """Else memory would go back to the stream of the ascent while that of the update reads it."""
     recorded: list[tuple[int, int]] = []
     monkeypatch.setattr(
         torch.Tensor,

@@ -225,7 +225,7 @@ OPTIONS: dict[str, Variant] = {
     "fused_sam_p_inf": Variant("p = inf", functools.partial(_fused_sam, p=math.inf), 36, needs="fused_sam"),
     "fused_sam_adamw": Variant("AdamW", _fused_adamw, 52, needs="fused_sam"),
     # The backup of w is memory of its own: the momentum is needed after the step.
-    "fused_sam_msam": Variant("MSAM", functools.partial(_fused_sam, direction="momentum"), 36, needs="fused_sam"),
+    "fused_sam_msam": Variant("MSAM", functools.partial(_fused_sam, direction="momentum"), 40, needs="fused_sam"),
 }
 
 

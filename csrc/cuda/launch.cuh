@@ -41,21 +41,15 @@ __device__ __forceinline__ Place place(bool reverse) {
 // and for the smallest arguments that hold it. All others share one kernel, of two sizes.
 template <class F>
 const void* kernel_of(const CommonTypes& types, size_t list_bytes, const F& kernel_for) {
-  const auto of_size = [&](auto common) {
+  const auto of_size = [&](auto common) -> const void* {
     constexpr bool kUsual = decltype(common)::kConstant;
     if (list_bytes <= kSmallPayload) return kernel_for(common, std::integral_constant<int, kSmallPayload>{});
-    if constexpr (kUsual) {
+    if constexpr (kUsual && kMediumPayload < kMostPayload) {
       if (list_bytes <= kMediumPayload) return kernel_for(common, std::integral_constant<int, kMediumPayload>{});
     }
     return kernel_for(common, std::integral_constant<int, kMostPayload>{});
   };
-  if (types.are(DType::f32, DType::f32)) return of_size(OneType<float, float>{});
-  if (types.are(DType::bf16, DType::bf16)) return of_size(OneType<bf16, bf16>{});
-  if (types.are(DType::f16, DType::f16)) return of_size(OneType<f16, f16>{});
-  if (types.are(DType::f64, DType::f64)) return of_size(OneType<double, double>{});
-  if (types.are(DType::f32, DType::bf16, DType::bf16)) return of_size(OneType<float, bf16, bf16>{});
-  if (types.are(DType::f32, DType::f16, DType::f16)) return of_size(OneType<float, f16, f16>{});
-  return of_size(AnyTypes{});
+  return with_types(types, of_size);
 }
 
 // Enqueues a kernel, given as a pointer to a function of Arguments and Terms. The runtime copies both.

@@ -37,6 +37,8 @@ void visit_units(const WorkList<Group>& list, const Visit& visit) {
   count_launch();
   if (list.bytes() <= kSmallPayload) {
     visit_units_as<kSmallPayload>(list, visit);
+  } else if (list.bytes() <= kMediumPayload) {
+    visit_units_as<kMediumPayload>(list, visit);
   } else {
     visit_units_as<kLargePayload>(list, visit);
   }
@@ -64,7 +66,8 @@ size_t capacity() {
 }
 
 void norm(const Target&, const WorkList<AscentTerms>& list, const NormTerms& terms) {
-  const double sum = add_blocks(list, terms, norm_unit<AnyTypes>);
+  const double sum =
+      with_types(list.types(), [&](auto types) { return add_blocks(list, terms, norm_unit<decltype(types)>); });
   if (terms.last) *terms.out = {std::sqrt(sum), -1.0, -1.0};
 }
 
@@ -94,34 +97,42 @@ void clear(const Target&, Norm* out) {
   *out = Norm{};
 }
 
+// Calls work(types, unit, group, lane) for every lane of every unit, with the dtypes that a device's kernel would have.
+template <class Group, class Work>
+void visit_lanes(const WorkList<Group>& list, const Work& work) {
+  with_types(list.types(), [&](auto types) {
+    visit_units(list, [&](uint32_t, const auto& unit, const Group& group) {
+      for (int lane = 0; lane < kWarp; ++lane) work(types, unit, group, lane);
+    });
+  });
+}
+
 void perturb(const Target&, const WorkList<AscentTerms>& list, const PerturbTerms& terms) {
   const bool powers = terms.q != 1.0 && terms.q != 2.0;
-  visit_units(list, [&](uint32_t, const Unit<SlimEntry>& unit, const AscentTerms& group) {
-    for (int lane = 0; lane < kWarp; ++lane) {
-      if (powers) {
-        power_perturb_unit(unit, group, terms.q, *terms.norm, lane);
-      } else {
-        perturb_unit<AnyTypes>(unit, group, terms.q, terms.q == 1.0 ? 0.0 : terms.norm->value, lane);
-      }
+  visit_lanes(list, [&](auto types, const auto& unit, const AscentTerms& group, int lane) {
+    if (powers) {
+      power_perturb_unit(unit, group, terms.q, *terms.norm, lane);
+    } else {
+      perturb_unit<decltype(types)>(unit, group, terms.q, terms.q == 1.0 ? 0.0 : terms.norm->value, lane);
     }
   });
 }
 
 void accumulate(const Target&, const WorkList<MeanTerms>& list, const MeanUnits&) {
-  visit_units(list, [&](uint32_t, const Unit<SlimEntry>& unit, const MeanTerms& group) {
-    for (int lane = 0; lane < kWarp; ++lane) accumulate_unit<AnyTypes>(unit, group, lane);
+  visit_lanes(list, [&](auto types, const auto& unit, const MeanTerms& group, int lane) {
+    accumulate_unit<decltype(types)>(unit, group, lane);
   });
 }
 
 void sgd_update(const Target&, const WorkList<SgdTerms>& list, const UpdateTerms& terms) {
-  visit_units(list, [&](uint32_t, const Unit<SlimEntry>& unit, const SgdTerms& group) {
-    for (int lane = 0; lane < kWarp; ++lane) sgd_unit<AnyTypes>(unit, group, terms.multiplier(), terms.skip(), lane);
+  visit_lanes(list, [&](auto types, const auto& unit, const SgdTerms& group, int lane) {
+    sgd_unit<decltype(types)>(unit, group, terms.multiplier(), terms.skip(), lane);
   });
 }
 
 void adam_update(const Target&, const WorkList<AdamTerms>& list, const UpdateTerms& terms) {
-  visit_units(list, [&](uint32_t, const Unit<WideEntry>& unit, const AdamTerms& group) {
-    for (int lane = 0; lane < kWarp; ++lane) adam_unit<AnyTypes>(unit, group, terms.multiplier(), terms.skip(), lane);
+  visit_lanes(list, [&](auto types, const auto& unit, const AdamTerms& group, int lane) {
+    adam_unit<decltype(types)>(unit, group, terms.multiplier(), terms.skip(), lane);
   });
 }
 

@@ -27,4 +27,16 @@ struct AnyTypes {
   }
 };
 
+// Returns f(types) for the dtypes that a list's tensors have in common if those are usual, else f(AnyTypes{}).
+template <class F>
+auto with_types(const CommonTypes& types, const F& f) {
+  if (types.are(DType::f32, DType::f32)) return f(OneType<float, float>{});
+  if (types.are(DType::bf16, DType::bf16)) return f(OneType<bf16, bf16>{});
+  if (types.are(DType::f16, DType::f16)) return f(OneType<f16, f16>{});
+  if (types.are(DType::f64, DType::f64)) return f(OneType<double, double>{});
+  if (types.are(DType::f32, DType::bf16, DType::bf16)) return f(OneType<float, bf16, bf16>{});
+  if (types.are(DType::f32, DType::f16, DType::f16)) return f(OneType<float, f16, f16>{});
+  return f(AnyTypes{});
+}
+
 }  // namespace fused_sam::cuda

@@ -121,6 +121,7 @@ T* required(T* pointer, const char* name) {
 template <class CPU, class CUDA>
 void run(const Batch& batch, int64_t on, const CPU& on_cpu, const CUDA& on_target) {
   const Device device = batch.device();
+  if (!device.cpu() && !batch.for_cuda()) throw py::value_error("Invalid tensors. Must be on the CPU.");
   if (!device.cpu() && !device.cuda()) throw py::value_error("Invalid tensors. Must be on a CPU or CUDA device.");
   const py::gil_scoped_release unlocked;
   if (!batch.for_cuda()) {

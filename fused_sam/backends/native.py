@@ -155,7 +155,8 @@ class Batch:
             return
         stream = current_stream(self.device)
         if ascent is not None and ascent.stream != stream.cuda_stream:
-            # The memory would go back to the stream that it was taken on, and be used there while it is read here.
+            # The memory would go back to the ascent's stream, and be used there while it is read here. A gradient's own
+            # stream is that of its backward, and as with every optimizer the caller's to wait for.
             for memory in ascent.core.memory:
                 memory.record_stream(stream)
         # The kernels' own CUDA runtime sets the device; torch's is told only where it has another one.
