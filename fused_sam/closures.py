@@ -29,10 +29,13 @@ Closure: TypeAlias = Callable[[], Any]
 Closures: TypeAlias = Closure | Sequence[Closure]
 
 
-def run(step: Step, closure: Closures, ascent: Closures | None = None, scaled: bool = False) -> Any:
+def run(
+    step: Step, closure: Closures, zero_grad: Callable[[], Any], ascent: Closures | None = None, scaled: bool = False
+) -> Any:
     """Make a whole step; arguments, result and errors are those of `FusedSAM.step`.
 
-    At w + e only the second half: the closure is run once. ``scaled``: whether a GradScaler has looked at gradients.
+    At w + e only the second half: the closure is run once. ``zero_grad`` is the optimizer's, which a subclass may have
+    its own of. ``scaled``: whether a GradScaler has looked at gradients.
     """
     _check(step, closure, ascent)
     if scaled:
@@ -41,7 +44,9 @@ def run(step: Step, closure: Closures, ascent: Closures | None = None, scaled: b
             "first_step() and then scaler.step(optimizer)."
         )
     second_half = step.displacement is not None
-    if second_half and (step.is_ascent_due or ascent is not None or not callable(closure)):
+    if second_half and step.is_ascent_due:
+        raise RuntimeError("step(closure) after first_step(): another first_step() is due. Or call restore().")
+    if second_half and (ascent is not None or not callable(closure)):
         raise RuntimeError("step(closure) after first_step(): takes one closure, at w + e. Or call restore().")
     try:
         if second_half and callable(closure):  # without zeroing: wrappers pass a closure that does nothing
@@ -50,9 +55,9 @@ def run(step: Step, closure: Closures, ascent: Closures | None = None, scaled: b
             _warn_of_lost(step)
             first: Any = closure if ascent is None else ascent
             if callable(closure):
-                loss, report = _gradient(step, closure, first)
+                loss, report = _gradient(step, closure, first, zero_grad)
             else:
-                loss, report = _mean_gradient(step, list(zip(closure, first)))
+                loss, report = _mean_gradient(step, list(zip(closure, first)), zero_grad)
         step.descend(seen=report)
     except BaseException:
         step.restore()
@@ -95,12 +100,12 @@ def _check_one(name: str, closure: Any) -> None:
         raise ValueError(f"Invalid {name}={closure!r}. Must hold a callable for each group of examples.")
 
 
-def _gradient(step: Step, closure: Closure, ascent: Closure) -> tuple[Any, Report]:
+def _gradient(step: Step, closure: Closure, ascent: Closure, zero_grad: Callable[[], Any]) -> tuple[Any, Report]:
     """Make both passes: the gradient at w + e is in p.grad then, with the weights still there. Return the loss at w.
 
     In a step that is not perturbed one pass, and all at w.
     """
-    step.clear_gradients()
+    zero_grad()
     if not step.is_ascent_due:
         loss = _call(closure)
         return loss, step.make_report(loss)
@@ -144,19 +149,21 @@ def _call(closure: Closure, state: Any = None) -> Any:
         return closure()
 
 
-def _mean_gradient(step: Step, pairs: Sequence[tuple[Closure, Closure]]) -> tuple[Any, Report]:
+def _mean_gradient(
+    step: Step, pairs: Sequence[tuple[Closure, Closure]], zero_grad: Callable[[], Any]
+) -> tuple[Any, Report]:
     """Leave the mean of the closures' second gradients in p.grad. Return the mean loss.
 
     With several closures the weights are at w + e of the last one then, for the base step to restore in its own pass.
     """
     if len(pairs) == 1:
-        loss, report = _gradient(step, *pairs[0])
+        loss, report = _gradient(step, *pairs[0], zero_grad)
         return _mean([loss]), stacked([report])
     means: dict[Tensor, Tensor] = {}
     losses, reports = [], []
     for number, (closure, ascent) in enumerate(pairs, start=1):
         with step.peers.deferred():
-            loss, report = _gradient(step, closure, ascent)
+            loss, report = _gradient(step, closure, ascent, zero_grad)
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)  # a graph would keep memory
         reports.append(report)
         if number < len(pairs):

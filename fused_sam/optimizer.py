@@ -157,7 +157,7 @@ class FusedSAM(Optimizer):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "step" in vars(cls):
+        if cls.step is not FusedSAM.step and not hasattr(cls.step, "announced"):  # its own, or a mixin's
             cls.step = _announced(cls.step)  # type: ignore[method-assign]
 
     # What wrappers share: some copy __dict__, in which there is nothing but the step and what torch has put there.
@@ -192,6 +192,10 @@ class FusedSAM(Optimizer):
     def last(self) -> Report:
         """Return what the last step saw, a `fused_sam.report.Report` of tensors on the device."""
         return self._step.last
+
+    @last.setter
+    def last(self, report: Report) -> None:
+        self._step.last = report
 
     @property
     def perturbed(self) -> bool:
@@ -252,7 +256,7 @@ class FusedSAM(Optimizer):
         step = self._step
         found_inf = getattr(self, "found_inf", None)
         if closure is not None:
-            return closures.run(step, closure, ascent, found_inf is not None)
+            return closures.run(step, closure, self.zero_grad, ascent, found_inf is not None)
         if ascent is not None:
             raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
         step.descend(getattr(self, "grad_scale", None), found_inf)
@@ -377,6 +381,7 @@ def _announced(step: Callable[..., Any]) -> Any:
         finally:
             self._step.within -= 1
 
+    announced.announced = True  # type: ignore[attr-defined]
     return announced
 
 

@@ -200,3 +200,45 @@ def test_the_old_name_of_looksam_alpha_warns() -> None:
     with pytest.warns(DeprecationWarning, match="looksam_alpha"):
         opt = make(weights(9), interval=2, reuse=0.3)
     assert opt.looksam_alpha == 0.3
+
+
+class Mixin:
+    """A step from beside the optimizer's own classes."""
+
+    def step(self, closure: Any) -> Any:
+        loss = closure()
+        self.first_step(zero_grad=True)
+        closure()
+        self.second_step(zero_grad=True)
+        return loss
+
+
+class Mixed(Mixin, FusedSAM):
+    pass
+
+
+class Clearing(FusedSAM):
+    cleared = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.cleared += 1
+        super().zero_grad(set_to_none)
+
+
+def test_a_step_from_a_mixin_may_call_both_halves() -> None:
+    params = weights(9, 67)
+    opt = Mixed(params, rho=RHO, **HYPER)
+    for _ in range(3):
+        opt.step(quadratic(params))
+    assert not opt.perturbed
+    assert_same_bits(params, trajectory())
+
+
+def test_the_closure_form_zeroes_by_the_outermost_zero_grad() -> None:
+    params = weights(9)
+    opt = Clearing(params, rho=RHO, **HYPER)
+    opt.step(quadratic(params))
+    opt.step([quadratic(params)] * 2)
+    assert opt.cleared == 3
+    opt.last = None
+    assert opt.last is None
