@@ -37,8 +37,12 @@ class Ranks:
         """(True, result), or (False, traceback) where it raised or the rank was lost; one for each rank."""
         if not self._processes:
             self._start()
-        for pipe in self._pipes:
-            pipe.send((case, args, kwargs))
+        try:
+            for pipe in self._pipes:
+                pipe.send((case, args, kwargs))
+        except BrokenPipeError:  # a process was ended since the last case
+            self.close()
+            raise
         results: list[tuple[bool, Any]] = [(False, f"no answer within {CASE_SECONDS} s")] * self.size
         waiting, deadline = dict(zip(self._pipes, range(self.size))), time.monotonic() + CASE_SECONDS
         while waiting and (left := deadline - time.monotonic()) > 0:
