@@ -166,12 +166,12 @@ struct Lerp {
 
 // A running mean of gradients.
 template <class Vec>
-struct MeanMath {
+struct AccumulateMath {
   Lerp<Vec> lerp;
   Vec weight;
   bool first;
 
-  FUSED_SAM_HD explicit MeanMath(const MeanGroup& group)
+  FUSED_SAM_HD explicit AccumulateMath(const AccumulateGroup& group)
       : lerp(group.weight), weight(Vec::set(static_cast<typename Vec::Scalar>(group.weight))), first(group.first) {}
 
   FUSED_SAM_HD Vec operator()(Vec mean, Vec g) const { return first ? mul(g, weight) : lerp(mean, g); }

@@ -66,7 +66,7 @@ struct AdamGroup {
 };
 
 // Of the tensors whose `param` is a running mean of gradients.
-struct MeanGroup {
+struct AccumulateGroup {
   double weight;
   bool first;  // the mean holds nothing yet: it is written, never read, and becomes weight * g
 };
@@ -91,7 +91,7 @@ void restore(const Tensor* tensors, size_t count, int threads);
 
 // mean <- mean + weight * (g - mean) for every tensor that has a gradient g, with the mean as its `param` and no
 // backup; `restore` of all others. Computed as torch's lerp. Where the group says `first`, g may be the mean itself.
-void restore_accumulate(const Tensor* tensors, size_t count, const MeanGroup* groups, int threads);
+void restore_accumulate(const Tensor* tensors, size_t count, const AccumulateGroup* groups, int threads);
 
 // w <- backup (param where there is none), then with g = grad_multiplier * grad:
 //   d = (maximize ? -g : g) + weight_decay * w

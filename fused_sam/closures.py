@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_sam import ops, rng
 from fused_sam.ascent import second_order
-from fused_sam.backends.interface import InvalidTensor, Journal, MeanGroup
+from fused_sam.backends.interface import AccumulateGroup, InvalidTensor, Journal
 from fused_sam.options import ASCENT_CLOSURE, CLOSURES, refuse
 from fused_sam.report import Report, stacked
 from fused_sam.step import Step, untraced
@@ -200,7 +200,7 @@ def _average(step: Step, means: dict[Tensor, Tensor], count: int, journal: Journ
         places.append(i)
         grads.append(grad)
         kinds.append(kind)
-    groups = [MeanGroup(len(list(run)), *kind) for kind, run in itertools.groupby(kinds)]
+    groups = [AccumulateGroup(len(list(run)), *kind) for kind, run in itertools.groupby(kinds)]
     local = parameters.local
     of_places = local([means[params[i]] for i in places])
     try:

@@ -170,7 +170,7 @@ def op_surface(given: Any, steps: Any, sizes: Any, numbers: Any, norm: Any, p: A
     ascent = [ops.AscentGroup(size, rho, bool(i), eta, decay) for i, size in enumerate(sizes)]
     sgd = [ops.SGDGroup(size, rho, momentum, eta, decay, False, True, eta > 0) for size in sizes]
     adam = [ops.AdamGroup(size, rho, 0.9, 0.99, 1e-8, decay, True, True, False, eta > 0) for size in sizes]
-    means = [ops.MeanGroup(size, rho, eta > 0) for size in sizes]
+    means = [ops.AccumulateGroup(size, rho, eta > 0) for size in sizes]
     on = {"backend": backend, "masters": masters}
     attempt(f"ops.norm, {backend}", lambda: ops.norm(params, grads, ascent, p=p, **on), params)
     attempt(f"ops.perturb, {backend}", lambda: ops.perturb(params, grads, backups, norm, ascent, p=p, **on), params)

@@ -152,7 +152,7 @@ def test_means_and_parameters_to_restore_take_several_launches() -> None:
         ascent = ops.Ascent(params, [torch.ones_like(p) for p in params], ascent_groups(len(sizes)), backend)
         ascent.perturb(scalar(2.9, "cpu"), journal)
         assert snapshot(params) != before
-        ops.restore_accumulate(means, grads, [ops.MeanGroup(len(sizes), 1 / 3, False)], journal, backend)
+        ops.restore_accumulate(means, grads, [ops.AccumulateGroup(len(sizes), 1 / 3, False)], journal, backend)
         assert snapshot(params) == before
         results.append(snapshot(means))
     assert results[0] == results[1]

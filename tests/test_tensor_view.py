@@ -96,7 +96,7 @@ def test_columns_say_where_tensors_lie(case: str, device: torch.device) -> None:
     make, kind = TAKEN[case]
     w, g, b, m = make()
     x = made(device, [torch.randn(2), w, torch.randn(3)], [None, g, torch.randn(3)], [None, b, None], [None, m, None])
-    assert x.odd == []
+    assert x.unsupported == []
     x.check([1, 2])
     lists = [x.addresses(of) for of in ("params", "grads", "backups")] + [x.state_addresses(0)]
     assert [read(c)[1] for c in lists] == [t.data_ptr() for t in (w, g, b, m)]
@@ -110,16 +110,16 @@ def test_columns_say_where_tensors_lie(case: str, device: torch.device) -> None:
 def test_what_kernels_cannot_take_is_refused_by_its_place(case: str, device: torch.device) -> None:
     rows = [TAKEN["plain"][0](), REFUSED[case]()]
     x = made(device, *(list(column) for column in zip(*rows, strict=True)))
-    assert x.odd == [1]
+    assert x.unsupported == [1]
     with pytest.raises(ValueError, match="Invalid tensor at index 1"):
         x.check([2])
 
 
 def test_an_xpu_is_not_another_one() -> None:
-    assert made(XPU, [torch.randn(3)], [torch.randn(3)]).odd == []
+    assert made(XPU, [torch.randn(3)], [torch.randn(3)]).unsupported == []
     w, g = (put(torch.randn(3), XPU) for _ in range(2))
-    assert native.operands(torch.device("xpu", 0), [w], [g], None, ()).odd == [0]
-    assert native.operands(XPU, [torch.randn(3)], [torch.randn(3)], None, ()).odd == [0]  # on the CPU
+    assert native.operands(torch.device("xpu", 0), [w], [g], None, ()).unsupported == [0]
+    assert native.operands(XPU, [torch.randn(3)], [torch.randn(3)], None, ()).unsupported == [0]  # on the CPU
 
 
 @every_device

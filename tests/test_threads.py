@@ -100,7 +100,7 @@ def digests(threads: int, backend: str = "native") -> dict[str, str]:
                 add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
         for weight, first in ((1 / 3, False), (0.5, False), (0.25, True)):
             x = fresh()
-            ops.restore_accumulate(x.params, x.grads, [ops.MeanGroup(len(SIZES), weight, first)], backend=backend)
+            ops.restore_accumulate(x.params, x.grads, [ops.AccumulateGroup(len(SIZES), weight, first)], backend=backend)
             add(f"restore_accumulate {dtype} {weight}", x.params)
         for p in (1.0, 1.5, 2.0, math.inf):
             x, groups = fresh(), [AscentGroup(len(SIZES), RHO, True, 0.03, 0.37)]

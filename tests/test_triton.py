@@ -36,7 +36,10 @@ from fused_sam import FusedSAM, backends, ops
 
 SUITES = {
     "ops": ("test_ops.py test_ops_update.py", "not thousand"),
-    "means": ("test_ops_means.py test_microbatch.py", "test_ops_means or bits or reference and 3-asam or None"),
+    "means": (
+        "test_ops_accumulate.py test_microbatch.py",
+        "test_ops_accumulate or bits or reference and 3-asam or None",
+    ),
     "adam": (
         "test_ops_adam.py test_adam.py",
         "ops_adam and (not closed_form or float32 or all) or strided and adamw or network and asam-all or own_step "

@@ -61,9 +61,9 @@ SANITIZED = {
         "test_ops_adam.py::test_strided_tensors",
     ),
     "accumulate": (
-        "test_ops_means.py::test_every_dtype_and_group_in_one_call",
-        "test_ops_means.py::test_what_the_journal_holds_is_undone_in_the_same_call",
-        "test_ops_means.py::test_strided_tensors",
+        "test_ops_accumulate.py::test_every_dtype_and_group_in_one_call",
+        "test_ops_accumulate.py::test_what_the_journal_holds_is_undone_in_the_same_call",
+        "test_ops_accumulate.py::test_strided_tensors",
     ),
     "general p": (
         "test_p_norms.py::test_strided_tensors",

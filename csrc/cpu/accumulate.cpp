@@ -7,9 +7,9 @@ namespace fused_sam::cpu::FUSED_SAM_ISA {
 template <class T>
 struct Accumulate {
   using Vec = typename Compute<T>::Vec;
-  MeanMath<Vec> math;
+  AccumulateMath<Vec> math;
 
-  explicit Accumulate(const MeanGroup& group) : math(group) {}
+  explicit Accumulate(const AccumulateGroup& group) : math(group) {}
 
   // g is read before mean is written: they may be the same memory.
   template <bool kStream, class G>
@@ -24,7 +24,7 @@ struct Accumulate {
 };
 
 template <class T, class G>
-static void accumulate_as(const Tensor& t, int64_t begin, int64_t count, const MeanGroup& group, bool stream) {
+static void accumulate_as(const Tensor& t, int64_t begin, int64_t count, const AccumulateGroup& group, bool stream) {
   const Accumulate<T> accumulate(group);
   constexpr int kWidth = Accumulate<T>::Vec::width;
   T* mean = static_cast<T*>(t.param) + begin;
@@ -45,7 +45,7 @@ static void accumulate_as(const Tensor& t, int64_t begin, int64_t count, const M
   }
 }
 
-void accumulate(const Tensor& t, int64_t begin, int64_t count, const MeanGroup& group, bool stream) {
+void accumulate(const Tensor& t, int64_t begin, int64_t count, const AccumulateGroup& group, bool stream) {
   dispatch(t.dtype, t.grad_dtype,
            [&](auto p, auto g) { accumulate_as<decltype(p), decltype(g)>(t, begin, count, group, stream); });
 }

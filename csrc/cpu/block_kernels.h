@@ -20,21 +20,21 @@ struct BlockKernels {
   double (*sum_of_squares)(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);
   void (*perturb)(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);
   void (*restore)(const Tensor&, int64_t begin, int64_t count, bool stream);
-  void (*accumulate)(const Tensor&, int64_t begin, int64_t count, const MeanGroup&, bool stream);
+  void (*accumulate)(const Tensor&, int64_t begin, int64_t count, const AccumulateGroup&, bool stream);
   void (*sgd_update)(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);
   void (*adam_update)(const Tensor&, int64_t begin, int64_t count, const AdamTerms&, bool stream);
   void (*stream_copy)(void* dst, const void* src, int64_t bytes);
 };
 
-#define FUSED_SAM_DECLARE_ISA(isa)                                                              \
-  namespace isa {                                                                               \
-  double sum_of_squares(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);       \
-  void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream); \
-  void restore(const Tensor&, int64_t begin, int64_t count, bool stream);                       \
-  void accumulate(const Tensor&, int64_t begin, int64_t count, const MeanGroup&, bool stream);  \
-  void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream); \
-  void adam_update(const Tensor&, int64_t begin, int64_t count, const AdamTerms&, bool stream); \
-  void stream_copy(void* dst, const void* src, int64_t bytes);                                  \
+#define FUSED_SAM_DECLARE_ISA(isa)                                                                   \
+  namespace isa {                                                                                    \
+  double sum_of_squares(const Tensor&, int64_t begin, int64_t count, const AscentGroup&);            \
+  void perturb(const Tensor&, int64_t begin, int64_t count, const AscentScalars&, bool stream);      \
+  void restore(const Tensor&, int64_t begin, int64_t count, bool stream);                            \
+  void accumulate(const Tensor&, int64_t begin, int64_t count, const AccumulateGroup&, bool stream); \
+  void sgd_update(const Tensor&, int64_t begin, int64_t count, const SgdScalars&, bool stream);      \
+  void adam_update(const Tensor&, int64_t begin, int64_t count, const AdamTerms&, bool stream);      \
+  void stream_copy(void* dst, const void* src, int64_t bytes);                                       \
   }
 FUSED_SAM_DECLARE_ISA(portable)
 FUSED_SAM_DECLARE_ISA(avx2)

@@ -201,7 +201,7 @@ static void restore_ungraded(const Tensor* tensors, size_t count, int threads) {
   if (!restored.empty()) restore(restored.data(), restored.size(), threads);
 }
 
-void restore_accumulate(const Tensor* tensors, size_t count, const MeanGroup* groups, int threads) {
+void restore_accumulate(const Tensor* tensors, size_t count, const AccumulateGroup* groups, int threads) {
   const Partition partition(tensors, count, [](const Tensor& t) { return has_grad(t) || t.backup != nullptr; });
   const bool stream = exceeds_cache(partition.bytes());
   const auto restore_block = block_kernels().restore;

@@ -10,7 +10,7 @@ constexpr int kBlocks = 4;  // as in norm.cu
 
 template <class Types, int kBytes>
 __global__ void __launch_bounds__(kThreads, Types::kConstant ? kBlocks : 2)
-    accumulate_kernel(const __grid_constant__ Arguments<MeanTerms, kBytes> arguments, const MeanUnits) {
+    accumulate_kernel(const __grid_constant__ Arguments<AccumulateTerms, kBytes> arguments, const AccumulateUnits) {
   const Place here = place(false);
   if (here.unit >= arguments.units) return;
   const auto unit = arguments.walk().locate(here.unit);
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, Types::kConstant ? kBlocks : 2)
 
 }  // namespace
 
-void accumulate(const Target& target, const WorkList<MeanTerms>& list, const MeanUnits& terms) {
+void accumulate(const Target& target, const WorkList<AccumulateTerms>& list, const AccumulateUnits& terms) {
   const void* kernel = kernel_of(list.types(), list.bytes(), [](auto types, auto bytes) {
     return reinterpret_cast<const void*>(&accumulate_kernel<decltype(types), decltype(bytes)::value>);
   });

@@ -139,8 +139,8 @@ void restore(const Target& target, const std::vector<Tensor>& tensors) {
 }
 
 void restore_accumulate(const Target& target, const std::vector<Tensor>& tensors,
-                        const std::vector<MeanTerms>& groups) {
-  run(target, tensors, groups, MeanUnits{}, &Ops::accumulate, moves);
+                        const std::vector<AccumulateTerms>& groups) {
+  run(target, tensors, groups, AccumulateUnits{}, &Ops::accumulate, moves);
 }
 
 void sgd_update(const Target& target, const std::vector<Tensor>& tensors, const std::vector<SgdTerms>& groups,

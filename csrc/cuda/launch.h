@@ -56,7 +56,8 @@ void perturb(const Target& target, const std::vector<Tensor>& tensors, const std
 void restore(const Target& target, const std::vector<Tensor>& tensors);
 
 // As cpu::restore_accumulate.
-void restore_accumulate(const Target& target, const std::vector<Tensor>& tensors, const std::vector<MeanTerms>& groups);
+void restore_accumulate(const Target& target, const std::vector<Tensor>& tensors,
+                        const std::vector<AccumulateTerms>& groups);
 
 // As cpu::sgd_update. Gradients are multiplied by 1 / *grad_scale where that is not null; where found_inf is not null
 // and not zero on the device, parameters are only restored.

@@ -118,8 +118,8 @@ void perturb(const Target&, const WorkList<AscentTerms>& list, const PerturbTerm
   });
 }
 
-void accumulate(const Target&, const WorkList<MeanTerms>& list, const MeanUnits&) {
-  visit_lanes(list, [&](auto types, const auto& unit, const MeanTerms& group, int lane) {
+void accumulate(const Target&, const WorkList<AccumulateTerms>& list, const AccumulateUnits&) {
+  visit_lanes(list, [&](auto types, const auto& unit, const AccumulateTerms& group, int lane) {
     accumulate_unit<decltype(types)>(unit, group, lane);
   });
 }

@@ -29,7 +29,7 @@ struct UpdateTerms {
   FUSED_SAM_HD bool skip() const { return found_inf != nullptr && *found_inf != 0.0f; }
 };
 // All that `restore_accumulate` is told is in the groups.
-struct MeanUnits {};
+struct AccumulateUnits {};
 
 // Lanes of a full tree: lane k takes in lane k + half, for every half. Shuffles on the device do the same additions.
 FUSED_SAM_HD double add_pairwise(double* lanes, int count) {
@@ -48,7 +48,7 @@ struct Ops {
   Launch<AscentTerms, NormTerms> norm, peak, powers;
   void (*clear)(const Target&, Norm* out);
   Launch<AscentTerms, PerturbTerms> perturb;
-  Launch<MeanTerms, MeanUnits> accumulate;
+  Launch<AccumulateTerms, AccumulateUnits> accumulate;
   Launch<SgdTerms, UpdateTerms> sgd_update;
   Launch<AdamTerms, UpdateTerms> adam_update;
 };

@@ -43,9 +43,9 @@ struct AdamTerms {
   Scalar lr;  // instead of group.lr
 };
 
-struct MeanTerms {
+struct AccumulateTerms {
   using Entry = SlimEntry;
-  MeanGroup group;
+  AccumulateGroup group;
 };
 
 }  // namespace fused_sam::cuda

@@ -11,7 +11,7 @@ struct Accumulate {
   static constexpr int kUnroll = 2;
   P* mean;
   const G* g;
-  MeanMath<Lane<typename Computed<P>::type>> math;
+  AccumulateMath<Lane<typename Computed<P>::type>> math;
 
   template <int V>
   struct Regs {
@@ -38,14 +38,14 @@ struct Accumulate {
 
 // Of a mean if there is a gradient, else of a parameter.
 template <class Types>
-FUSED_SAM_HD void accumulate_unit(const Unit<SlimEntry>& u, const MeanTerms& terms, int lane) {
+FUSED_SAM_HD void accumulate_unit(const Unit<SlimEntry>& u, const AccumulateTerms& terms, int lane) {
   descend_unit<Types>(u, false, lane, [&](auto* mean, const auto*, auto* gradient, auto rounded) {
     using P = Pointee<decltype(mean)>;
     using G = Pointee<decltype(gradient)>;
     // A mean is nobody's master: for those the restore alone is compiled.
     if constexpr (std::is_same<typename decltype(rounded)::Type, NoRounded>::value) {
       constexpr int V = pack_width<P, G>();
-      const Accumulate<P, G> op{mean, gradient, MeanMath<Lane<typename Computed<P>::type>>(terms.group)};
+      const Accumulate<P, G> op{mean, gradient, AccumulateMath<Lane<typename Computed<P>::type>>(terms.group)};
       const Path<V> path = path_of<V>(u.count, mean, gradient);
       path.walk_singles(op, lane);
       settle<Types::kConstant>(op.math.first, [&](auto first) {

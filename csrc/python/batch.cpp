@@ -113,7 +113,7 @@ Batch::Batch(const py::list& params, const py::object& grads, const py::object& 
   const bool kept = py::isinstance<Batch>(backups);
   if (!kept) backups_ = checked(backups, count_, "backups");
   for (Py_ssize_t i = 0; i < count_; ++i) {
-    if (!describe(i, &tensors_[static_cast<size_t>(i)])) odd_.push_back(i);
+    if (!describe(i, &tensors_[static_cast<size_t>(i)])) unsupported_.push_back(i);
   }
   if (kept) adopt_backups(backups.cast<const Batch&>());
 }
@@ -201,7 +201,7 @@ void Batch::refresh() {
   }
 }
 
-py::list Batch::kept() const {
+py::list Batch::has_backup() const {
   py::list answers;
   for (const Tensor& t : tensors_) {
     if (t.backup != nullptr) {
@@ -280,8 +280,8 @@ const std::vector<Tensor>& Batch::gather(const std::vector<int64_t>& sizes) {
     throw py::value_error("Invalid group sizes: their sum is " + std::to_string(total) +
                           ". Must be len(params)=" + std::to_string(count_) + ".");
   }
-  if (!odd_.empty()) {
-    throw py::value_error("Invalid tensor at index " + std::to_string(odd_.front()) +
+  if (!unsupported_.empty()) {
+    throw py::value_error("Invalid tensor at index " + std::to_string(unsupported_.front()) +
                           ". Parameter, gradient, backup and state must be dense tensors of one "
                           "device, floating dtype, shape and memory layout.");
   }

@@ -27,11 +27,11 @@ class Batch {
   Device device() const { return device_; }
   bool for_cuda() const { return for_cuda_; }
 
-  // The descriptors as they were read. Those at odd() mean nothing.
+  // The descriptors as they were read. Those at unsupported() mean nothing.
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
   // Indices of the tensors that take part in the op but that the kernels cannot take as they lie in memory.
-  const std::vector<Py_ssize_t>& odd() const { return odd_; }
+  const std::vector<Py_ssize_t>& unsupported() const { return unsupported_; }
 
   // Finds memory for w of every parameter with a gradient: the gradient's own where it is large and `owned` and nothing
   // but this object and one Python list refers to it, else memory that lasts as long as this object. A master is its
@@ -41,8 +41,8 @@ class Batch {
   // Throws ValueError unless there is a fitting backup for every gradient, and none where there is a master.
   void set_backups(const pybind11::list& backups);
 
-  // The descriptors; group k covers the next sizes[k] tensors. Throws ValueError where odd() is not empty, for sizes
-  // that do not add up, and for written tensors that overlap.
+  // The descriptors; group k covers the next sizes[k] tensors. Throws ValueError where unsupported() is not empty, for
+  // sizes that do not add up, and for written tensors that overlap.
   const std::vector<Tensor>& gather(const std::vector<int64_t>& sizes);
 
   // Has the kernels read the step of every tensor with a gradient: float32 tensors of one element, kept alive by the
@@ -53,7 +53,7 @@ class Batch {
   const pybind11::list& memory() const { return memory_; }
 
   // True for every parameter that has a backup, None for the others.
-  pybind11::list kept() const;
+  pybind11::list has_backup() const;
 
   // Lets go of everything but the backups, of the first `displaced` tensors: what an ascent has to keep between the
   // passes.
@@ -75,7 +75,7 @@ class Batch {
   pybind11::list memory_;  // what make_backups allocated
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
-  std::vector<Py_ssize_t> odd_;
+  std::vector<Py_ssize_t> unsupported_;
   bool disjoint_ = false;  // whether that has been found of `tensors_` as they are
 };
 

@@ -53,8 +53,8 @@ PYBIND11_MODULE(_native, m) {
   batch
       .def(py::init<const py::list&, const py::object&, const py::object&, const py::tuple&, const py::object&, int,
                     int, bool>())
-      .def_property_readonly("odd", &Batch::odd)
-      .def_property_readonly("kept", &Batch::kept)
+      .def_property_readonly("unsupported", &Batch::unsupported)
+      .def_property_readonly("has_backup", &Batch::has_backup)
       .def_property_readonly("memory", &Batch::memory)
       .def("make_backups", &Batch::make_backups)
       .def("set_backups", &Batch::set_backups);

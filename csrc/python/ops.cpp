@@ -15,12 +15,12 @@ namespace py = pybind11;
 namespace fused_sam {
 namespace {
 
-// Field order of fused_sam.ops.AscentGroup, SGDGroup, AdamGroup and MeanGroup. rho and lr may be tensors.
+// Field order of fused_sam.ops.AscentGroup, SGDGroup, AdamGroup and AccumulateGroup. rho and lr may be tensors.
 using AscentTuple = std::tuple<int64_t, py::object, bool, double, double>;
 using SgdTuple = std::tuple<int64_t, py::object, double, double, double, bool, bool, bool>;
 using AdamTuple =
     std::tuple<int64_t, py::object, double, double, double, double, bool, bool, bool, bool, double, double>;
-using MeanTuple = std::tuple<int64_t, double, bool>;
+using AccumulateTuple = std::tuple<int64_t, double, bool>;
 
 constexpr int64_t kNormNumbers = sizeof(Norm) / sizeof(double);
 
@@ -64,9 +64,9 @@ std::vector<cuda::AdamTerms> terms_of(const std::vector<AdamTuple>& groups, Devi
   return terms;
 }
 
-std::vector<cuda::MeanTerms> terms_of(const std::vector<MeanTuple>& groups, Device) {
-  std::vector<cuda::MeanTerms> terms;
-  for (const auto& [size, weight, first] : groups) terms.push_back({MeanGroup{weight, first}});
+std::vector<cuda::AccumulateTerms> terms_of(const std::vector<AccumulateTuple>& groups, Device) {
+  std::vector<cuda::AccumulateTerms> terms;
+  for (const auto& [size, weight, first] : groups) terms.push_back({AccumulateGroup{weight, first}});
   if (terms.empty()) terms.push_back({});  // that of the parameters to restore, which is not read
   return terms;
 }
@@ -84,7 +84,7 @@ auto on_cpu(const Terms& terms) {
   return group;
 }
 
-MeanGroup on_cpu(const cuda::MeanTerms& terms) {
+AccumulateGroup on_cpu(const cuda::AccumulateTerms& terms) {
   return terms.group;
 }
 
@@ -238,7 +238,7 @@ void adam_update(Batch& batch, const std::vector<AdamTuple>& groups, const py::o
 
 // The means, as parameters that have gradients, and behind them the parameters of `restored`, a Batch of an ascent of
 // `size` parameters, or None.
-std::vector<Tensor> joined(Batch& means, const std::vector<MeanTuple>& groups, const py::object& restored,
+std::vector<Tensor> joined(Batch& means, const std::vector<AccumulateTuple>& groups, const py::object& restored,
                            Py_ssize_t size) {
   std::vector<Tensor> tensors = means.gather(sizes_of(groups));
   if (restored.is_none()) return tensors;
@@ -254,8 +254,8 @@ std::vector<Tensor> joined(Batch& means, const std::vector<MeanTuple>& groups, c
   return tensors;
 }
 
-void restore_accumulate(Batch& means, const py::object& restored, Py_ssize_t size, const std::vector<MeanTuple>& groups,
-                        int64_t on, py::list journal) {
+void restore_accumulate(Batch& means, const py::object& restored, Py_ssize_t size,
+                        const std::vector<AccumulateTuple>& groups, int64_t on, py::list journal) {
   const auto tensors = joined(means, groups, restored, size);
   const auto terms = terms_of(groups, means.device());
   run(

@@ -79,7 +79,7 @@ def _keep_newcomers(
     """Back up the parameters whose first gradient comes only now. One with a new master is restored from a copy, too:
     what the journal restores from masters was entered before."""
     new: list[Any] = [None] * len(params)
-    restored = {id(p) for entry in journal for p, kept in zip(entry.params, entry.kept) if kept is not None}
+    restored = {id(p) for entry in journal for p, backup in zip(entry.params, entry.has_backup) if backup is not None}
     for i, (p, g) in enumerate(zip(params, grads)):
         if g is not None and id(p) not in restored:
             new[i] = torch.empty_like(p)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
+from fused_sam.backends.interface import AccumulateGroup, AdamGroup, AscentGroup, Journal, SGDGroup, TensorList
 from fused_sam.backends.memory import ordered_sum, overlaps_itself, wide
 
 NEEDS_DENSE = False
@@ -43,7 +43,7 @@ class Batch:
         self.states = states
 
     @property
-    def odd(self) -> list[int]:
+    def unsupported(self) -> list[int]:
         # All, as torch copes with any that pass.
         return list(range(len(self.params)))
 
@@ -60,7 +60,7 @@ class Batch:
         self.backups = [b if m is None or g is None else m for b, g, m in zip(backups, self.grads, self.masters)]
 
     @property
-    def kept(self) -> list[Any | None]:
+    def has_backup(self) -> list[Any | None]:
         return self.backups or [None] * len(self.params)
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
@@ -126,7 +126,7 @@ class Batch:
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [b for _, b in pairs])
 
-    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
+    def restore_accumulate(self, restored: Any, groups: list[AccumulateGroup], journal: Journal) -> None:
         members = itertools.groupby(self._members(groups), operator.itemgetter(1))
         for group, run in members:
             _accumulate([(self.params[i], self.grads[i]) for i, _ in run], group)
@@ -182,7 +182,7 @@ class Batch:
 batch = Batch
 
 
-def _accumulate(pairs: list[tuple[Tensor, Tensor]], group: MeanGroup) -> None:
+def _accumulate(pairs: list[tuple[Tensor, Tensor]], group: AccumulateGroup) -> None:
     """Return mean + weight * (g - mean), or weight * g, for (mean, g) of one group."""
     alike = [(mean, g) for mean, g in pairs if mean.dtype == g.dtype]
     if alike and group.first:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 TensorList: TypeAlias = list[Any]  # of Tensor | None
 
-# What is to be undone if the step goes no further: entries with ``params``, ``kept`` (None for each parameter that is
-# not displaced), ``joins_update`` and ``restore()``. What perturb has done to the weights is entered by the code that
-# touches them, at the moment it has, and what a base step does to state before the weights follow; the update clears it
-# all, at the moment it is made, so that an interrupt always finds it accurate.
+# What to undo if the step goes no further: entries with ``params``, ``has_backup`` (None for each parameter that is not
+# displaced), ``joins_update`` and ``restore()``. The code that perturbs the weights enters them at that moment; a base
+# step enters what it does to its state before the weights follow. The update clears the journal at the moment at which
+# it is made, so that an interrupt always finds the journal accurate.
 Journal: TypeAlias = list[Any]
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -113,14 +113,14 @@ class AdamGroup(NamedTuple):
         return self._replace(size=size, correction1=1 - self.beta1**step, correction2_root=root)
 
 
-class MeanGroup(NamedTuple):
+class AccumulateGroup(NamedTuple):
     """How much of the next ``size`` gradients their running means take in; ``first``: the means hold nothing yet."""
 
     size: int
     weight: float
     first: bool
 
-    def on(self, device: torch.device, size: int) -> MeanGroup:
+    def on(self, device: torch.device, size: int) -> AccumulateGroup:
         """Return the group for ``size`` tensors."""
         return self._replace(size=size)
 
@@ -142,11 +142,11 @@ class Batch(Protocol):
         """Return whether an update by the same backend can restore what this has perturbed."""
 
     @property
-    def odd(self) -> Sequence[int]:
+    def unsupported(self) -> Sequence[int]:
         """Return the indices of tensors that `fused_sam.ops.routing` must look at before an op may take them."""
 
     @property
-    def kept(self) -> TensorList:
+    def has_backup(self) -> TensorList:
         """Return an entry for each parameter: None for those without a backup."""
 
     def make_backups(self, owned: bool) -> None:
@@ -164,7 +164,7 @@ class Batch(Protocol):
     def restore(self) -> None:
         """Write w back."""
 
-    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
+    def restore_accumulate(self, restored: Any, groups: list[AccumulateGroup], journal: Journal) -> None:
         """Restore an ascent's batch, if given, and update the running means that are this batch's parameters."""
 
     def sgd_update(

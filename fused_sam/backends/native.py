@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_sam._native as _native
-from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
+from fused_sam.backends.interface import AccumulateGroup, AdamGroup, AscentGroup, Journal, SGDGroup, TensorList
 
 NEEDS_DENSE = True
 BASE_STEPS = ("sgd_update", "adam_update")
@@ -92,7 +92,7 @@ class Batch:
         self.device: torch.device = params[0].device
         kind, index = (DEVICE_TYPES[self.device.type], self.device.index or 0) if for_cuda else (DEVICE_TYPES["cpu"], 0)
         self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index, for_cuda)
-        self.odd = self.core.odd
+        self.unsupported = self.core.unsupported
 
     def make_backups(self, owned: bool) -> None:
         self.core.make_backups(owned)
@@ -101,8 +101,8 @@ class Batch:
         self.core.set_backups(backups)
 
     @property
-    def kept(self) -> list[bool | None]:
-        return self.core.kept
+    def has_backup(self) -> list[bool | None]:
+        return self.core.has_backup
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
         if self.for_cuda:
@@ -125,7 +125,7 @@ class Batch:
     def restore(self) -> None:
         self._run(self.core.restore, self, len(self.params))
 
-    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
+    def restore_accumulate(self, restored: Any, groups: list[AccumulateGroup], journal: Journal) -> None:
         moved, size = (None, 0) if restored is None else (restored.core, len(restored.params))
         self._run(self.core.restore_accumulate, restored, moved, size, groups, last=(journal,))
 

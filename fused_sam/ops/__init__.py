@@ -15,19 +15,19 @@ means that there is none. Groups cover the lists in order, ``size`` tensors each
 fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm always in fp64.
 """
 
-from fused_sam.backends.interface import AdamGroup, AscentGroup, InvalidTensor, Journal, MeanGroup, SGDGroup
+from fused_sam.backends.interface import AccumulateGroup, AdamGroup, AscentGroup, InvalidTensor, Journal, SGDGroup
 from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, restore_accumulate, sgd_update
 from fused_sam.ops.groups import dual_exponent, host_number, is_capturing
 from fused_sam.ops.journal import NewState, StateEntry, joint_backup, restore_weights, roll_back
 
 __all__ = [
+    "AccumulateGroup",
     "AdamGroup",
     "Ascent",
     "AscentGroup",
     "InvalidTensor",
     "Journal",
-    "MeanGroup",
     "NewState",
     "SGDGroup",
     "StateEntry",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_sam.backends.interface import AdamGroup, Journal, MeanGroup, SGDGroup, TensorList
+from fused_sam.backends.interface import AccumulateGroup, AdamGroup, Journal, SGDGroup, TensorList
 from fused_sam.ops.groups import require_sizes
 from fused_sam.ops.journal import AdamStepEntry, bump_versions, copy, roll_back
 from fused_sam.ops.lists import all_present
@@ -35,7 +35,7 @@ def restore(params: TensorList, backups: TensorList, backend: str | None = None)
 def restore_accumulate(
     means: TensorList,
     grads: TensorList,
-    groups: list[MeanGroup],
+    groups: list[AccumulateGroup],
     journal: Journal | None = None,
     backend: str | None = None,
 ) -> None:

@@ -23,7 +23,7 @@ class Copies:
         copy(params, backups)
 
     @property
-    def kept(self) -> TensorList:
+    def has_backup(self) -> TensorList:
         """Return an entry for each parameter: None for those that are not displaced."""
         return self.backups
 
@@ -37,7 +37,7 @@ class StateEntry:
 
     joins_update = False
     params: ClassVar[TensorList] = []
-    kept: ClassVar[TensorList] = []
+    has_backup: ClassVar[TensorList] = []
 
     def restore(self) -> None:
         """Take it back."""
@@ -142,6 +142,6 @@ def bump_versions(params: TensorList, *touched: TensorList | Any | None) -> None
         if isinstance(x, list) and all_present(x):
             torch.autograd.graph.increment_version(params)
             return
-    lists = [x if isinstance(x, list) else x.kept for x in touched if x is not None]
+    lists = [x if isinstance(x, list) else x.has_backup for x in touched if x is not None]
     written = [p for p, *entries in itertools.zip_longest(params, *lists) if any(x is not None for x in entries)]
     torch.autograd.graph.increment_version(written)

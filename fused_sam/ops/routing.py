@@ -96,7 +96,7 @@ def route(
     if isinstance(backups, eager.Batch) and module is not eager:
         backups = backups.backups
     batch = module.batch(params, grads, backups, *states, masters=masters)
-    if batch.odd:
+    if batch.unsupported:
         return _divide(backend, module, batch, groups, params, grads, backups, states, masters, q)
     for group in groups:
         if isinstance(group[1], Tensor):  # rho or lr
@@ -117,12 +117,12 @@ def _divide(
     masters: TensorList | None,
     q: float | None,
 ) -> list[Part]:
-    """Return the parts of tensors of which the first backend has found some odd."""
-    odd = set(batch.odd)
+    """Return the parts of tensors some of which the first backend does not support."""
+    unsupported = set(batch.unsupported)
     members: dict[tuple[Any, torch.device, bool], list[int]] = {}
     for i, param in enumerate(params):
         stage = False
-        if i in odd:
+        if i in unsupported:
             if not any(isinstance(x, list) and x[i] is not None for x in (grads, backups)):
                 continue
             kept = [x[i] for x in (backups,) if isinstance(x, list) and x[i] is not None]

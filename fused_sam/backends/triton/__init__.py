@@ -35,7 +35,7 @@ from fused_sam.backends.triton import kernels, launches, tables
 
 if TYPE_CHECKING:
     import fused_sam._native as _native
-    from fused_sam.backends.interface import AdamGroup, AscentGroup, Journal, MeanGroup, SGDGroup, TensorList
+    from fused_sam.backends.interface import AccumulateGroup, AdamGroup, AscentGroup, Journal, SGDGroup, TensorList
 
 __all__ = [
     "BASE_STEPS",
@@ -89,12 +89,12 @@ class Batch:
         self._moved: Tensor | None = None if ascent is None else ascent._moved
 
     @property
-    def odd(self) -> list[int]:
-        return self._operands.odd
+    def unsupported(self) -> list[int]:
+        return self._operands.unsupported
 
     @property
-    def kept(self) -> list[bool | None]:
-        return self._operands.kept
+    def has_backup(self) -> list[bool | None]:
+        return self._operands.has_backup
 
     def make_backups(self, owned: bool) -> None:
         self._operands.make_backups(owned)
@@ -144,11 +144,11 @@ class Batch:
         self._operands.refresh()
         plan = self._plan([len(self.params)], with_backups=True)
         with tables.on_device(self._device):
-            columns = self._columns(plan, self._operands.addresses("params"), self._kept_at())
+            columns = self._columns(plan, self._operands.addresses("params"), self._backup_addresses())
             for x in plan.launches:
                 launches.launch(kernels.restore, x, *columns, x.first)
 
-    def restore_accumulate(self, restored: Any, groups: list[MeanGroup], journal: Journal) -> None:
+    def restore_accumulate(self, restored: Any, groups: list[AccumulateGroup], journal: Journal) -> None:
         """Take the gradients into this batch's parameters, which are the means, and restore those of ``restored``."""
         sizes = _sizes(groups)
         plan = self._plan(sizes, with_grads=True)
@@ -160,7 +160,7 @@ class Batch:
             weights, backups = restored._addresses("backups")
             columns = [x + y for x, y in zip(columns, (weights, bytes(len(weights)), backups))]
         with tables.on_device(self._device):
-            arguments = self._columns(plan, plan.groups, *columns, tables.mean_table(groups))
+            arguments = self._columns(plan, plan.groups, *columns, tables.accumulate_table(groups))
             for x in plan.launches:
                 launches.launch(kernels.restore_accumulate, x, *arguments, x.first)
             journal.clear()
@@ -199,7 +199,7 @@ class Batch:
         """Launch a base step, of which ``columns`` are the state and the hyperparameters."""
         plan = self._plan(_sizes(groups), with_grads=True, with_backups=True)
         with tables.on_device(self._device):
-            arguments = self._columns(plan, plan.groups, *self._addresses("grads"), self._kept_at(), *columns)
+            arguments = self._columns(plan, plan.groups, *self._addresses("grads"), self._backup_addresses(), *columns)
             for x in plan.launches:
                 launches.launch(kernel, x, *arguments, grad_scale, found_inf, x.first)
             journal.clear()
@@ -228,7 +228,7 @@ class Batch:
         sent = iter(_columns.on(self._device, [x for x in columns if isinstance(x, bytes)]))
         return [next(sent) if isinstance(x, bytes) else x for x in columns]
 
-    def _kept_at(self) -> bytes | Tensor:
+    def _backup_addresses(self) -> bytes | Tensor:
         """Return the column of backups to restore from."""
         return self._operands.addresses("backups") if self._moved is None else self._moved
 

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fused_sam.backends.triton.accumulate import restore_accumulate
 from fused_sam.backends.triton.ascent import norm_partials, norm_total, perturb, restore
 from fused_sam.backends.triton.descent import adam_update, sgd_update
-from fused_sam.backends.triton.means import restore_accumulate
 from fused_sam.backends.triton.peak import peak_partials, peak_total
 
 __all__ = [

@@ -22,7 +22,7 @@ from fused_sam.backends.interface import DTYPES
 from fused_sam.backends.triton import kernels
 
 if TYPE_CHECKING:
-    from fused_sam.backends.interface import AdamGroup, AscentGroup, MeanGroup, SGDGroup, TensorList
+    from fused_sam.backends.interface import AccumulateGroup, AdamGroup, AscentGroup, SGDGroup, TensorList
 
 Dtypes = tuple[torch.dtype, torch.dtype]  # of a parameter and of its gradient
 
@@ -121,7 +121,7 @@ def adam_table(groups: list[AdamGroup]) -> bytes:
     return b"".join(rows)
 
 
-def mean_table(groups: list[MeanGroup]) -> bytes:
+def accumulate_table(groups: list[AccumulateGroup]) -> bytes:
     """Return the weights of running means as the kernel reads them, and a row for what has no gradient."""
     rows = [struct.pack("=dq", group.weight, kernels.FIRST * group.first) for group in groups]
     return b"".join(rows) + bytes(16)

@@ -9,7 +9,7 @@ from fused_sam.backends.triton.tiles import chunk, in_full_tiles, load, number, 
 
 
 @triton.jit
-def _mean_tile(
+def _accumulate_tile(
     w_, source, g_, start, count, is_mean, first, weight, C: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr
 ):
     """Update the mean like torch's lerp; see Lerp in csrc/arithmetic.h. Where g is the mean, it is read first."""
@@ -53,6 +53,6 @@ def restore_accumulate(
     is_mean = g_address != 0
     full = in_full_tiles(w_address | g_address | b_address, count, TILE)
     for start in range(0, full, TILE):
-        _mean_tile(w, source, g, start, count, is_mean, begins, weight, C, TILE, True)
+        _accumulate_tile(w, source, g, start, count, is_mean, begins, weight, C, TILE, True)
     for start in range(full, count, REST):
-        _mean_tile(w, source, g, start, count, is_mean, begins, weight, C, REST, False)
+        _accumulate_tile(w, source, g, start, count, is_mean, begins, weight, C, REST, False)

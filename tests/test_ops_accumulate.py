@@ -25,7 +25,7 @@ from helpers import (
 from torch import Tensor
 
 from fused_sam import backends, ops
-from fused_sam.ops import InvalidTensor, MeanGroup
+from fused_sam.ops import AccumulateGroup, InvalidTensor
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 WEIGHTS = [1.0, 1 / 2, 1 / 3, 1 / 7, 6 / 7]
@@ -56,7 +56,7 @@ def test_a_mean_takes_in_a_gradient(dtype: torch.dtype, weight: float, first: bo
         for m in means:
             m.fill_(torch.nan)  # uninitialised memory: written, never read
     kept = snapshot(grads)
-    ops.restore_accumulate(means, grads, [MeanGroup(len(sizes), weight, first)], backend=backend)
+    ops.restore_accumulate(means, grads, [AccumulateGroup(len(sizes), weight, first)], backend=backend)
     for m, (before, g) in zip(means, old, strict=True):
         expected = g * weight if first else before + weight * (g - before)
         assert_within_ulp(m, expected, abs(before) + abs(g), MEAN_ULP, "mean")
@@ -70,10 +70,10 @@ def test_a_mean_takes_in_a_gradient(dtype: torch.dtype, weight: float, first: bo
 def test_it_has_the_bits_of_torchs_lerp(dtype: torch.dtype, weight: float, backend: str, device: str) -> None:
     means, grads = (random_(Carved(FEW_SIZES, dtype, device)) for _ in range(2))
     twins = [m.clone() for m in means]
-    ops.restore_accumulate(means, grads, [MeanGroup(len(means), weight, False)], backend=backend)
+    ops.restore_accumulate(means, grads, [AccumulateGroup(len(means), weight, False)], backend=backend)
     torch._foreach_lerp_(twins, grads, weight)
     assert_bits_of_torch(means, twins, "mean")
-    ops.restore_accumulate(means, grads, [MeanGroup(len(means), weight, True)], backend=backend)
+    ops.restore_accumulate(means, grads, [AccumulateGroup(len(means), weight, True)], backend=backend)
     assert_same_bits(means, torch._foreach_mul(grads, weight), "product")
 
 
@@ -81,7 +81,7 @@ def test_it_has_the_bits_of_torchs_lerp(dtype: torch.dtype, weight: float, backe
 def test_without_a_gradient_a_mean_is_scaled_by_itself_or_stays(dtype: torch.dtype, backend: str, device: str) -> None:
     means = random_(carved := Carved([17, 1009, 67], dtype, device))
     expected = [means[0] * (2 / 3), means[1] * (2 / 3), means[2].clone()]
-    groups = [MeanGroup(2, 2 / 3, True), MeanGroup(1, 0.5, False)]
+    groups = [AccumulateGroup(2, 2 / 3, True), AccumulateGroup(1, 0.5, False)]
     ops.restore_accumulate(means, [*means[:2], None], groups, backend=backend)
     assert_same_bits(means, expected)
     carved.check()
@@ -95,7 +95,7 @@ def test_dtypes_that_mix(dtype: torch.dtype, wide_mean: bool, first: bool, backe
     dtypes = (torch.float32, dtype) if wide_mean else (dtype, torch.float32)
     means, grads = (random_(Carved(FEW_SIZES, x, device)) for x in dtypes)
     wide = [m.float() for m in means]
-    group = [MeanGroup(len(means), 1 / 3, first)]
+    group = [AccumulateGroup(len(means), 1 / 3, first)]
     ops.restore_accumulate(wide, [g.float() for g in grads], group, backend=backend)
     ops.restore_accumulate(means, grads, group, backend=backend)
     assert_same_bits(means, [x.to(dtypes[0]) for x in wide])
@@ -105,7 +105,7 @@ def test_dtypes_that_mix(dtype: torch.dtype, wide_mean: bool, first: bool, backe
 def test_strided_tensors(dtype: torch.dtype, backend: str, device: str) -> None:
     for name, mean, g in strided_pairs(dtype, device):
         expected, strides, kept = torch.lerp(mean, g, 0.3), mean.stride(), bits(g)
-        ops.restore_accumulate([mean], [g], [MeanGroup(1, 0.3, False)], backend=backend)
+        ops.restore_accumulate([mean], [g], [AccumulateGroup(1, 0.3, False)], backend=backend)
         torch.testing.assert_close(mean, expected, msg=name)
         assert (mean.stride(), bits(g)) == (strides, kept), name
 
@@ -113,7 +113,7 @@ def test_strided_tensors(dtype: torch.dtype, backend: str, device: str) -> None:
 def test_every_dtype_and_group_in_one_call(backend: str, device: str) -> None:
     means = [torch.randn(n).to(device, t) for t in DTYPES for n in (3, 1, 17)]
     grads, twins = [torch.randn_like(m) for m in means], [m.clone() for m in means]
-    groups = [MeanGroup(i % 3, 1 / (i + 2), i % 2 == 0) for i in range(13)]
+    groups = [AccumulateGroup(i % 3, 1 / (i + 2), i % 2 == 0) for i in range(13)]
     ops.restore_accumulate(means, grads, groups, backend=backend)
     start = 0
     for group in groups:
@@ -156,7 +156,7 @@ def test_what_the_journal_holds_is_undone_in_the_same_call(
     perturbed = Perturbed(backend, device, owned, master_of)
     means = [torch.randn_like(p) for p in perturbed.params[1:]]
     grads, twins = [torch.randn_like(m) for m in means], [m.clone() for m in means]
-    groups = [MeanGroup(len(means), 1 / 3, False)]
+    groups = [AccumulateGroup(len(means), 1 / 3, False)]
     versions = [x._version for x in (*perturbed.params[:2], *means)]
     entry = perturbed.journal[0]
     if backend != "eager" and perturbed.masters is None:
@@ -177,7 +177,7 @@ def test_without_any_mean_it_only_restores(backend: str, device: str) -> None:
 def test_strided_means_beside_parameters_to_restore(backend: str, device: str) -> None:
     perturbed = Perturbed(backend, device, owned=False)
     mean, g = torch.zeros(37, 5, device=device)[:, 2], torch.ones(37, device=device)
-    ops.restore_accumulate([mean], [g], [MeanGroup(1, 0.25, False)], perturbed.journal, backend)
+    ops.restore_accumulate([mean], [g], [AccumulateGroup(1, 0.25, False)], perturbed.journal, backend)
     perturbed.check()
     assert mean.tolist() == [0.25] * 37
 
@@ -186,7 +186,7 @@ def test_parameters_moved_by_several_calls_all_come_back(backend: str, device: s
     first, second = (Perturbed(backend, device, owned=False) for _ in range(2))
     journal = [*first.journal, *second.journal]
     mean = torch.zeros(9, device=device)
-    ops.restore_accumulate([mean], [torch.ones_like(mean)], [MeanGroup(1, 0.25, False)], journal, backend)
+    ops.restore_accumulate([mean], [torch.ones_like(mean)], [AccumulateGroup(1, 0.25, False)], journal, backend)
     assert journal == []
     for perturbed in (first, second):
         perturbed.journal.clear()
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(
 ) -> None:
     perturbed = Perturbed(backend, device, owned=False)
     moved, fine = snapshot(perturbed.params), torch.ones(9, device=device)
-    groups = [MeanGroup(2, 1 / 3, False)]
+    groups = [AccumulateGroup(2, 1 / 3, False)]
     with pytest.raises(error, match=sentence):
         ops.restore_accumulate(
             [fine, mean.to(device)], [fine.clone() * 2, grad.to(device)], groups, perturbed.journal, backend
@@ -236,7 +236,7 @@ def test_a_parameter_replaced_meanwhile_is_refused(backend: str, device: str) ->
     moved, mean = snapshot(params), torch.zeros(9, device=device)
     params[1].data = params[1].data.double()
     with pytest.raises(ValueError, match="while perturbed"):
-        ops.restore_accumulate([mean], [torch.ones_like(mean)], [MeanGroup(1, 0.5, False)], journal, backend)
+        ops.restore_accumulate([mean], [torch.ones_like(mean)], [AccumulateGroup(1, 0.5, False)], journal, backend)
     assert (snapshot(params[:1]), mean.tolist(), len(journal)) == (moved[:1], [0.0] * 9, 1)
 
 
@@ -249,7 +249,7 @@ def test_the_kernels_have_the_bits_of_the_cpu(dtype: torch.dtype, backend: str, 
         torch.manual_seed(0)
         means, grads = (random_(Carved([*FEW_SIZES, *[k % 5 for k in range(300)]], dtype, device)) for _ in range(2))
         for weight, first in ((1.0, True), (0.5, False), (1 / 3, False)):
-            ops.restore_accumulate(means, grads, [MeanGroup(len(means), weight, first)], backend=which)
+            ops.restore_accumulate(means, grads, [AccumulateGroup(len(means), weight, first)], backend=which)
             grads = [g + 1 for g in grads]
         results.append(means)
         if device != "cpu":
@@ -263,7 +263,7 @@ def test_a_master_is_no_mean(backend: str, device: str) -> None:
     masters = snapshot(perturbed.masters or [])
     means = [torch.zeros(p.shape, device=device) for p in perturbed.params]
     grads = [torch.ones_like(m) for m in means]
-    ops.restore_accumulate(means, grads, [MeanGroup(len(means), 0.5, False)], perturbed.journal, backend)
+    ops.restore_accumulate(means, grads, [AccumulateGroup(len(means), 0.5, False)], perturbed.journal, backend)
     perturbed.check()
     assert snapshot(perturbed.masters or []) == masters
     assert all(float(m.min()) == 0.5 for m in means if m.numel())
@@ -273,7 +273,7 @@ def test_after_it_the_base_step_starts_from_w(backend: str, device: str) -> None
     perturbed = Perturbed(backend, device, owned=True)
     p = perturbed.params[0]
     mean = torch.empty_like(p)
-    ops.restore_accumulate([mean], [torch.ones_like(p)], [MeanGroup(1, 1.0, True)], perturbed.journal, backend)
+    ops.restore_accumulate([mean], [torch.ones_like(p)], [AccumulateGroup(1, 1.0, True)], perturbed.journal, backend)
     perturbed.check()
     w = p.clone()
     ops.sgd_update([p], [mean], None, None, sgd_groups(1, lr=0.25), backend=backend)
