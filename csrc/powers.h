@@ -39,9 +39,19 @@ FUSED_SAM_HD double neighbourhood(double w, const AscentGroup& group) {
   return group.adaptive ? ::fabs(w) + group.eta : 1.0;
 }
 
-// x, whose q-norm is taken.
+// x = T (g + decay * w) of one element, whose q-norm is taken.
+struct WeightedGradient {
+  bool adaptive, decays;
+  double eta, decay;
+
+  FUSED_SAM_HD double operator()(double w, double g) const {
+    const double x = decays ? ::fma(decay, w, g) : g;
+    return adaptive ? (::fabs(w) + eta) * x : x;
+  }
+};
+
 FUSED_SAM_HD double scaled(double w, double g, const AscentGroup& group) {
-  return neighbourhood(w, group) * (group.decay != 0.0 ? ::fma(group.decay, w, g) : g);
+  return WeightedGradient{group.adaptive, group.decay != 0.0, group.eta, group.decay}(w, g);
 }
 
 // (|x| / scale)^q of an element of x. The scale is the largest |x|, so that no q overflows.

@@ -1,4 +1,4 @@
-"""The closure form of a step: one closure for the whole batch, or a list of them, each with an e of its own.
+"""The closure form of a step: one closure for the whole batch, or a list, each with a perturbation of its own.
 
 The second is m-sharpness (Foret et al. 2021, section 4.1) on one device: with k closures of m examples,
 

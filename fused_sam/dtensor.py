@@ -1,7 +1,7 @@
 """Parameters that are DTensors: of ``fully_shard`` (FSDP2), of tensor parallelism, or of both.
 
 A rank computes with what it has of each tensor; the norm is that of all shards. The gradients of both passes come
-averaged from whatever made the DTensors, so that all ranks share one e.
+averaged from whatever made the DTensors, so that all ranks share one perturbation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sharding: TypeAlias = tuple[Any, tuple[int, ...]]
 
 
 def is_sharded(x: Any) -> bool:
-    """Return whether it is a DTensor. Importing them takes most of a second: where nobody has, there are none."""
+    """Return whether it is a DTensor. Importing them takes most of a second: where no code has, there are none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 

@@ -93,10 +93,10 @@ class Options:
             if value is not None and not _is_number(value):
                 raise TypeError(f"Invalid {name}={value!r}. Must be a number > 0, or None.")
         for name in RANGES:
-            if hasattr(self, name):
+            if name != "stop" and hasattr(self, name):
                 _require(name, getattr(self, name))
         start, stop = self.start, self.stop
-        if stop is not None and stop <= start:
+        if not RANGES["stop"].allows(stop) or (stop is not None and stop <= start):
             raise ValueError(f"Invalid {stop=}. Must be None or an integer > {start=}: no step would be perturbed.")
         self.p = float(self.p)
         refuse(self)
@@ -197,7 +197,11 @@ EXCLUDES = (
     Exclusion("direction", ASCENT_CLOSURE, "It takes no gradient at w."),
     Exclusion("direction", SHARDED_STATE, f"{_STATE} e follows the momentum of all parameters."),
     Exclusion("ascent_steps", DTENSORS, _WHOLE),
-    Exclusion("master_weights", "base_optimizer", "Any but SGD, Adam and AdamW steps the 16-bit weights itself."),
+    Exclusion(
+        "master_weights",
+        "base_optimizer",
+        "Must be torch.optim.SGD, Adam or AdamW: any other steps the 16-bit weights itself.",
+    ),
     Exclusion("master_weights", SHARDED_STATE, f"{_STATE} w + e is made of the masters of all parameters."),
     Exclusion(
         "master_weights",

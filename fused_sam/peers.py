@@ -41,7 +41,7 @@ class Peers:
         """Lay out p.grad over the ranks as p is."""
 
     def average_first(self, parameters: Parameters) -> None:
-        """Write to p.grad its mean over those ranks that share one e. Before the norm."""
+        """Write to p.grad its mean over the ranks that share one perturbation. Before the norm."""
 
     def norm(self, ascent: ops.Ascent, tensors: list[Tensor]) -> Tensor | None:
         """Return `ops.Ascent.norm`, over what all ranks have of the parameters."""

@@ -308,7 +308,8 @@ class ReferenceSAM:
     def step(self, closure: Callable[[], Tensor] | Sequence[Callable[[], Tensor]]) -> Tensor:
         """Make both passes: the closure zeroes the gradients, runs forward and backward and returns the loss.
 
-        With a list of closures, m-sharpness (section 4.1): each has an e of its own, gradients and losses are averaged.
+        With a list of closures, m-sharpness (section 4.1): each has its own perturbation, and gradients and losses are
+        averaged.
         """
         closures = [closure] if callable(closure) else list(closure)
         losses, grads = [], []

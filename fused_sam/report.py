@@ -1,4 +1,4 @@
-"""What a step saw, as tensors on the device: nothing waits for it until somebody reads them.
+"""What a step saw, as tensors on the device: nothing waits for it until they are read.
 
 Losses and the norm of the ascent are there anyway. The rest takes copies and passes of its own, in plain torch and in
 fp64, and is made with ``FusedSAM(telemetry=True)`` only.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Report(NamedTuple):
-    """The last step that was made; None where there was nothing to see, or nobody looked.
+    """The last step that was made; None where there was nothing to see, or telemetry was off.
 
     Gradients are taken as backward left them: under a GradScaler they are those of the scaled loss, unless the caller
     has unscaled them. After ``step([closure_1, ..., closure_k])`` all but ``second_grad_norm`` have the shape [k]. With

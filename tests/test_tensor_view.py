@@ -124,7 +124,7 @@ def test_an_xpu_is_not_another_one() -> None:
 
 @every_device
 def test_memory_for_w_is_on_the_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of small tensors is one allocation; a large gradient may lend its own, see test_gradient_ownership.py."""
+    """Small tensors share one allocation; a large gradient may lend its own, see test_gradient_ownership.py."""
     asked, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device, **kind: (asked.append(device), empty(*size, **kind))[1])
     x = made(device, [torch.randn(n) for n in (5, LARGE, 7)], [torch.randn(5), torch.randn(LARGE), None])

@@ -26,15 +26,15 @@ class Failures:
     """Writes reports; with pytest-xdist those of all processes arrive in the first."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of the parts of a test."""
+        """Write what a part of a test reports, if it failed."""
         self.write(report, report.when)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Of modules."""
+        """Write why a module could not be collected."""
         self.write(report, "collection")
 
     def write(self, report: pytest.TestReport | pytest.CollectReport, when: str) -> None:
-        """Append one that failed."""
+        """Append a report of a failure."""
         if report.failed:
             with open(_failures(), "a", encoding="utf-8") as file:
                 file.write(f"{report.nodeid} ({when})\n{report.longreprtext[-LONGEST_REPORT:]}\n\n")

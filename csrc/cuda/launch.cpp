@@ -33,25 +33,16 @@ void run(const Target& target, const std::vector<Tensor>& tensors, const std::ve
   });
 }
 
-// How a norm is cut; which units share a block must not depend on `capacity`.
-Cut norm_cut(const std::vector<Tensor>& tensors, size_t capacity) {
-  return {shift_of(tensors, has_grad), capacity, true, true};
-}
-
-// Blocks of all launches of a norm.
-int64_t norm_blocks(const std::vector<Tensor>& tensors) {
-  const int shift = norm_cut(tensors, 0).shift;
-  int64_t blocks = 0, units = 0;
-  size_t taken = 0;
+// As many blocks as all launches of a norm can have: each run of tensors leaves less than one of them without work.
+int64_t most_norm_blocks(const std::vector<Tensor>& tensors) {
+  const int shift = shift_of(tensors, has_grad);
+  int64_t units = 0, taken = 0;
   for (const Tensor& t : tensors) {
     if (t.numel == 0 || !has_grad(t)) continue;
-    if (taken++ % kRun == 0) {
-      blocks += (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
-      units = 0;
-    }
     units += units_of(t.numel, shift);
+    ++taken;
   }
-  return blocks + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
+  return taken == 0 ? 0 : units / kUnitsPerBlock + taken / static_cast<int64_t>(kRun) + 1;
 }
 
 }  // namespace
@@ -101,22 +92,23 @@ std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped) {
 }
 
 int64_t norm_partials(const std::vector<Tensor>& tensors, double q) {
-  return (q == 2.0 ? 1 : 3) * norm_blocks(tensors);
+  return (q == 2.0 ? 1 : 3) * most_norm_blocks(tensors);
 }
 
 void norm(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,
           double* partials, Norm* out) {
   require_representable(tensors);
   const Ops& ops = ops_of(target);
-  const int64_t blocks = norm_blocks(tensors);
-  if (blocks == 0) return ops.clear(target, out);
+  if (most_norm_blocks(tensors) == 0) return ops.clear(target, out);
+  // Which units share a block must not depend on how much a launch takes.
+  const Cut cut{shift_of(tensors, has_grad), ops.capacity(), true, true};
   const auto run_pass = [&](Launch<AscentTerms, NormTerms> pass) {
-    NormTerms terms{q, partials, out, 0, static_cast<uint32_t>(blocks), 0, false};
-    const Cut cut = norm_cut(tensors, ops.capacity());
+    NormTerms terms{q, partials, out, 0, 0, 0, false};
     for_each_launch(tensors, groups, cut, has_grad, [&](const WorkList<AscentTerms>& list, bool last, size_t) {
+      terms.first_block = terms.blocks;
+      terms.blocks += list.blocks();
       terms.last = last;
       pass(target, list, terms);
-      terms.first_block += list.blocks();
     });
   };
   if (q == 2.0) return run_pass(ops.norm);

@@ -44,7 +44,7 @@ void visit_units(const WorkList<Group>& list, const Visit& visit) {
   }
 }
 
-// Leaves the sums of blocks, of which `sum(unit, group, lane)` is one lane's part, and adds them up after the last.
+// Leaves the sums of blocks and adds them up after the last; `sum(unit, group, lane)` is one lane's part.
 template <class Sum>
 double add_blocks(const WorkList<AscentTerms>& list, const NormTerms& terms, const Sum& sum) {
   double warps[kUnitsPerBlock] = {};

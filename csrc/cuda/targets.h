@@ -6,9 +6,9 @@
 
 namespace fused_sam::cuda {
 
-// What a norm adds to the arguments: where its blocks leave their numbers, how many all launches have, and whether this
-// launch is the one that adds them up, with a counter of its own. `out` is a Norm; its value is read as the scale of
-// the powers by the second of two passes.
+// What a norm adds to the arguments: where its blocks leave their numbers, how many blocks there are up to this launch,
+// and whether it is the one that adds them up, with a counter of its own. `out` is a Norm; its value is read as the
+// scale of the powers by the second of two passes.
 struct NormTerms {
   double q;
   double* partials;
@@ -19,7 +19,7 @@ struct NormTerms {
 };
 struct PerturbTerms {
   double q;
-  const Norm* norm;  // of which finite q reads the value alone, and q = 1 nothing
+  const Norm* norm;  // finite q reads the value alone, q = 1 nothing
 };
 struct UpdateTerms {
   const float* grad_scale;  // may be null

@@ -36,13 +36,13 @@ struct Accumulate {
   }
 };
 
-// Of a mean if there is a gradient, else of a parameter.
+// Updates a unit of a mean if there is a gradient, else restores one of a parameter.
 template <class Types>
 FUSED_SAM_HD void accumulate_unit(const Unit<SlimEntry>& u, const AccumulateTerms& terms, int lane) {
   descend_unit<Types>(u, false, lane, [&](auto* mean, const auto*, auto* gradient, auto rounded) {
     using P = Pointee<decltype(mean)>;
     using G = Pointee<decltype(gradient)>;
-    // A mean is nobody's master: for those the restore alone is compiled.
+    // A mean has no rounded copy: for lists that have one, the restore alone is compiled.
     if constexpr (std::is_same<typename decltype(rounded)::Type, NoRounded>::value) {
       constexpr int V = pack_width<P, G>();
       const Accumulate<P, G> op{mean, gradient, AccumulateMath<Lane<typename Computed<P>::type>>(terms.group)};

@@ -5,17 +5,6 @@
 
 namespace fused_sam::cuda {
 
-// x = T (g + decay * w) of one element.
-struct WeightedGradient {
-  bool adaptive, decays;
-  double eta, decay;
-
-  FUSED_SAM_HD double operator()(double w, double g) const {
-    const double x = decays ? ::fma(decay, w, g) : g;
-    return adaptive ? (::fabs(w) + eta) * x : x;
-  }
-};
-
 // This lane's part of the sum of squares of x, over elements that depend on the sizes alone. Without `kWeighted` x is
 // g. Whether memory is aligned is decided outside of the loop: one that merges both kinds of loads waits for each.
 template <class P, class G, bool kWeighted, bool kAligned>

@@ -121,7 +121,7 @@ FUSED_SAM_HD void descend_unit(const Unit<E>& u, bool skip, int lane, const F& u
   });
 }
 
-// Of all but the first step with momentum, what is constant for a launch is known to the compiler.
+// Walks packs; after the first step with momentum, what is constant for a launch is known to the compiler.
 template <bool kConstant, int V, class P, class G, class M>
 FUSED_SAM_HD void walk(const Path<V>& path, const Sgd<P, G, M>& op, int lane) {
   path.walk_singles(op, lane);
@@ -158,7 +158,7 @@ FUSED_SAM_HD void sgd_unit(const Unit<SlimEntry>& u, const SgdTerms& terms, floa
   });
 }
 
-// Of all but the first step, what is constant for a launch is known to the compiler.
+// Walks packs; after the first step, what is constant for a launch is known to the compiler.
 template <bool kConstant, int V, class P, class G, class M>
 FUSED_SAM_HD void walk(const Path<V>& path, const Adam<P, G, M>& op, int lane) {
   path.walk_singles(op, lane);

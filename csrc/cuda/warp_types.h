@@ -12,7 +12,6 @@ namespace fused_sam::cuda {
 template <class P, class G, class M = NoRounded>
 struct OneType {
   static constexpr bool kConstant = true;
-  static constexpr size_t kSize = sizeof(P);
   template <class E, class F>
   static FUSED_SAM_HD void dispatch(const E&, const F& f) {
     f(P{}, G{}, M{});

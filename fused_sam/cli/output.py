@@ -66,7 +66,7 @@ def watched(data: Any, title: str, passes: int | None = None) -> Iterator[Any]:
     Args:
         data: as `fused_sam.analysis.sharpness` takes it.
         title: of what is computed.
-        passes: how many times; None if nobody knows.
+        passes: how many times; None if that is not known.
     """
     from fused_sam.analysis.objective import as_batches
 

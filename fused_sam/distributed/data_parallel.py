@@ -107,13 +107,13 @@ def data_parallel(
     A DistributedDataParallel goes on averaging by itself, but in the first pass only if ``m_sharpness="world"``.
     Forwards must go through it, as always. The gradients of any other model are averaged here, in flat buckets that are
     sent while backward runs; its parameters and buffers become those of rank 0. A gradient that is None on some ranks
-    counts as zero there. Norm, ``optimizer.last`` and e are those of a rank, or of ranks that share one e; a
+    counts as zero there. Norm, ``optimizer.last`` and e are those of a rank, or of ranks that share a perturbation; a
     GradScaler's overflow in either pass, on any rank, is one on all.
 
     Args:
-        model: of which each rank has the whole.
-        optimizer: of its parameters.
-        m_sharpness: which ranks share one e: ``"rank"``, none; a number k, every k consecutive ones; ``"world"``, all.
+        model: each rank has the whole of it.
+        optimizer: the `FusedSAM` of its parameters.
+        m_sharpness: which ranks share a perturbation: ``"rank"``, none; k, every k consecutive ones; ``"world"``, all.
         process_group: the ranks; None for all, or for those of the DistributedDataParallel.
         bucket_cap_mb: size in MiB from which on a bucket is full.
         check_replicas_every: compare the weights of all ranks after every so many steps; the host waits then. 0: never.

@@ -17,7 +17,7 @@ from fused_sam.peers import Peers, SingleProcess, any_of
 
 
 class Replicas(Peers):
-    """Data parallel ranks: the mean of the second gradients over all of them, of the first over those that share one e.
+    """Data parallel ranks: they average the second gradients over all, the first over those that share a perturbation.
 
     Args:
         names: of the parameters of the optimizer.

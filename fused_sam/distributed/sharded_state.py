@@ -35,8 +35,7 @@ Staged = list[tuple[SlicedBucket, Tensor]]
 
 
 class ShardedState(Replicas):
-    """Data parallel ranks of which each updates a share of the weights. Beside what `Replicas` takes, ``layout`` says
-    which."""
+    """Data parallel ranks that each update the share of the weights that ``layout`` says. Otherwise as `Replicas`."""
 
     def __init__(
         self,
