@@ -44,7 +44,7 @@ def with_gradients(seed: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("zero_grad", [True, False])
 @pytest.mark.parametrize("good", range(7))
 def test_an_ascent_that_fails_in_any_launch_displaces_nothing(good: int, zero_grad: bool) -> None:
-    """Three launches are the norm's, three perturb; all seven would go through."""
+    """Three launches are the norm's and three perturb's, so that six good ones are all."""
     params = with_gradients(0)
     optimizer, before = optimizer_of(params), snapshot(params)
     gradients = snapshot([p.grad for p in params])
