@@ -59,8 +59,8 @@ def calls(draw: st.DrawFn) -> Any:
         "restore": (SIZES, on),
         "sgd_update": (SGD, SCALES, SCALES, on, journals),
         "adam_update": (ADAM, st.one_of(st.none(), STEPS, lists()), SCALES, SCALES, on, journals),
-        "odd": (),
-        "kept": (),
+        "unsupported": (),
+        "has_backup": (),
         "memory": (),
         "addresses": (st.sampled_from(["params", "grads", "backups", "weights"]),),
         "state_addresses": (st.integers(-1, 4),),
@@ -104,7 +104,7 @@ def attempt(name: str, call: Any, *weights: Any) -> bool:
 
 def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
     for name, arguments in todo:
-        if name in ("odd", "kept", "memory"):
+        if name in ("unsupported", "has_backup", "memory"):
             getattr(batch, name)
         else:
             attempt(name, lambda: getattr(batch, name)(*arguments), *weights)  # noqa: B023

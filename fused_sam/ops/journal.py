@@ -123,8 +123,9 @@ def restore_weights(journal: Journal) -> None:
 
 def roll_back(journal: Journal) -> None:
     """Undo all that the journal says has been done."""
-    for entry in journal:
-        _undo_one(entry)
+    with torch.no_grad():  # an interrupt on the way out of a closure comes while gradients are recorded
+        for entry in journal:
+            _undo_one(entry)
     journal.clear()
 
 
