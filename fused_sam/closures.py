@@ -29,6 +29,7 @@ Closure: TypeAlias = Callable[[], Any]
 Closures: TypeAlias = Closure | Sequence[Closure]
 
 
+@torch.no_grad()
 def run(
     step: Step, closure: Closures, zero_grad: Callable[[], Any], ascent: Closures | None = None, scaled: bool = False
 ) -> Any:

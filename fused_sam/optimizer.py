@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
 from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_sam import backends, closures, dtensor, masters, schedules
 from fused_sam.ascent import make_perturbation
@@ -220,8 +222,6 @@ class FusedSAM(Optimizer):
         """Return the backend that was asked for; None: the best for each device."""
         return self._step.parameters.backend
 
-    # Decorated, and not in a `with`: an interrupt at the end of ours would leave the grad mode off.
-    @torch.no_grad()
     def step(self, closure: closures.Closures | None = None, *, ascent: closures.Closures | None = None) -> Any:
         r"""Make a whole SAM step with a closure; without, the second half of one that ``first_step`` began.
 
@@ -253,16 +253,33 @@ class FusedSAM(Optimizer):
             TypeError: for what is neither a callable nor a list or tuple of callables.
             ValueError: for an empty list, or an ``ascent`` that does not go with the closure.
         """
-        step = self._step
+        if torch.compiler.is_compiling() or self._is_observed:
+            given = {} if ascent is None else {"ascent": ascent}
+            return self._observed_step(*(() if closure is None else (closure,)), **given)
+        return self._make_step(closure, ascent)
+
+    # torch would wrap it, which takes a seventh of a small step. `_observed_step` is wrapped instead.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @property
+    def _is_observed(self) -> bool:
+        """Return whether a profiler or a hook is to see this step; torch wraps the ``step`` of a subclass itself."""
+        if type(self).step is not FusedSAM.step:
+            return False
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())
+
+    def _make_step(self, closure: closures.Closures | None = None, ascent: closures.Closures | None = None) -> Any:
         found_inf = getattr(self, "found_inf", None)
         if closure is not None:
-            return closures.run(step, closure, self.zero_grad, ascent, found_inf is not None)
+            return closures.run(self._step, closure, self.zero_grad, ascent, found_inf is not None)
         if ascent is not None:
             raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
-        step.descend(getattr(self, "grad_scale", None), found_inf)
+        self._step.descend(getattr(self, "grad_scale", None), found_inf)
         return None
 
-    @torch.no_grad()
+    _observed_step = Optimizer.profile_hook_step(_make_step)
+
     def first_step(self, zero_grad: bool = False) -> None:
         """Go from w to w + e, with the gradients present. Parameters without one stay where they are.
 
@@ -285,7 +302,7 @@ class FusedSAM(Optimizer):
         Within a subclass's ``step``, which has been called already, make the second half of the step here.
         """
         if self._step.within:
-            torch.no_grad()(self._step.descend)(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._step.descend(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         else:
             self.step()
         if zero_grad:
@@ -304,7 +321,6 @@ class FusedSAM(Optimizer):
         self._step.peers.cleared()
         self._step.cleared = False
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
         self._step.restore()

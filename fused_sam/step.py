@@ -27,21 +27,28 @@ _is_compiling: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eva
 
 
 def untraced(function: F) -> F:
-    """Return the function so that torch.compile does not look into it: a graph ends where it is called.
+    """Return the function so that autograd does not record it and torch.compile does not look into it.
 
-    A training step may be compiled as a whole. Traced, every line that reads tensors in C++ or changes what the step
-    remembers would end a graph, with a warning, and every new learning rate would compile all anew.
-    `torch.compiler.disable` is the same, but imports the compiler at once, which takes seconds; torch's own waits for
-    the first call, as its optimizers do. It takes a tenth of a small step, and is left out where nothing is compiled.
+    A training step may be compiled as a whole; a graph ends where this is called. Traced, every line that reads tensors
+    in C++ or changes what the step remembers would end a graph, with a warning, and every new learning rate would
+    compile all anew. `torch.compiler.disable` is the same, but imports the compiler at once, which takes seconds;
+    torch's own waits for the first call, as its optimizers do. It takes a tenth of a small step, as the decorator
+    `torch.no_grad` does, and both are left out where nothing is compiled.
     """
     disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)  # the former is torch's own, and may go
-    disabled = disable(function)
+    disabled = disable(torch.no_grad()(function))
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_compiling():  # the former where this is traced itself
             return disabled(*args, **kwargs)
-        return function(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        torch.set_grad_enabled(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_grad_enabled(True)
 
     return cast(F, guarded)
 

@@ -91,6 +91,7 @@ class Training:
             pass
         finally:
             sys.settrace(before)
+            torch.set_grad_enabled(True)  # off where the interrupt came between a function's end and torch's call
         return at.where
 
     @property

@@ -99,6 +99,23 @@ def test_hooks_on_all_optimizers_run_once_a_step(base: type[torch.optim.Optimize
     assert [o is opt for o in seen] == [True, True]
 
 
+class Subclass(FusedSAM):
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("optimizer", [FusedSAM, Subclass])
+def test_a_profiler_sees_one_step_by_the_name_of_its_class(optimizer: type[FusedSAM]) -> None:
+    params = leaves(9)
+    opt = optimizer(params, rho=RHO, lr=0.13)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded), torch.profiler.profile() as profile:
+            opt.step(quadratic(params) if recorded else lambda: None)
+            assert torch.is_grad_enabled() == recorded
+        names = [event.name for event in profile.events() if event.name.startswith("Optimizer.step#")]
+        assert names == [f"Optimizer.step#{optimizer.__name__}.step"]
+
+
 SCHEDULERS = {
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.7**epoch),
     "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=7),
