@@ -102,10 +102,9 @@ def landscape(
 ) -> Landscape:
     """Return the loss at w + c_1 d_1 (one direction) or w + c_1 d_1 + c_2 d_2 (two), for all pairs of coordinates.
 
-    Each point takes a forward pass over the data. The sum is formed in fp64 and rounded once, so that 0 is w itself.
-    The weights come back bit for bit, also after an exception; modes, running statistics and ``p.grad`` are not
-    touched. The model runs in the mode it is in; in training mode BatchNorm normalises by each batch, and else by the
-    statistics of w.
+    Each point takes a forward pass over the data, in the model's mode: in training mode BatchNorm normalises by each
+    batch, else by the statistics of w. The sum is formed in fp64 and rounded once, so that 0 is w itself. The weights
+    come back bit for bit, also after an exception; modes, running statistics and ``p.grad`` are not touched.
 
     Args:
         model: called as ``model(x)``.
@@ -123,10 +122,7 @@ def landscape(
     """
     objective = Objective(model, loss_fn, data, params, replay_rng)
     vectors = _vectors(directions, objective.params)
-    axes = tuple(torch.as_tensor(c, dtype=torch.float64).detach().cpu() for c in coordinates)
-    if len(axes) != len(vectors) or any(axis.dim() != 1 or not len(axis) for axis in axes):
-        shapes = [list(axis.shape) for axis in axes]
-        raise ValueError(f"Invalid coordinates of shapes {shapes}. Must be one non-empty list for each direction.")
+    axes = _axes(coordinates, len(vectors))
     backups = [p.clone() for p in objective.params]
     ops.restore(objective.params, backups, backend)  # What it refuses is refused here, with nothing changed.
     w = flat(backups)
@@ -141,6 +137,15 @@ def landscape(
         finally:
             ops.restore(objective.params, backups, backend)
     return Landscape(axes, torch.stack(losses).cpu().view([len(axis) for axis in axes]))
+
+
+def _axes(coordinates: Sequence[Any], count: int) -> tuple[Tensor, ...]:
+    """Return the coordinates of each of ``count`` directions."""
+    axes = tuple(torch.as_tensor(c, dtype=torch.float64).detach().cpu() for c in coordinates)
+    if len(axes) != count or any(axis.dim() != 1 or not len(axis) for axis in axes):
+        shapes = [list(axis.shape) for axis in axes]
+        raise ValueError(f"Invalid coordinates of shapes {shapes}. Must be one non-empty list for each direction.")
+    return axes
 
 
 def _vectors(directions: Sequence[Direction], params: list[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -145,37 +145,25 @@ def adam_update(
         InvalidTensor, ValueError: as `sgd_update`; nothing has been changed then.
     """
     require_sizes(params, groups)
+    averages = exp_avgs, exp_avg_sqs, max_exp_avg_sqs
     _require_state("exp_avgs", grads, exp_avgs, groups)
     _require_state("exp_avg_sqs", grads, exp_avg_sqs, groups)
     _require_state("max_exp_avg_sqs", grads, max_exp_avg_sqs, groups, lambda group: group.amsgrad)
     _require_state("steps", grads, steps, groups)
-    advanced = _counted(steps, params, grads, capturable)
+    counts = _counted(steps, params, grads, capturable)
     journal = [] if journal is None else journal
-    counted = None
-    if not capturable:
-        skipped = found_inf is not None and bool(found_inf)
-        found_inf = found_inf if skipped else None
-        before = [None if g is None else t.item() for t, g in zip(steps, grads)]
-        groups = _by_step(groups, before)
-        if not skipped:
-            counted = AdamStepEntry(advanced, [t for t in before if t is not None])
-
-    states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    try:
-        if counted is not None:
-            journal.append(counted)
-            _advance(counted.counts, None)
-        on_device = steps if capturable else None
-        scalars = grad_scale, found_inf, backend, journal
-        _descend("adam_update", params, grads, backups, states, groups, *scalars, masters, on_device)
-    except BaseException:
-        if counted is not None and counted in journal:
-            counted.restore()
-            journal.remove(counted)
-        raise
+    lists = "adam_update", params, grads, backups, averages
+    if capturable:
+        _descend(*lists, groups, grad_scale, found_inf, backend, journal, masters, steps)
+        return
+    skipped = found_inf if found_inf is not None and bool(found_inf) else None
+    before = [None if g is None else t.item() for t, g in zip(steps, grads)]
+    done = [t for t in before if t is not None]
+    with _advanced(counts if skipped is None else [], done, journal):
+        _descend(*lists, _by_step(groups, before), grad_scale, skipped, backend, journal, masters)
 
 
-def _counted(steps: TensorList, params: TensorList, grads: TensorList, capturable: bool) -> TensorList:
+def _counted(steps: TensorList, params: TensorList, grads: TensorList, capturable: bool) -> list[Tensor]:
     """Return the counts of the parameters with a gradient; refuse what cannot count."""
     advanced = [(t, p) for t, p, g in zip(steps, params, grads) if g is not None]
     if not all(isinstance(t, Tensor) and t.numel() == 1 and t.is_floating_point() for t, _ in advanced):
@@ -183,6 +171,22 @@ def _counted(steps: TensorList, params: TensorList, grads: TensorList, capturabl
     if capturable and any(t.dtype != torch.float32 or t.device != p.device for t, p in advanced):
         raise ValueError("Invalid steps. Must be float32 and on the device of their parameters if capturable.")
     return [t for t, _ in advanced]
+
+
+@contextlib.contextmanager
+def _advanced(counts: list[Tensor], before: list[float], journal: Journal) -> Iterator[None]:
+    """Count t + 1 on the host, and back to ``before`` if what is done within fails."""
+    entry = AdamStepEntry(counts, before)
+    try:
+        if counts:
+            journal.append(entry)
+            _advance(counts, None)
+        yield
+    except BaseException:
+        if entry in journal:
+            entry.restore()
+            journal.remove(entry)
+        raise
 
 
 def _by_step(groups: list[AdamGroup], steps: list[float | None]) -> list[AdamGroup]:

@@ -188,6 +188,33 @@ def _adam_corrections(entry, steps, row):
 
 
 @triton.jit
+def _adam_numbers(entry, flags, steps, row, C: tl.constexpr):
+    """Return what a step multiplies by, computed in float64 and rounded once to C."""
+    sign = tl.where((flags & 4) != 0, -1.0, 1.0).to(C)
+    lr = scalar(tl.load(entry), tl.load(entry + 7), (flags & 1) != 0)
+    correction1, correction2_root = _adam_corrections(entry, steps, row)
+    minus_step_size = (lr / correction1).to(C) * -1.0
+    decay = number(tl.load(entry + 4))
+    kept = (1.0 - lr * decay).to(C)
+    weight1 = (1.0 - number(tl.load(entry + 1))).to(C)
+    near = weight1 < 0.5
+    weight1 = tl.where(near, weight1, weight1 - 1.0)
+    beta2 = number(tl.load(entry + 2))
+    weight2 = (1.0 - beta2).to(C)
+    eps = number(tl.load(entry + 3)).to(C)
+    return sign, minus_step_size, kept, decay.to(C), weight1, near, beta2.to(C), weight2, correction2_root.to(C), eps
+
+
+@triton.jit
+def _adam_averages(m, v, u, d, weight1, near, beta2, weight2, amsgrad, TILE: tl.constexpr):
+    """Return m, v and u after a step along d."""
+    away = d - m
+    m = tl.fma(tl.broadcast_to(weight1, [TILE]), away, tl.where(near, m, d))
+    v = tl.fma(weight2 * d, d, v * beta2)
+    return m, v, tl.where(amsgrad & ((u > v) | (u != u)), u, v)
+
+
+@triton.jit
 def _adam_tile(
     w_,
     source,
@@ -229,10 +256,7 @@ def _adam_tile(
     d = g * sign
     d = tl.where(decays & (decoupled == 0), tl.fma(w, tl.broadcast_to(decay, [TILE]), d), d)
     w = tl.where(decays & decoupled, w * kept, w)
-    away = d - m
-    m = tl.fma(tl.broadcast_to(weight1, [TILE]), away, tl.where(near, m, d))
-    v = tl.fma(weight2 * d, d, v * beta2)
-    u = tl.where(amsgrad & ((u > v) | (u != u)), u, v)
+    m, v, u = _adam_averages(m, v, u, d, weight1, near, beta2, weight2, amsgrad, TILE)
     denominator = _divided(_root(u), tl.broadcast_to(root, [TILE])) + eps
     updated = (w + _divided(minus_step_size * m, denominator)).to(raw.dtype)
     store(g_, g.to(stored.dtype), start, count, live & (multiplier != 1.0), TILE, FULL)
@@ -270,10 +294,7 @@ def adam_update(
     TILE: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Set w = backup where there is one, then do Adam where there is a gradient and found_inf is 0.
-
-    What depends on hyperparameters alone is computed in float64 and rounded once.
-    """
+    """Set w = backup where there is one, then do Adam where there is a gradient and found_inf is 0."""
     row, begin, count = chunk(chunks, sizes, first + tl.program_id(0), CHUNK)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
@@ -285,21 +306,7 @@ def adam_update(
     k = _multiplier(grad_scale, C)
     entry = adam + tl.load(groups + row) * 9
     flags = tl.load(entry + 8)
-    sign = tl.where((flags & 4) != 0, -1.0, 1.0).to(C)
-    lr = scalar(tl.load(entry), tl.load(entry + 7), (flags & 1) != 0)
-    correction1, correction2_root = _adam_corrections(entry, steps, row)
-    step = (lr / correction1).to(C) * -1.0
-    decay = number(tl.load(entry + 4))
-    kept = (1.0 - lr * decay).to(C)
-    decay = decay.to(C)
-    weight1 = (1.0 - number(tl.load(entry + 1))).to(C)
-    near = weight1 < 0.5
-    weight1 = tl.where(near, weight1, weight1 - 1.0)
-    beta2 = number(tl.load(entry + 2))
-    weight2 = (1.0 - beta2).to(C)
-    beta2 = beta2.to(C)
-    eps = number(tl.load(entry + 3)).to(C)
-    root = correction2_root.to(C)
+    sign, step, kept, decay, weight1, near, beta2, weight2, root, eps = _adam_numbers(entry, flags, steps, row, C)
     full = in_full_tiles(w_address | g_address | b_address | m_address | v_address | u_address, count, TILE)
     for i in range(0, full, TILE):
         _adam_tile(
