@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import numbers
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -70,13 +69,11 @@ def run(
 
 def _warn_of_lost(step: Step) -> None:
     """Warn, once, of gradients that a backward outside of the closure has left: they take no part in the step."""
-    if not step.cleared or step.warned or all(p.grad is None for p in step.parameters.tensors()):
+    if not step.cleared or all(p.grad is None for p in step.parameters.tensors()):
         return
-    step.warned = True
-    warnings.warn(
+    step.once.warn(
         "step(closure) starts without gradients: what a backward before it has left is lost. To accumulate, put every "
-        "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches must be 1.)",
-        stacklevel=6,
+        "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches must be 1.)"
     )
 
 

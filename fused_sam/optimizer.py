@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fused_sam import backends, closures, dtensor, masters, schedules
 from fused_sam.ascent import make_perturbation
 from fused_sam.backends.memory import require_disjoint
-from fused_sam.descent import make_base
-from fused_sam.options import Options, check_group
+from fused_sam.descent import checkpoints, make_base
+from fused_sam.options import Options, check_group, require_no_clash, require_numbers
 from fused_sam.parameters import Parameters
 from fused_sam.peers import SingleProcess
 from fused_sam.report import Report
@@ -100,7 +101,9 @@ class FusedSAM(Optimizer):
             theirs in fp32. The parameters are w or w + e, rounded. For SGD, Adam and AdamW.
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         reuse: the old name of ``looksam_alpha``.
-        **base_options: arguments of the base optimizer (``lr``, ``momentum``, ...).
+        base_options: arguments of the base optimizer, among them those that have the name of one of ours
+            (``max_grad_norm``, ``p``).
+        **same: likewise, for all other names (``lr``, ``momentum``, ...).
 
     Raises:
         TypeError: if ``base_optimizer`` is not a class of optimizer, or does not know one of the options.
@@ -136,7 +139,8 @@ class FusedSAM(Optimizer):
         master_weights: bool = False,
         telemetry: bool = False,
         reuse: float | None = None,
-        **base_options: Any,
+        base_options: dict[str, Any] | None = None,
+        **same: Any,
     ) -> None:
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, "decay_in_ascent": decay_in_ascent}
         check_group(ascent)
@@ -147,13 +151,16 @@ class FusedSAM(Optimizer):
         rest = decay_in_ascent, master_weights, telemetry
         options = Options(base_optimizer, p, replay_rng, capturable, max_grad_norm, *passes, *rest)
         backend = backends.requested(backend)
+        base_options = {**same, **(base_options or {})}
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
         inner = base_optimizer(params, **base_options)
+        require_no_clash(inner, ascent)
         parameters = Parameters([], {}, backend, masters.Masters() if master_weights else None)
         self._step = Step(parameters, options, make_perturbation(options, inner), make_base(inner), SingleProcess())
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
+        self.state.update(inner.state)
         if not self._step.always:
             self.param_groups[0].setdefault(schedules.STEP, 0)
 
@@ -253,21 +260,17 @@ class FusedSAM(Optimizer):
             TypeError: for what is neither a callable nor a list or tuple of callables.
             ValueError: for an empty list, or an ``ascent`` that does not go with the closure.
         """
-        if torch.compiler.is_compiling() or self._is_observed:
+        # torch wraps the `step` of a subclass itself. Else only a hook or a profiler has anything to see.
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        observed = (hooks or _profiler_enabled()) and type(self).step is FusedSAM.step
+        if observed or torch.compiler.is_compiling():
             given = {} if ascent is None else {"ascent": ascent}
             return self._observed_step(*(() if closure is None else (closure,)), **given)
         return self._make_step(closure, ascent)
 
     # torch would wrap it, which takes a seventh of a small step. `_observed_step` is wrapped instead.
     step.hooked = True  # type: ignore[attr-defined]
-
-    @property
-    def _is_observed(self) -> bool:
-        """Return whether a profiler or a hook is to see this step; torch wraps the ``step`` of a subclass itself."""
-        if type(self).step is not FusedSAM.step:
-            return False
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())
 
     def _make_step(self, closure: closures.Closures | None = None, ascent: closures.Closures | None = None) -> Any:
         found_inf = getattr(self, "found_inf", None)
@@ -295,6 +298,35 @@ class FusedSAM(Optimizer):
         if step.options.second_order:
             raise RuntimeError("second_order=True needs the closure form: step(closure).")
         step.ascend(zero_grad)
+
+    def plain_step(self) -> None:
+        """Make one step of the base optimizer, with the gradients that there are, whatever step is due.
+
+        For a loop that decides as it runs: a warm-up without SAM, a step after an outlier.
+
+        Raises:
+            RuntimeError: while the weights are perturbed.
+        """
+        self._step.require_unperturbed("plain_step()")
+        self._step.descend(plain=True)
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """Return the base optimizer, on our groups and our state: for schedulers and loops that ask for it.
+
+        Its ``step()`` is `plain_step`.
+        """
+        inner = self._step.base.shared(self._step.parameters)
+        if "step" not in vars(inner):
+            inner.step = MethodType(lambda _: self.plain_step(), inner)  # type: ignore[method-assign]
+        return inner
+
+    def __getattr__(self, name: str) -> Any:
+        """Return ``train`` or ``eval`` of a base that has them, as Schedule-Free's."""
+        if name in ("train", "eval"):
+            self._step.require_unperturbed(f"{name}()")
+            return getattr(self._step.base.shared(self._step.parameters), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Call ``step()``, the outermost there is, once; then set the gradients to None if asked.
@@ -331,6 +363,7 @@ class FusedSAM(Optimizer):
         group, step = self.param_groups[-1], self._step
         try:
             check_group(group)
+            require_numbers(group)
             if group["decay_in_ascent"] and step.base.is_decoupled(group):
                 raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
             if group.get("differentiable"):
@@ -369,7 +402,9 @@ class FusedSAM(Optimizer):
         """Do as `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         step = self._step
         step.require_unperturbed("load_state_dict()")
-        super().load_state_dict(_with_missing(state_dict, self.param_groups))
+        state_dict = checkpoints.adapted(state_dict, self.param_groups)
+        super().load_state_dict(state_dict)
+        step.base.load(step.parameters, state_dict)
         masters.load(step.parameters.masters, state_dict, self.state, self.param_groups)
         step.peers.loaded(step.parameters)
 
@@ -380,10 +415,12 @@ class FusedSAM(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch writes what it has loaded into __dict__, where the properties would hide it.
-        ours = {name: state[name] for name in ("param_groups", "state") if name in state}
+        ours: dict[str, Any] = {name: state[name] for name in ("param_groups", "state") if name in state}
         super().__setstate__({name: value for name, value in state.items() if name not in ours})
         for name, value in ours.items():
             setattr(self, name, value)
+        if ours:  # older releases of torch kept some of it in other forms
+            self._step.base.shared(self._step.parameters).__setstate__(ours)
 
 
 def _announced(step: Callable[..., Any]) -> Any:
@@ -399,12 +436,3 @@ def _announced(step: Callable[..., Any]) -> Any:
 
     announced.announced = True  # type: ignore[attr-defined]
     return announced
-
-
-def _with_missing(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the checkpoint with what its groups lack (rho, in one of a base optimizer) as our groups have it now."""
-    groups = state_dict["param_groups"]
-    if len(groups) != len(param_groups):
-        return state_dict  # torch says what is wrong
-    missing = [{k: v for k, v in ours.items() if k not in ("params", "param_names")} for ours in param_groups]
-    return {**state_dict, "param_groups": [{**ours, **saved} for ours, saved in zip(missing, groups)]}

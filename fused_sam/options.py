@@ -122,6 +122,22 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {decay_in_ascent=}. The base optimizer must have a weight_decay.")
 
 
+def require_numbers(group: dict[str, Any]) -> None:
+    """Refuse NaN for what a base reads from its groups: few bases look, and all weights would be NaN."""
+    for name, value in group.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"Invalid {name}=nan. Must be a number.")
+
+
+def require_no_clash(inner: Optimizer, ours: dict[str, Any]) -> None:
+    """Refuse a base whose groups have a number of their own under a name of ours: one would be taken for the other."""
+    for name in ours:
+        if name in inner.defaults:
+            raise ValueError(
+                f"Invalid base_optimizer={type(inner).__name__}. Must have no {name!r} in its groups: it is FusedSAM's."
+            )
+
+
 def require_unscaled(groups: list[dict[str, Any]]) -> None:
     """Refuse gradients that a GradScaler has scaled where weight decay, which is not scaled, was added to them."""
     if any(group["decay_in_ascent"] and group["weight_decay"] != 0 for group in groups):

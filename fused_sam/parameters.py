@@ -53,12 +53,17 @@ class Parameters:
         """Return ``p.grad`` of each, in a new list."""
         return get_grads(tensors)
 
-    def is_capturing(self) -> bool:
-        """Return whether what is launched now for the parameters goes into a CUDA graph."""
-        for group in self.groups:
-            for p in group["params"]:
-                return p.is_cuda and torch.cuda.is_current_stream_capturing()
-        return False
+    def begin(self, capturable: bool) -> None:
+        """Prepare for a step that begins at w.
+
+        Raises:
+            RuntimeError: where its launches would go into a CUDA graph that nobody has asked for.
+        """
+        params = [] if capturable else self.groups[0]["params"]
+        if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
+        if self.masters is not None:
+            self.refresh_masters()
 
     def entries(self, tensors: list[Tensor], key: str) -> TensorList:
         """Return what the state holds for each under a key, None where there is nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -101,6 +102,18 @@ class SingleProcess(Peers):
     def __init__(self) -> None:
         self._warned = False
 
+    def add_parameters(self, params: list[Tensor]) -> None:
+        if any(getattr(p, "_fsdp_flattened", False) for p in params):
+            raise ValueError(
+                "Invalid parameters of a FullyShardedDataParallel: a rank has a part of them and would take its norm. "
+                "Must be sharded by torch.distributed.fsdp.fully_shard, which needs no further call."
+            )
+        if dist.is_available() and dist.is_initialized() and _is_within("ZeroRedundancyOptimizer"):
+            raise ValueError(
+                "Invalid optimizer_class=FusedSAM of ZeroRedundancyOptimizer: each rank would take the norm of its own "
+                "parameters. Must be FusedSAM with distributed.data_parallel(..., shard_state=True)."
+            )
+
     def copied(self) -> Peers:
         return SingleProcess()
 
@@ -115,6 +128,16 @@ class SingleProcess(Peers):
                 "without it nothing is averaged.",
                 ranks,
             )
+
+
+def _is_within(name: str) -> bool:
+    """Return whether a method of an object whose class has the name has led here."""
+    frame = sys._getframe()
+    while frame is not None:
+        if name in (c.__name__ for c in type(frame.f_locals.get("self")).__mro__):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def gathered(norm: Tensor, group: dist.ProcessGroup, q: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fused_sam import ops, report, schedules
+from fused_sam import mistakes, ops, report, schedules
 from fused_sam.ascent import Displacement, Perturbation
 from fused_sam.backends.interface import InvalidTensor, Journal
 from fused_sam.descent import Base, clipping, looksam
@@ -22,6 +22,7 @@ from fused_sam.report import Report
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # torch's own is a class, and twice as slow
 # Returns a false value unless torch.compile looks into the calls of this thread.
 _is_compiling: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
@@ -44,11 +45,11 @@ def untraced(function: F) -> F:
             return disabled(*args, **kwargs)
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        torch.set_grad_enabled(False)
+        _set_grad_enabled(False)
         try:
             return function(*args, **kwargs)
         finally:
-            torch.set_grad_enabled(True)
+            _set_grad_enabled(True)
 
     return cast(F, guarded)
 
@@ -64,6 +65,7 @@ class Step:
         peers: what other processes have to do with it.
         displacement: how far the weights are from w; None at w.
         last: what the last step saw.
+        once: the warnings that have been given.
         cleared: whether zero_grad was called since the last step: no step has seen the gradients that there are.
         within: how many calls of a subclass's ``step`` are running.
     """
@@ -81,7 +83,7 @@ class Step:
         self.displacement: Displacement | None = None
         self.last = Report()
         self.cleared = False
-        self.warned = False
+        self.once = mistakes.Once()
         self.within = 0
         self._journal: Journal = []  # of a step at w
 
@@ -108,12 +110,14 @@ class Step:
         self.cleared = False
         try:
             if displacement is None:
-                self._begin()
+                parameters.begin(self.options.capturable)
                 displacement = Displacement()
                 self.displacement = displacement
             if self.perturbation.takes_gradient:
                 self.peers.average_first(parameters)
             self.perturbation.displace(parameters, displacement, self.peers, take_grads)
+            if displacement.first is None and self.perturbation.takes_gradient:
+                self.once.warn(mistakes.NO_FIRST)
         except BaseException as error:
             if displacement is not None and displacement.ascents == 0:
                 self.return_to_w()
@@ -122,24 +126,37 @@ class Step:
             raise
 
     @untraced
-    def descend(self, grad_scale: Tensor | None = None, found_inf: Any = None, seen: Report | None = None) -> None:
+    def descend(
+        self,
+        grad_scale: Tensor | None = None,
+        found_inf: Any = None,
+        seen: Report | None = None,
+        plain: bool = False,
+    ) -> None:
         """Make the base step at w with the gradients there are, after a restore where the weights are perturbed.
 
         ``grad_scale`` and ``found_inf`` are a GradScaler's. ``seen`` is the report of the passes; None: made here.
+        ``plain``: without an ascent before it, and without LookSAM's part.
         """
-        if self.is_ascent_due:
+        displacement = self.displacement
+        at_w_or_on_the_way = displacement is None or displacement.ascents < self.perturbation.ascents
+        if at_w_or_on_the_way and not plain and self.is_ascent_due:
             self._make_state()
             return
-        parameters, options, peers, displacement = self.parameters, self.options, self.peers, self.displacement
+        parameters, options, peers = self.parameters, self.options, self.peers
         journal = self._journal if displacement is None else displacement.journal
         if displacement is None:
-            self._begin()
+            parameters.begin(options.capturable)
         try:
             peers.average_second(parameters)
+            if displacement is not None:
+                mistake = mistakes.look_at_second(displacement.first, parameters.groups, found_inf, grad_scale)
+                if mistake is not None:
+                    self.once.warn(mistake)
             if found_inf is not None:
                 found_inf = self._overflow(found_inf)
             seen = self.make_report() if seen is None else seen
-            if options.looksam_alpha is not None:
+            if options.looksam_alpha is not None and not plain:
                 self._reuse(options.looksam_alpha, found_inf, journal)
             if options.max_grad_norm is not None or options.telemetry:
                 norm = peers.grad_norm(parameters)
@@ -178,7 +195,8 @@ class Step:
     @untraced
     def clear_gradients(self) -> None:
         """Set all gradients to None."""
-        clear_grads(self.parameters.tensors())
+        for group in self.parameters.groups:
+            clear_grads(group["params"])
         self.peers.cleared()
         self.cleared = True
 
@@ -204,14 +222,6 @@ class Step:
         if self.displacement is not None:
             raise RuntimeError(f"{what} while the weights are perturbed. Call step() or restore() first.")
 
-    def _begin(self) -> None:
-        """Prepare for a step that begins at w."""
-        parameters = self.parameters
-        if not self.options.capturable and parameters.is_capturing():
-            raise RuntimeError("Capturing a step in a CUDA graph needs FusedSAM(..., capturable=True).")
-        if parameters.masters is not None:
-            parameters.refresh_masters()
-
     def _not_due(self) -> RuntimeError:
         if self.displacement is not None:
             return RuntimeError(
@@ -229,7 +239,7 @@ class Step:
             RuntimeError: in any other step.
         """
         parameters = self.parameters
-        rates = [ops.host_number(group["lr"]) for group in parameters.groups]
+        rates = [ops.host_number(group.get("lr")) for group in parameters.groups]
         if self.displacement or parameters.state or not all(isinstance(lr, float) and lr == 0.0 for lr in rates):
             raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
         parameters.refresh_masters()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.interface import Journal, TensorList
+from fused_sam.mistakes import First
 from fused_sam.report import Probe
 
 
@@ -21,6 +22,7 @@ class Displacement:
         probe: what telemetry measures; None without.
         grads: a copy of the first gradients, where they are wanted after the second pass; None otherwise.
         backups: where w is, if later steps of the ascent have to read it.
+        first: what is to be known of the first gradients when the second come; None without any.
         ascents: how many steps of the ascent have been made.
         journal: what there is to undo.
     """
@@ -30,6 +32,7 @@ class Displacement:
     probe: Probe | None = None
     grads: TensorList | None = None
     backups: TensorList | None = None
+    first: First | None = None
     ascents: int = 0
     journal: Journal = field(default_factory=list)
 

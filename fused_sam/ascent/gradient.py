@@ -11,6 +11,7 @@ from fused_sam import ops
 from fused_sam.ascent import projected
 from fused_sam.ascent.displacement import Displacement
 from fused_sam.backends.interface import AscentGroup, TensorList
+from fused_sam.mistakes import first_of
 from fused_sam.ops.lists import clear_grads
 from fused_sam.options import Options
 from fused_sam.parameters import Parameters
@@ -31,6 +32,7 @@ class AlongGradient:
         """Make one step of the ascent; with ``take_grads`` the gradients become None, and their memory may hold w."""
         tensors = parameters.tensors()
         grads = parameters.gradients(tensors)
+        displacement.first = displacement.first or first_of(tensors, grads, left=not take_grads)
         unperturbed = parameters.blank_unperturbed(grads)
         groups = parameters.perturbed_groups()
         masters = None if parameters.masters is None else parameters.masters_of(tensors, grads)

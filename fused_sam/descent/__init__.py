@@ -20,11 +20,21 @@ class Base(Protocol):
     """The base step of SAM: what is done at w with the gradient taken at w + e."""
 
     @property
+    def inner(self) -> Optimizer:
+        """Return the base optimizer itself."""
+
+    @property
     def elementwise(self) -> bool:
         """Return whether it goes element by element, so that ranks may each update a slice."""
 
     def is_decoupled(self, group: dict[str, Any]) -> bool:
         """Return whether the weight decay of a group is no part of the gradient, as in AdamW."""
+
+    def shared(self, parameters: Parameters) -> Optimizer:
+        """Return the base optimizer, on the groups and the state that there are now."""
+
+    def load(self, parameters: Parameters, state_dict: dict[str, Any]) -> None:
+        """Take in a checkpoint where the class of the base has a way of its own."""
 
     def update(
         self, parameters: Parameters, journal: Journal, grad_scale: Tensor | None, found_inf: Tensor | None
@@ -37,6 +47,5 @@ class Base(Protocol):
 
 def make_base(inner: Optimizer) -> Base:
     """Return the fused counterpart of an optimizer where there is one. Subclasses may step in ways of their own."""
-    if type(inner) is SGD:
-        return FusedSGD()
-    return FusedAdam(inner) if type(inner) in (Adam, AdamW) else AnyBase(inner)
+    fused: dict[type[Optimizer], type[AnyBase]] = {SGD: FusedSGD, Adam: FusedAdam, AdamW: FusedAdam}
+    return fused.get(type(inner), AnyBase)(inner)

@@ -40,6 +40,8 @@ class FusedAdam(AnyBase):
         masters = None if parameters.masters is None else parameters.masters_of(tensors, grads)
         state = {key: parameters.entries(tensors, key) for key in KEYS}
         steps = state["step"]
+        if any(t is None and m is not None for t, m in zip(steps, state["exp_avg"])):
+            raise ValueError("Invalid state: exp_avg without step. Must be a checkpoint of torch.optim.Adam or AdamW.")
         fresh = {i for i, (t, g) in enumerate(zip(steps, grads)) if t is None and g is not None}
         if fresh and skip_at_first(tensors, found_inf, journal, "State of Adam"):
             return

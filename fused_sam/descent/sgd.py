@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_sam import ops
 from fused_sam.backends.interface import Journal, SGDGroup, TensorList
 from fused_sam.descent.state import enter_state, runs, skip_at_first, weights_of
+from fused_sam.descent.unfused import AnyBase
 from fused_sam.ops.groups import host_number
 from fused_sam.ops.lists import all_present
 from fused_sam.parameters import Parameters
@@ -17,14 +18,10 @@ from fused_sam.parameters import Parameters
 MOMENTUM = "momentum_buffer"
 
 
-class FusedSGD:
+class FusedSGD(AnyBase):
     """One `ops.sgd_update` over all groups; new momentum buffers stay in the state only if it is made."""
 
     elementwise = True
-
-    def is_decoupled(self, group: dict[str, Any]) -> bool:
-        """Return whether the weight decay of a group is no part of the gradient: never."""
-        return False
 
     def update(
         self, parameters: Parameters, journal: Journal, grad_scale: Tensor | None, found_inf: Tensor | None

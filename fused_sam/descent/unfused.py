@@ -15,7 +15,7 @@ from fused_sam.parameters import Parameters
 
 
 class AnyBase:
-    """A base optimizer that shares our groups and state."""
+    """A base optimizer that shares our groups and state, and takes in checkpoints its own way."""
 
     elementwise = False
 
@@ -33,6 +33,21 @@ class AnyBase:
         # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
         return isinstance(self.inner, AdamW) or bool(group.get("decoupled_weight_decay", False))
 
+    def shared(self, parameters: Parameters) -> Optimizer:
+        """Return the base optimizer, on the groups and the state that there are now."""
+        self.inner.param_groups = parameters.groups
+        self.inner.state = parameters.state  # type: ignore[assignment]
+        return self.inner
+
+    def load(self, parameters: Parameters, state_dict: dict[str, Any]) -> None:
+        """Let the base take in a checkpoint, where its class has its own way: torch's casts all state to the weights'
+        dtype.
+        """
+        if type(self.inner).load_state_dict is not Optimizer.load_state_dict:
+            inner = self.shared(parameters)
+            inner.load_state_dict(state_dict)
+            parameters.groups, parameters.state = inner.param_groups, inner.state
+
     def update(
         self, parameters: Parameters, journal: Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
@@ -43,11 +58,10 @@ class AnyBase:
             return
         if grad_scale is not None:
             clipping.unscale(parameters, grad_scale)
-        self.inner.param_groups = parameters.groups
-        self.inner.state = parameters.state  # type: ignore[assignment]
-        step: Any = type(self.inner).step
+        inner = self.shared(parameters)
+        step: Any = type(inner).step
         # torch wraps `step` to call the hooks; they fire once per SAM step, for the FusedSAM around this optimizer.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
         with looksam.out_of_sight(parameters):
-            step(self.inner)
+            step(inner)
         journal.clear()

@@ -216,7 +216,7 @@ def _advance(steps: TensorList, found_inf: Tensor | None) -> None:
         return
     one: Any = 1 if found_inf is None else (found_inf == 0).to(steps[0])
     if found_inf is None and steps[0].is_cpu:
-        one = torch.ones(())  # of a number torch would make one for every step
+        one = torch.ones((), device="cpu")  # of a number torch would make one for every step
     torch._foreach_add_(steps, one)
 
 

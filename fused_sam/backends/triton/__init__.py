@@ -83,52 +83,52 @@ class Batch:
         ascent = backups if isinstance(backups, Batch) else None
         if ascent is not None and len(ascent.params) != len(params):
             raise ValueError("Invalid backups. Must be of the same parameters.")
-        kept: Any = backups if ascent is None else ascent._operands
-        self._operands: _native.Batch = native.operands(self._device, params, grads, kept, states)
+        kept: Any = backups if ascent is None else ascent.operands
+        self.operands: _native.Batch = native.operands(self._device, params, grads, kept, states)
         #: The column of backups that the kernels have written, if this is an ascent, or of the ascent.
-        self._moved: Tensor | None = None if ascent is None else ascent._moved
+        self.moved: Tensor | None = None if ascent is None else ascent.moved
 
     @property
     def unsupported(self) -> list[int]:
-        return self._operands.unsupported
+        return self.operands.unsupported
 
     @property
     def has_backup(self) -> list[bool | None]:
-        return self._operands.has_backup
+        return self.operands.has_backup
 
     def make_backups(self, owned: bool) -> None:
-        self._operands.make_backups(owned)
+        self.operands.make_backups(owned)
 
     def set_backups(self, backups: TensorList) -> None:
-        self._operands.set_backups(backups)
+        self.operands.set_backups(backups)
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        plan = self._plan(_sizes(groups), with_grads=True)
+        plan = self.make_plan(_sizes(groups), with_grads=True)
         shape = [3] if q == math.inf else []
         if plan.total == 0:
             return torch.zeros(shape, dtype=torch.float64, device=self._device)
         with tables.on_device(self._device):
-            columns = self._columns(plan, plan.groups, *self._addresses("grads"), tables.ascent_table(groups))
+            columns = self._columns(plan, plan.groups, *self.addresses_of("grads"), tables.ascent_table(groups))
             return (launches.peak if q == math.inf else launches.sum_of_squares)(plan, columns)
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         groups = [group._replace(rho=tables.readable(group.rho)) for group in groups]
-        plan = self._plan(_sizes(groups), with_grads=True)
-        self._operands.require_backups(_sizes(groups))
+        plan = self.make_plan(_sizes(groups), with_grads=True)
+        self.operands.require_backups(_sizes(groups))
         if plan.launches:
             with tables.on_device(self._device):
                 self._move(plan, norm, groups, q, journal)
-        self._operands.keep_backups()
+        self.operands.keep_backups()
 
     def _move(
         self, plan: tables.Plan, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal
     ) -> None:
         # The one element that p = 1 moves is computed in fp64.
         how = {"PEAK": True, "C": triton.language.float64} if q == math.inf else {"PEAK": False}
-        addresses = self._addresses("grads", "backups")
+        addresses = self.addresses_of("grads", "backups")
         zeros = bytes(8 * len(self.params))
         columns = self._columns(plan, plan.groups, *addresses, tables.ascent_table(groups), zeros)
-        moved = columns[-1] = self._moved = columns[-1].clone()
+        moved = columns[-1] = self.moved = columns[-1].clone()
         norm = None if norm is None else norm.to(torch.float64).contiguous()
         # Entered first: a restore goes by what the kernels have written, which is nothing where none was launched.
         journal.append(self)
@@ -141,23 +141,23 @@ class Batch:
             raise
 
     def restore(self) -> None:
-        self._operands.refresh()
-        plan = self._plan([len(self.params)], with_backups=True)
+        self.operands.refresh()
+        plan = self.make_plan([len(self.params)], with_backups=True)
         with tables.on_device(self._device):
-            columns = self._columns(plan, self._operands.addresses("params"), self._backup_addresses())
+            columns = self._columns(plan, self.operands.addresses("params"), self._backup_addresses())
             for x in plan.launches:
                 launches.launch(kernels.restore, x, *columns, x.first)
 
     def restore_accumulate(self, restored: Any, groups: list[AccumulateGroup], journal: Journal) -> None:
         """Take the gradients into this batch's parameters, which are the means, and restore those of ``restored``."""
         sizes = _sizes(groups)
-        plan = self._plan(sizes, with_grads=True)
-        columns = [*self._addresses("grads"), bytes(8 * len(self.params))]
+        plan = self.make_plan(sizes, with_grads=True)
+        columns = [*self.addresses_of("grads"), bytes(8 * len(self.params))]
         if restored is not None:
-            restored._operands.refresh()
-            behind = restored._plan([len(restored.params)], with_backups=True)
+            restored.operands.refresh()
+            behind = restored.make_plan([len(restored.params)], with_backups=True)
             plan = tables.plan(plan.kinds + behind.kinds, plan.sizes + behind.sizes, (*sizes, len(restored.params)))
-            weights, backups = restored._addresses("backups")
+            weights, backups = restored.addresses_of("backups")
             columns = [x + y for x, y in zip(columns, (weights, bytes(len(weights)), backups))]
         with tables.on_device(self._device):
             arguments = self._columns(plan, plan.groups, *columns, tables.accumulate_table(groups))
@@ -197,9 +197,11 @@ class Batch:
         journal: Journal,
     ) -> None:
         """Launch a base step, of which ``columns`` are the state and the hyperparameters."""
-        plan = self._plan(_sizes(groups), with_grads=True, with_backups=True)
+        plan = self.make_plan(_sizes(groups), with_grads=True, with_backups=True)
         with tables.on_device(self._device):
-            arguments = self._columns(plan, plan.groups, *self._addresses("grads"), self._backup_addresses(), *columns)
+            arguments = self._columns(
+                plan, plan.groups, *self.addresses_of("grads"), self._backup_addresses(), *columns
+            )
             for x in plan.launches:
                 launches.launch(kernel, x, *arguments, grad_scale, found_inf, x.first)
             journal.clear()
@@ -207,18 +209,18 @@ class Batch:
     def _state_columns(self, needs: list[list[bool]], groups: list[Any]) -> list[bytes]:
         """Return the addresses of each kind of state, of which every group says whether it needs it."""
         for k, needed in enumerate(needs):
-            self._operands.require_state(_sizes(groups), k, needed)
-        return [self._operands.state_addresses(k) for k in range(len(needs))]
+            self.operands.require_state(_sizes(groups), k, needed)
+        return [self.operands.state_addresses(k) for k in range(len(needs))]
 
-    def _plan(self, group_sizes: list[int], with_grads: bool = False, with_backups: bool = False) -> tables.Plan:
+    def make_plan(self, group_sizes: list[int], with_grads: bool = False, with_backups: bool = False) -> tables.Plan:
         """Return the launches for the tensors with a gradient, or a backup, if they may have their addresses."""
-        self._operands.check(group_sizes)
-        kinds, sizes = self._operands.kinds(with_grads, with_backups), self._operands.sizes()
+        self.operands.check(group_sizes)
+        kinds, sizes = self.operands.kinds(with_grads, with_backups), self.operands.sizes()
         return tables.plan(kinds, sizes, tuple(group_sizes))
 
-    def _addresses(self, *others: str) -> tuple[bytes, ...]:
+    def addresses_of(self, *others: str) -> tuple[bytes, ...]:
         """Return the columns of the parameters and of what else is named."""
-        return tuple(self._operands.addresses(of) for of in ("params", *others))
+        return tuple(self.operands.addresses(of) for of in ("params", *others))
 
     def _columns(self, plan: tables.Plan, *columns: bytes | Tensor) -> list[Any]:
         """Return the columns on the device, where a tensor is already."""
@@ -230,7 +232,7 @@ class Batch:
 
     def _backup_addresses(self) -> bytes | Tensor:
         """Return the column of backups to restore from."""
-        return self._operands.addresses("backups") if self._moved is None else self._moved
+        return self.operands.addresses("backups") if self.moved is None else self.moved
 
 
 batch = Batch

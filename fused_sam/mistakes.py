@@ -1,0 +1,81 @@
+"""Mistakes of the loop around a step that can be seen without waiting for the device, each said once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sam.backends.interface import TensorList
+
+_LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+NO_FIRST = (
+    "No parameter has a gradient at first_step(): the weights stay at w, and the step is one of the base optimizer. "
+    "Call loss.backward() before it, or in the closure."
+)
+NO_SECOND = (
+    "No parameter has a gradient at w + e: the step updates nothing. Call loss.backward() between first_step() and "
+    "step(), too."
+)
+SUM = (
+    "The second gradients were added to the first: the step takes g1 + g2. Call first_step(zero_grad=True), or "
+    "zero_grad() after it."
+)
+
+
+class First(NamedTuple):
+    """A parameter with a gradient in the first pass: how often that had been written, and itself if it was left."""
+
+    param: Tensor
+    writes: int
+    grad: Tensor | None
+
+
+def first_of(tensors: list[Tensor], grads: TensorList, left: bool) -> First | None:
+    """Return what `look_at_second` compares with; None without any gradient."""
+    for p, grad in zip(tensors, grads):
+        if grad is not None:
+            return First(p, grad._version, grad if left else None)
+    return None
+
+
+def look_at_second(
+    first: First | None, groups: list[dict[str, Any]], found_inf: Any, grad_scale: Tensor | None
+) -> str | None:
+    """Return what to warn of in the gradients of the second pass; None where there is nothing.
+
+    Raises:
+        RuntimeError: where a GradScaler has unscaled the first gradients, and therefore does not unscale these.
+    """
+    grad = None if first is None else first.param.grad
+    if first is None or grad is None:
+        return None if any(p.grad is not None for group in groups for p in group["params"]) else NO_SECOND
+    writes = grad._version
+    if found_inf is not None and grad_scale is None and writes < first.writes:
+        raise RuntimeError(
+            "The second gradients are still scaled: scaler.unscale_(optimizer) was called before first_step(). Call it "
+            "after the second backward only: the perturbation does not depend on the scale."
+        )
+    # Cleared in place it would have been written twice. Several backwards, each of which writes once, hide it.
+    return SUM if grad is first.grad and writes == first.writes + 1 else None
+
+
+class Once:
+    """Warnings that have been given."""
+
+    def __init__(self) -> None:
+        self.given: set[str] = set()
+
+    def warn(self, message: str) -> None:
+        """Give a warning at the line that has called us, also by way of torch; unless it has been given."""
+        if message in self.given:
+            return
+        self.given.add(message)
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, stacklevel=level)

@@ -1,0 +1,127 @@
+"""Loops that do not train, or train plainly, without an error: each is warned of once, and scaled steps are refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import HYPER, RHO, assert_same_bits, leaves, quadratic, snapshot
+from torch import Tensor
+
+from fused_sam import FusedSAM
+
+
+def nothing(params: list[Tensor], opt: FusedSAM) -> None:
+    opt.first_step(zero_grad=True)
+    quadratic(params)()
+    opt.step()
+    opt.zero_grad()
+
+
+def nothing_at_the_second_pass(params: list[Tensor], opt: FusedSAM) -> None:
+    quadratic(params)()
+    opt.first_step(zero_grad=True)
+    opt.step()
+
+
+def a_closure_without_backward(params: list[Tensor], opt: FusedSAM) -> None:
+    opt.step(lambda: torch.tensor(0.7))
+
+
+def a_sum(params: list[Tensor], opt: FusedSAM) -> None:
+    for half in (opt.first_step, opt.step):
+        quadratic(params)()
+        half()
+    opt.zero_grad()
+
+
+MISTAKES = {
+    nothing: "No parameter has a gradient at first_step",
+    nothing_at_the_second_pass: "No parameter has a gradient at w + e",
+    a_closure_without_backward: "No parameter has a gradient at first_step",
+    a_sum: "takes g1 + g2",
+}
+
+
+@pytest.mark.parametrize(("loop", "message"), MISTAKES.items(), ids=lambda x: getattr(x, "__name__", None))
+def test_a_mistake_is_warned_of_once(
+    loop: Callable[[list[Tensor], FusedSAM], None], message: str, backend: str, device: str
+) -> None:
+    params = leaves(9, 5, device=device)
+    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            loop(params, opt)
+    said = [w for w in caught if message in str(w.message)]
+    assert [w.filename for w in said] == [__file__]
+    assert not opt.perturbed
+
+
+def cleared_in_place(params: list[Tensor], opt: FusedSAM) -> None:
+    for p in params:
+        p.grad.zero_()
+
+
+def cleared_by_torch(params: list[Tensor], opt: FusedSAM) -> None:
+    opt.zero_grad(set_to_none=False)
+
+
+def replaced(params: list[Tensor], opt: FusedSAM) -> None:
+    for p in params:
+        p.grad = torch.zeros_like(p)
+
+
+def frozen_first(params: list[Tensor], opt: FusedSAM) -> None:
+    params[0].grad = None
+
+
+@pytest.mark.parametrize("clear", [cleared_in_place, cleared_by_torch, replaced, frozen_first])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_cleared_in_any_way_are_no_mistake(
+    clear: Callable[[list[Tensor], FusedSAM], None], passes: int, backend: str, device: str
+) -> None:
+    """Warnings are errors here."""
+    params = leaves(9, 5, device=device)
+    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
+    for _ in range(4):
+        for _ in range(passes):
+            quadratic(params)()
+        opt.first_step()
+        clear(params, opt)
+        for _ in range(passes):
+            quadratic(params[1:] if clear is frozen_first else params)()
+        opt.step()
+        cleared_in_place(params[1:], opt)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_unscaled_before_the_ascent_only_are_refused(micro_batches: int, backend: str, device: str) -> None:
+    """They would be 65,536 times too long. Unscaled after the second backward, and by two scalers, they are right."""
+    steps = {}
+    for unscaled in ("never", "at w + e", "at w", "by two scalers"):
+        torch.manual_seed(5)
+        params = leaves(9, 5, device=device)
+        start = snapshot(params)
+        opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
+        scalers = [torch.amp.GradScaler(device, init_scale=2.0**16, growth_interval=1000) for _ in range(2)]
+        for scaler, half in zip(scalers if "two" in unscaled else scalers[:1] * 2, ("at w", "at w + e"), strict=True):
+            for _ in range(micro_batches):
+                scaler.scale(sum(1.5 * (p * p).sum() for p in params) / micro_batches).backward()
+            if unscaled in (half, "by two scalers"):
+                scaler.unscale_(opt)
+                torch.nn.utils.clip_grad_norm_(params, 1e3)
+            if half == "at w":
+                opt.first_step(zero_grad=True)
+        if unscaled == "at w":
+            with pytest.raises(RuntimeError, match="still scaled"):
+                scaler.step(opt)
+            assert not opt.perturbed
+            assert_same_bits(params, start)
+            continue
+        scaler.step(opt)
+        steps[unscaled] = [p.detach().clone() for p in params]
+    for found in steps.values():
+        torch.testing.assert_close(found, steps["never"], rtol=1e-5, atol=1e-6)
