@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,6 @@ from helpers import (
     assert_as_torch,
     assert_same_bits,
     batches,
-    bits,
     closure_for,
     gradient_stream,
     ids,
@@ -34,7 +30,6 @@ from helpers import (
     zeroing,
 )
 from torch import Tensor
-from torch.amp import GradScaler
 
 from fused_sam import FusedSAM, ReferenceSAM, backends
 from fused_sam.descent import FusedAdam
@@ -56,7 +51,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "maximize": True,
     },
 }
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 SHAPES = [(n,) for n in (*range(36), 67, 130, 1009, 16385, 32769)] + [(5, 3, 3, 3)]
 
 
@@ -76,19 +70,21 @@ def is_fused(opt: FusedSAM) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
-@every_base
-@every_config
+@pytest.mark.parametrize(
+    ("base", "name"), [*(("adam", name) for name in CONFIGS), ("adamw", "defaults"), ("adamw", "all")]
+)
 def test_rho_zero_is_torch_adam_bit_for_bit(
-    dtype: torch.dtype, base: str, config: dict[str, Any], backend: str, device: str, ieee_roots: None
+    dtype: torch.dtype, base: str, name: str, backend: str, device: str, ieee_roots: None
 ) -> None:
-    """Seven steps, weights and state, but for the square root: torch's is not rounded correctly on the CPU."""
+    """Four steps, weights and state, but for the square root: torch's is not rounded correctly on the CPU."""
+    config = CONFIGS[name]
     params = [torch.randn(s, dtype=dtype, device=device) for s in SHAPES]
     params[-1] = params[-1].to(memory_format=torch.channels_last)
     theirs = [p.clone() for p in params]
     opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **config)
     plain = BASES[base](theirs, foreach=False, **config)
     assert is_fused(opt)
-    for first, second in gradient_stream(SHAPES, 7, dtype):
+    for first, second in gradient_stream(SHAPES, 4, dtype):
         both_passes(opt, params, first, second)
         set_grads(theirs, second)
         plain.step()
@@ -112,7 +108,7 @@ def test_rho_zero_with_torchs_own_root(dtype: torch.dtype, base: str, backend: s
     theirs = [p.clone() for p in params]
     opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **config)
     plain = BASES[base](theirs, foreach=False, **config)
-    for first, second in gradient_stream(SHAPES[:-1], 7, dtype):
+    for first, second in gradient_stream(SHAPES[:-1], 4, dtype):
         old = [p.clone() for p in params]
         both_passes(opt, params, first, second)
         set_grads(theirs, second)
@@ -145,16 +141,13 @@ def test_strided_parameters(base: str, backend: str, device: str, ieee_roots: No
 
 
 @every_base
-@every_config
-@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
-def test_network_matches_the_reference(
-    base: str, config: dict[str, Any], adaptive: bool, backend: str, device: str
-) -> None:
+@pytest.mark.parametrize(("adaptive", "config"), [(False, name) for name in CONFIGS] + [(True, "all")])
+def test_network_matches_the_reference(base: str, adaptive: bool, config: str, backend: str, device: str) -> None:
     """In float64, where the second gradient depends on the perturbation and nothing hides behind rounding."""
     net, data = small_net(device=device), batches(8, device=device)
     twin = copy.deepcopy(net)
-    opt = FusedSAM(net.parameters(), BASES[base], rho=0.3, adaptive=adaptive, backend=backend, **config)
-    options = dict(config)
+    options = dict(CONFIGS[config])
+    opt = FusedSAM(net.parameters(), BASES[base], rho=0.3, adaptive=adaptive, backend=backend, **options)
     if base == "adamw":
         options.setdefault("weight_decay", 0.01)
     reference = ReferenceSAM(twin.parameters(), rho=0.3, adaptive=adaptive, base=base, **options)
@@ -189,67 +182,6 @@ def test_a_parameter_without_a_gradient_keeps_its_own_step(
     assert params[3] not in opt.state
 
 
-@every_base
-@pytest.mark.parametrize("to_torch", [True, False], ids=["to torch", "from torch"])
-def test_checkpoints_move_both_ways(base: str, to_torch: bool, backend: str, device: str, ieee_roots: None) -> None:
-    params = [torch.randn(n, device=device) for n in (9, 33)]
-    theirs = [p.clone() for p in params]
-    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, **CONFIGS["all"])
-    plain = BASES[base](theirs, foreach=False, **CONFIGS["all"])
-    source, target = (opt, plain) if to_torch else (plain, opt)
-    stream = gradient_stream([p.shape for p in params], 6, torch.float32)
-    for first, second in stream[:3]:
-        if to_torch:
-            both_passes(opt, params, first, second)
-        else:
-            set_grads(theirs, second)
-            plain.step()
-    file = io.BytesIO()
-    torch.save(source.state_dict(), file)
-    file.seek(0)
-    target.load_state_dict(torch.load(file, weights_only=True))
-    with torch.no_grad():
-        for mine, other in zip(params, theirs, strict=True):
-            (other if to_torch else mine).copy_(mine if to_torch else other)
-    for first, second in stream[3:]:
-        both_passes(opt, params, first, second)
-        set_grads(theirs, second)
-        plain.step()
-    assert_as_torch(params, theirs)
-    assert_as_torch(state_of(opt), state_of(plain), "state")
-
-
-@every_base
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=["host", "fused", "capturable"])
-def test_an_overflow_leaves_no_trace(base: str, options: dict[str, Any], backend: str, device: str) -> None:
-    """Before the first step, when state must not come into being, and after it."""
-    if device == "cpu" and "capturable" in options:
-        pytest.skip("torch's Adam refuses capturable on the CPU")
-    params = leaves(9, 33, device=device)
-    opt = FusedSAM(params, BASES[base], rho=RHO, backend=backend, lr=0.013, **options)
-    scaler = GradScaler(device, init_scale=2.0**10, growth_interval=1_000_000)
-
-    def step(factor: float) -> None:
-        opt.zero_grad()
-        scaler.scale(sum((p * p).sum() for p in params)).backward()
-        opt.first_step(zero_grad=True)
-        scaler.scale(sum((p * p).sum() for p in params)).backward()
-        params[1].grad[7] *= factor
-        scaler.step(opt)
-        scaler.update()
-
-    w = snapshot(params)
-    step(float("inf"))
-    assert snapshot(params) == w
-    assert not opt.state
-    step(1.0)
-    w, state = snapshot(params), snapshot(state_of(opt))
-    step(float("nan"))
-    assert (snapshot(params), snapshot(state_of(opt))) == (w, state)
-    step(1.0)
-    assert {float(opt.state[p]["step"]) for p in params} == {2.0}
-
-
 def test_capturable_on_the_cpu_is_refused_as_torch_does(backend: str) -> None:
     for options in ({"capturable": True}, {}):
         params = leaves(9)
@@ -260,42 +192,6 @@ def test_capturable_on_the_cpu_is_refused_as_torch_does(backend: str) -> None:
             opt.step(quadratic(params))
         assert snapshot(params) == w
         assert not opt.perturbed
-
-
-BAD: list[dict[str, Any]] = [
-    {"lr": -0.1},
-    {"betas": (1.0, 0.9)},
-    {"betas": (0.9, -0.1)},
-    {"eps": -1e-8},
-    {"weight_decay": -0.1},
-    {"differentiable": True},
-]
-
-
-@every_base
-@pytest.mark.parametrize("options", BAD, ids=str)
-def test_bad_values_are_refused(base: str, options: dict[str, Any], backend: str) -> None:
-    with pytest.raises(ValueError, match="Invalid"):
-        FusedSAM(leaves(3), BASES[base], backend=backend, **options)
-
-
-@every_base
-def test_a_schedule_and_options_changed_between_steps(base: str, backend: str, device: str, ieee_roots: None) -> None:
-    params = [torch.randn(33, device=device)]
-    theirs = [p.clone() for p in params]
-    opt = FusedSAM(params, BASES[base], rho=0.0, backend=backend, lr=0.13)
-    plain = BASES[base](theirs, foreach=False, lr=0.13)
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.4, total_steps=9) for o in (opt, plain)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for first, second in gradient_stream([(33,)], 5, torch.float32):
-            both_passes(opt, params, first, second)
-            set_grads(theirs, second)
-            plain.step()
-            for schedule in schedules:
-                schedule.step()  # which also moves beta1
-            assert opt.param_groups[0]["betas"] == plain.param_groups[0]["betas"]
-    assert_as_torch(params, theirs)
 
 
 @pytest.mark.parametrize(
@@ -361,34 +257,3 @@ def test_16_bit_state_has_the_dtype_of_the_weights(dtype: torch.dtype, base: str
     # Each of the five steps rounds w once: half an ulp at |w| < 4, and the averages' roundings move a step less.
     tolerance = 5 * 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(params[0].double(), wide[0], rtol=0, atol=tolerance)
-
-
-MALFORMED: dict[str, Callable[[Tensor], Any]] = {
-    "short": lambda m: m[:-1].clone(),
-    "another dtype": lambda m: m.double(),
-    "sparse": lambda m: m.to_sparse(),
-    "overlapping itself": lambda m: m[:1].expand_as(m),
-    "list": lambda m: m.tolist(),
-    "gone": lambda m: None,
-}
-
-
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
-@pytest.mark.parametrize("spoil", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_state_is_refused_and_the_weights_come_back(
-    spoil: Callable[[Tensor], Any], key: str, backend: str, device: str
-) -> None:
-    params = leaves(67, 130, device=device)
-    opt = FusedSAM(params, torch.optim.AdamW, rho=RHO, backend=backend, lr=0.013, amsgrad=True)
-    opt.step(quadratic(params))
-    good, w = opt.state[params[1]][key], snapshot(params)
-    other = bits(opt.state[params[0]][key])
-    opt.state[params[1]][key] = spoil(good)
-    with pytest.raises((TypeError, ValueError)):
-        opt.step(quadratic(params))
-    assert not opt.perturbed
-    assert snapshot(params) == w
-    assert bits(opt.state[params[0]][key]) == other
-    assert float(opt.state[params[0]]["step"]) == 1.0
-    opt.state[params[1]][key] = good
-    opt.step(quadratic(params))

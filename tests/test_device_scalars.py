@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from helpers import (
@@ -14,7 +12,6 @@ from helpers import (
     ascent_groups,
     assert_same_bits,
     ids,
-    leaves,
     quadratic,
     scalar,
     sgd_groups,
@@ -61,14 +58,3 @@ def test_a_tensor_is_read_anew_at_every_step(backend: str, device: str) -> None:
         for optimizer, p in zip((by_tensor, by_number), params, strict=True):
             optimizer.step(quadratic(p))
         assert_same_bits(params[0], params[1], "weight")
-
-
-@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0), "0.05"], ids=["two", "none", "text"])
-def test_only_one_number_is_taken(bad: Any, backend: str, device: str) -> None:
-    with pytest.raises(TypeError, match=r"Invalid rho=.*Must be a number, or a tensor of one element"):
-        FusedSAM(leaves(3, device=device), rho=bad, lr=0.1, backend=backend)
-
-
-def test_values_out_of_range_are_refused_on_the_host(backend: str, device: str) -> None:
-    with pytest.raises(ValueError, match="Invalid rho="):
-        FusedSAM(leaves(3, device=device), rho=torch.tensor(-1.0), lr=0.1, backend=backend)

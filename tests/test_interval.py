@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -226,20 +225,6 @@ def test_only_a_schedule_leaves_a_trace_in_checkpoints_and_none_is_needed_in_the
     assert every.param_groups[0]["sam_step"] == 3
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_copy_has_the_schedule_and_the_count(duplicate: Callable[[FusedSAM], FusedSAM], backend: str) -> None:
-    params = leaves(9)
-    opt = FusedSAM(params, rho=RHO, interval=3, start=1, stop=6, backend=backend, lr=0.13)
-    opt.step(quadratic(params))
-    copied = duplicate(opt)
-    twins = copied.param_groups[0]["params"]
-    for expected in (True, False, False, True, False, False, False):
-        assert (opt.perturb_next, copied.perturb_next) == (expected, expected)
-        opt.step(quadratic(params))
-        copied.step(quadratic(twins))
-    assert_same_bits(twins, params)
-
-
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("factor", [1.0, math.inf, math.nan], ids=str)
 def test_under_a_scaler_unperturbed_steps_are_unscaled_or_skipped(
@@ -267,32 +252,6 @@ def test_under_a_scaler_unperturbed_steps_are_unscaled_or_skipped(
             plain.step(quadratic(twins))
         assert_same_bits(params, twins)
     assert opt.param_groups[0]["sam_step"] == 4
-
-
-def test_no_gradient_in_an_unperturbed_step_under_a_scaler(backend: str, device: str) -> None:
-    params = leaves(9, device=device)
-    opt, scaler = FusedSAM(params, rho=RHO, start=1, backend=backend, **HYPER), GradScaler(device)
-    scaler.scale(params[0].sum())
-    w = snapshot(params)
-    scaler.step(opt)
-    assert_same_bits(params, w)
-
-
-INVALID = {"interval": [0, -1, 1.5, "2", None, True], "start": [-1, 0.5, None, False], "stop": [-1, 0, 2.5, "9", True]}
-
-
-@pytest.mark.parametrize(("name", "value"), [(k, v) for k, vs in INVALID.items() for v in vs], ids=str)
-def test_a_bad_schedule_is_refused_by_value(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^Invalid {name}=.*\. Must be (None or )?an integer (>=|>) .*\.$"):
-        FusedSAM(leaves(3), **{name: value})
-
-
-def test_contradictions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Invalid stop=4\. Must be None or an integer > start=4: no step"):
-        FusedSAM(leaves(3), start=4, stop=4)
-    for options in ({"interval": 2}, {"start": 1}, {"stop": 1}):
-        with pytest.raises(ValueError, match=r"Invalid capturable=True with .*\. A graph replays one step\.$"):
-            FusedSAM(leaves(3), capturable=True, **options)
 
 
 @pytest.mark.parametrize(("interval", "start", "stop"), list(itertools.product([1, 2, 5], [0, 3], [None, 4, 11])))

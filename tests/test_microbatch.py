@@ -208,37 +208,6 @@ def test_a_gradient_that_is_none_in_some_groups_is_zero_there(backend: str, devi
     assert_same_bits(params[2:], w[2:])
 
 
-@every_base
-@pytest.mark.parametrize("failing_call", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt], ids=lambda e: e.__name__)
-def test_an_exception_in_any_closure_leaves_weights_and_state_as_they_were(
-    base: str, failing_call: int, error: type[BaseException], backend: str, device: str
-) -> None:
-    params = leaves(9, LARGE, device=device)
-    opt = make(params, base, backend)
-    opt.step([quadratic(params)] * 2)
-    w, state, calls = snapshot(params), snapshot(state_of(opt)), 0
-
-    def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
-        loss = quadratic(params)()
-        if calls == failing_call:
-            raise error("mishap")
-        return loss
-
-    twins = copy.deepcopy(opt)
-    with pytest.raises(error, match="mishap"):
-        opt.step([closure] * 3)
-    assert calls == failing_call
-    assert not opt.perturbed
-    assert_same_bits(params, w)
-    assert snapshot(state_of(opt)) == state
-    opt.step([quadratic(params)] * 2)
-    twins.step([quadratic(twins.param_groups[0]["params"])] * 2)
-    assert_same_bits(params, twins.param_groups[0]["params"])
-
-
 def test_gradients_that_the_caller_holds_are_never_written(backend: str, device: str) -> None:
     params = leaves(9, LARGE, device=device)
     held: list[Tensor] = []

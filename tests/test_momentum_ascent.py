@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from typing import Any
 
@@ -128,31 +127,6 @@ def test_momentum_near_the_ends_of_fp32(scale: float, backend: str, device: str)
     opt.restore()
 
 
-@every_base
-def test_between_steps_the_weights_are_those_to_evaluate_and_to_save(base: str, backend: str, device: str) -> None:
-    """The authors' implementation keeps them perturbed. A run resumed from the file goes on bit for bit."""
-    net, data = small_net(torch.float32, device), batches(6, torch.float32, device)
-    opt = make(net.parameters(), base, backend, rho=0.3)
-    for batch in data[:3]:
-        opt.step(closure_for(net, batch))
-    assert not opt.perturbed
-    file = io.BytesIO()
-    torch.save({"model": net.state_dict(), "optimizer": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    assert all("rho" not in k and "norm" not in k for s in saved["optimizer"]["state"].values() for k in s)
-    twin = small_net(torch.float32, device)
-    twin.load_state_dict(saved["model"])
-    resumed = make(twin.parameters(), base, backend, rho=0.3)
-    resumed.load_state_dict(saved["optimizer"])
-    with torch.no_grad():
-        assert_same_bits([twin(data[0][0])], [net(data[0][0])])
-    for batch in data[3:]:
-        opt.step(closure_for(net, batch))
-        resumed.step(closure_for(twin, batch))
-    assert_same_bits(twin.parameters(), snapshot(net.parameters()))
-
-
 def test_a_group_without_momentum_and_one_that_stays_are_not_moved(backend: str, device: str) -> None:
     params = leaves(9, 67, 5, device=device, dtype=torch.float64)
     groups = [
@@ -239,27 +213,3 @@ def test_another_base_with_momentum_and_one_without(backend: str, device: str) -
     opt.step(lambda: layer(torch.ones(3, device=device)).sum().backward())
     with pytest.raises(RuntimeError, match="needs a base optimizer that keeps one of"):
         opt.first_step()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"direction": "sideways"}, r"Invalid direction='sideways'. Must be one of \['gradient', 'momentum'\]"),
-        ({"p": 3.0}, r"Invalid direction='momentum' with p=3\.0"),
-        ({"momentum": 0.0}, "Invalid direction='momentum' with momentum=0"),
-        ({"decay_in_ascent": True}, "Invalid direction='momentum' with decay_in_ascent=True"),
-        ({"ascent_steps": 2}, "Invalid direction='momentum' with ascent_steps=2"),
-        ({"second_order": True}, "second_order=True"),
-        ({"interval": 2, "looksam_alpha": 0.3}, r"looksam_alpha=0\.3"),
-    ],
-)
-def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FusedSAM(leaves(3), **{"direction": "momentum", "lr": 0.13, "momentum": 0.9, **options})
-
-
-def test_a_closure_of_its_own_for_the_ascent_is_refused() -> None:
-    params = leaves(3)
-    opt = FusedSAM(params, direction="momentum", lr=0.13, momentum=0.9)
-    with pytest.raises(ValueError, match="Invalid direction='momentum' with a closure for the ascent"):
-        opt.step(quadratic(params), ascent=quadratic(params))

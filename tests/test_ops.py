@@ -163,18 +163,6 @@ def test_perturb_matches_the_closed_form(
     lists.check_neighbours()
 
 
-@every_dtype
-def test_displacement_has_length_rho(dtype: torch.dtype, backend: str, device: str) -> None:
-    """From w = 0 the perturbed weight is e itself, to the last bit."""
-    grads = [torch.randn(n).to(device=device, dtype=dtype) for n in FEW_SIZES]
-    params = [torch.zeros_like(g) for g in grads]
-    groups = ascent_groups(len(grads))
-    norm = ops.norm(params, grads, groups, backend=backend)
-    ops.perturb(params, grads, [torch.empty_like(p) for p in params], norm, groups, backend=backend)
-    length = exact_norm((p, p, False) for p in params)
-    assert length == pytest.approx(RHO, rel=LENGTH_RTOL[dtype], abs=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-25, 1e-12, 1e20, 1e30, 1e37], ids=str)
 def test_displacement_has_length_rho_for_gradients_of_any_scale(
@@ -185,16 +173,6 @@ def test_displacement_has_length_rho_for_gradients_of_any_scale(
     norm = ops.norm([w], [g], ascent_groups(1), backend=backend)
     ops.perturb([w], [g], [torch.empty_like(w)], norm, ascent_groups(1), backend=backend)
     assert exact_norm([(w, w, False)]) == pytest.approx(RHO, rel=LENGTH_RTOL[dtype], abs=0)
-
-
-def test_adaptive_displacement_has_length_rho_in_units_of_the_weights(backend: str, device: str) -> None:
-    """||e / |w||| = rho is what makes ASAM invariant to rescaling a layer."""
-    w = torch.randn(1009, dtype=torch.float64, device=device)
-    g, backup = torch.randn_like(w), torch.empty_like(w)
-    norm = ops.norm([w], [g], ascent_groups(1, adaptive=True), backend=backend)
-    ops.perturb([w], [g], [backup], norm, ascent_groups(1, adaptive=True), backend=backend)
-    relative = (w - backup) / backup
-    assert float(relative.norm()) == pytest.approx(RHO, rel=1e-10)
 
 
 @every_dtype

@@ -268,9 +268,3 @@ def test_a_copy_measures_too_but_has_made_no_step(duplicate: Callable[[FusedSAM]
     opt.step(quadratic(params))
     copied = duplicate(opt)
     assert (copied.telemetry, copied.last) == (True, Report())
-
-
-@pytest.mark.parametrize("bad", [1, None, "yes"], ids=str)
-def test_a_setting_that_is_no_bool_is_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^Invalid telemetry=.*\. Must be True or False\.$"):
-        FusedSAM(leaves(3), telemetry=bad)
