@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import assert_within_ulp, exact, exact_adam
+from closed_forms import Array, assert_within_ulp, exact, exact_adam
 from helpers import (
     ADAM_CONFIGS,
     ADAM_ULP,
@@ -40,6 +40,11 @@ def _two_threads(_reproducible: None) -> None:
     torch.set_num_threads(2)
 
 
+def operands_of(lists: AdamLists) -> list[list[Array]]:
+    """w, g and state of each tensor."""
+    return [[exact(x) for x in xs] for xs in zip(lists.backups, lists.grads, *lists.states, strict=True)]
+
+
 def assert_follows(
     w: Tensor, states: list[Tensor], old: list[Any], t: int, first: bool, config: dict[str, Any], what: str = ""
 ) -> None:
@@ -58,7 +63,7 @@ def test_adam_update_matches_the_closed_form(
     dtype: torch.dtype, first: bool, config: dict[str, Any], backend: str, device: str
 ) -> None:
     lists = AdamLists(SIZES if first else FEW_SIZES, dtype, device, 0.0 if first else 6.0)
-    old = [[exact(x) for x in xs] for xs in zip(lists.backups, lists.grads, *lists.states, strict=True)]
+    old = operands_of(lists)
     for w in lists.params:
         w.fill_(math.nan)  # only the backup may be read
     if first:
@@ -100,7 +105,7 @@ def test_steps_read_by_the_kernel(dtype: torch.dtype, skip: bool, backend: str, 
     """Different for every tensor, and advanced unless a GradScaler skips."""
     lists = AdamLists(FEW_SIZES, dtype, device)
     lists.steps = [torch.tensor(float(k), device=device) for k in range(len(FEW_SIZES))]
-    old = [[exact(x) for x in xs] for xs in zip(lists.backups, lists.grads, *lists.states, strict=True)]
+    old = operands_of(lists)
     kept = [snapshot(x) for x in (lists.backups, *lists.states)]
     found = torch.tensor(float(skip), device=device)
     config = ADAM_CONFIGS["all"]
@@ -118,7 +123,7 @@ def test_each_group_and_each_step_has_its_own_numbers(backend: str, device: str)
     lists = AdamLists([67] * len(names), torch.float64, device)
     lists.steps = [torch.tensor(float(k % 3 + k // 7)) for k in range(len(names))]
     before = [float(t) for t in lists.steps]
-    old = [[exact(x) for x in xs] for xs in zip(lists.backups, lists.grads, *lists.states, strict=True)]
+    old = operands_of(lists)
     lists.grads[5] = None
     groups = [adam_groups(4, first=i % 3 == 0, **config)[0] for i, config in enumerate(ADAM_CONFIGS.values())]
     lists.update(groups, backend=backend)
@@ -165,41 +170,12 @@ def test_gradients_of_another_precision(dtype: torch.dtype, wide: str, backend: 
     config = ADAM_CONFIGS["all"]
     lists = AdamLists(FEW_SIZES, dtype if wide == "grad" else torch.float32, device)
     lists.grads = [g.to(torch.float32 if wide == "grad" else dtype) for g in lists.grads]
-    old = [[exact(x) for x in xs] for xs in zip(lists.backups, lists.grads, *lists.states, strict=True)]
+    old = operands_of(lists)
     grads = snapshot(lists.grads)
     lists.update(adam_groups(len(old), **config), backend=backend)
     for w, *states, before in zip(lists.params, *lists.states, old, strict=True):
         assert_follows(w, states, before, 7, False, config)
     assert_same_bits(lists.grads, grads, "gradient")
-
-
-@every_dtype
-def test_grad_scale_divides_the_gradient(dtype: torch.dtype, backend: str, device: str) -> None:
-    """By a power of two exactly: the bits, p.grad's too, of gradients that were never scaled."""
-    scaled, plain = (AdamLists(FEW_SIZES, dtype, device) for _ in range(2))
-    scaled.copy_(plain)
-    for g in scaled.grads:
-        g.mul_(64)
-    groups = adam_groups(len(FEW_SIZES), **ADAM_CONFIGS["all"])
-    scale, no_inf = torch.tensor(64.0, device=device), torch.tensor(0.0, device=device)
-    scaled.update(groups, backend=backend, grad_scale=scale, found_inf=no_inf)
-    plain.update(groups, backend=backend)
-    for mine, other in zip((scaled.params, scaled.grads, *scaled.states), (plain.params, plain.grads, *plain.states)):
-        assert_same_bits(mine, other)
-    scaled.check_neighbours()
-
-
-@every_dtype
-@pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
-def test_found_inf_restores_and_leaves_the_state_alone(
-    dtype: torch.dtype, first: bool, backend: str, device: str
-) -> None:
-    lists = AdamLists(FEW_SIZES, dtype, device)
-    kept = [snapshot(x) for x in (lists.backups, *lists.states, lists.steps)]
-    groups = adam_groups(len(FEW_SIZES), first=first, **ADAM_CONFIGS["all"])
-    found, scale = torch.tensor(1.0, device=device), torch.tensor(64.0, device=device)
-    lists.update(groups, backend=backend, grad_scale=scale, found_inf=found)
-    assert [snapshot(x) for x in (lists.params, *lists.states, lists.steps)] == kept
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=ids)
@@ -208,7 +184,7 @@ def test_a_learning_rate_on_the_device(kind: torch.dtype, backend: str, device: 
     for value in (lr, lr.item()):
         torch.manual_seed(0)
         lists = AdamLists(FEW_SIZES, torch.float32, device)
-        old = [[exact(x) for x in xs] for xs in zip(lists.backups, lists.grads, *lists.states, strict=True)]
+        old = operands_of(lists)
         config = {**ADAM_CONFIGS["all-decoupled"], "lr": value}
         lists.update(adam_groups(len(FEW_SIZES), **config), backend=backend)
         for w, *states, before in zip(lists.params, *lists.states, old, strict=True):
