@@ -35,7 +35,6 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, HYPER),
     "Adam": (torch.optim.Adam, {"lr": 0.013, "weight_decay": 0.017, "eps": 0.01}),  # fp16 has no 1e-8
 }
-every_base = pytest.mark.parametrize("base", BASES)
 COUNTS = [2, 3, 7]
 
 
@@ -63,11 +62,9 @@ def one_by_one(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Ten
 # Gradient accumulation
 
 
-@every_base
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize(("base", "form"), [("SGD", "closure"), ("SGD", "two calls"), ("Adam", "two calls, zeroed")])
 def test_several_backward_calls_in_each_pass_equal_one_big_batch(
-    base: str, form: str, zero_grad: bool, backend: str, device: str
+    base: str, form: str, backend: str, device: str
 ) -> None:
     net, data = small_net(device=device), batches(5, device=device)
     twin = copy.deepcopy(net)
@@ -79,7 +76,7 @@ def test_several_backward_calls_in_each_pass_equal_one_big_batch(
         else:
             opt.zero_grad()
             accumulate()
-            opt.first_step(zero_grad=zero_grad)
+            opt.first_step(zero_grad="zeroed" in form)
             opt.zero_grad()
             accumulate()
             opt.second_step()
@@ -136,11 +133,10 @@ def test_smaller_groups_are_another_step_than_one_e_for_all(backend: str, device
     assert max(float((p - q).detach().abs().max()) for p, q in zip(net.parameters(), twin.parameters())) > 1e-4
 
 
-@every_base
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.37}, {"replay_rng": True}], ids=str)
+@pytest.mark.parametrize(("base", "options"), [("SGD", {}), ("SGD", {"max_grad_norm": 0.37}), ("Adam", {})], ids=str)
 def test_a_list_of_one_is_the_closure_itself_bit_for_bit(
-    base: str, dtype: torch.dtype, options: dict[str, Any], backend: str, device: str
+    dtype: torch.dtype, base: str, options: dict[str, Any], backend: str, device: str
 ) -> None:
     params = leaves(9, LARGE, device=device, dtype=dtype)
     twins = [p.detach().clone().requires_grad_() for p in params]
@@ -154,11 +150,10 @@ def test_a_list_of_one_is_the_closure_itself_bit_for_bit(
     assert_same_bits(state_of(opt), state_of(plain), "state")
 
 
-@every_base
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("base", "count"), [("SGD", 2), ("Adam", 3)])
 def test_equal_groups_are_one_group_bit_for_bit(
-    base: str, dtype: torch.dtype, count: int, backend: str, device: str
+    dtype: torch.dtype, base: str, count: int, backend: str, device: str
 ) -> None:
     """The mean of equal gradients is theirs, however many they are."""
     params = leaves(9, LARGE, device=device, dtype=dtype)
