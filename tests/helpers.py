@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -282,6 +283,27 @@ def set_grads(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
     """p.grad = a private copy in the parameter's dtype and device."""
     for p, g in zip(params, grads, strict=True):
         p.grad = None if g is None else g.to(device=p.device, dtype=p.dtype, copy=True)
+
+
+def two_calls(optimizer: Any, params: list[Tensor], first: list[Any], second: list[Any]) -> None:
+    """A step with the gradients given for both passes."""
+    set_grads(params, first)
+    optimizer.first_step(zero_grad=True)
+    set_grads(params, second)
+    optimizer.second_step()
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The state of every parameter that has any, in the order of the groups and of its names."""
+    entries = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+    return [v for entry in entries for _, v in sorted(entry.items()) if isinstance(v, Tensor)]
 
 
 def ascent_groups(count: int, rho: float = RHO, adaptive: bool = False) -> list[AscentGroup]:

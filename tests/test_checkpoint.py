@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,8 @@ from helpers import (
     quadratic,
     small_net,
     snapshot,
+    state_tensors,
+    through_a_file,
 )
 from torch import Tensor, nn
 
@@ -44,18 +45,6 @@ def trained(base: str, backend: str, device: str, **options: Any) -> tuple[nn.Mo
     for batch in data[:2]:
         opt.step(closure_for(net, batch))
     return net, opt, data[2:]
-
-
-def state_tensors(opt: torch.optim.Optimizer) -> list[Tensor]:
-    values = [v for g in opt.param_groups for p in g["params"] for _, v in sorted(opt.state[p].items())]
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @every_base

@@ -45,10 +45,12 @@ def test_ops_give_the_same_bits_for_tensors_and_numbers(
     assert results[0] == results[1]
 
 
-def test_a_tensor_is_read_anew_at_every_step(backend: str, device: str) -> None:
+@pytest.mark.parametrize("on_host", [False, True], ids=["beside the parameters", "on the host"])
+def test_a_tensor_is_read_anew_at_every_step(on_host: bool, backend: str, device: str) -> None:
+    where = "cpu" if on_host else device
     start = torch.randn(9, device=device)
     params = [[start.clone().requires_grad_()] for _ in range(2)]
-    rho, lr = torch.tensor(0.05, device=device), torch.tensor(0.1, device=device)
+    rho, lr = torch.tensor(0.05, device=where), torch.tensor(0.1, device=where)
     by_tensor = FusedSAM(params[0], rho=rho, lr=lr, momentum=0.9, backend=backend, foreach=False)
     by_number = FusedSAM(params[1], rho=0.05, lr=0.1, momentum=0.9, backend=backend)
     for k in (1.0, 0.5, 0.25):

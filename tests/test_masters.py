@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,8 @@ from helpers import (
     set_grads,
     small_net,
     snapshot,
+    state_tensors,
+    through_a_file,
 )
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
@@ -56,10 +56,6 @@ def make(params: Any, base: str, backend: str, **options: Any) -> FusedSAM:
 
 def masters_of(optimizer: FusedSAM) -> list[Tensor]:
     return [optimizer.state[p]["master"] for group in optimizer.param_groups for p in group["params"]]
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> list[bytes]:
-    return [bits(v) for s in optimizer.state.values() for _, v in sorted(s.items()) if isinstance(v, Tensor)]
 
 
 def assert_rounded(optimizer: FusedSAM) -> None:
@@ -173,18 +169,6 @@ def test_other_options_go_on_working(base: str, options: dict[str, Any], backend
     assert all("master" not in entry for entry in theirs.state.values())
 
 
-def test_micro_batches(backend: str, device: str) -> None:
-    """With two equal ones a step is that of one."""
-    net = small_net(torch.bfloat16, device)
-    twin = copy.deepcopy(net)
-    ours, theirs = (make(n.parameters(), "SGD", backend) for n in (net, twin))
-    for batch in batches(3, torch.bfloat16, device):
-        ours.step([closure_for(net, batch)] * 2)
-        theirs.step(closure_for(twin, batch))
-    assert_same_bits(masters_of(ours), masters_of(theirs))
-    assert_rounded(ours)
-
-
 def test_groups_of_all_dtypes_and_parameters_without_gradients(backend: str, device: str) -> None:
     dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16]
     params = [torch.randn(67, device=device).to(t).requires_grad_() for t in dtypes]
@@ -199,13 +183,6 @@ def test_groups_of_all_dtypes_and_parameters_without_gradients(backend: str, dev
         assert optimizer.state[p]["momentum_buffer"].dtype == (
             torch.float64 if p.dtype == torch.float64 else torch.float32
         )
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("first", ["net", "optimizer"])
@@ -225,7 +202,7 @@ def test_a_resumed_run_changes_no_bit_whichever_is_loaded_first(first: str, back
         optimizer.step(closure_for(net, batch))
         resumed.step(closure_for(other, batch))
     assert_same_bits(other.parameters(), snapshot(net.parameters()))
-    assert state_of(resumed) == state_of(optimizer)
+    assert snapshot(state_tensors(resumed)) == snapshot(state_tensors(optimizer))
     assert_rounded(resumed)
 
 

@@ -265,19 +265,3 @@ def test_restore_skips_tensors_without_backup(backend: str, device: str) -> None
     params = [torch.ones(9, device=device), torch.ones(9, device=device)]
     ops.restore(params, [None, torch.full((9,), 7.0, device=device)], backend=backend)
     assert [float(p.sum()) for p in params] == [9.0, 63.0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
-def test_a_thousand_rounds_of_perturb_and_restore_change_no_bit(dtype: torch.dtype, backend: str, device: str) -> None:
-    sizes = [1, 67, 1009]
-    w, b = Lists(sizes, dtype, device), Lists(sizes, dtype, device)
-    old, gradients = snapshot(w.params), [g.clone() for g in w.grads]
-    groups = ascent_groups(len(sizes))
-    for _ in range(1000):
-        for g, source in zip(w.grads, gradients, strict=True):
-            g.copy_(source)
-        norm = ops.norm(w.params, w.grads, groups, backend=backend)
-        ops.perturb(w.params, w.grads, w.grads, norm, groups, backend=backend)
-        ops.restore(w.params, w.grads, backend=backend)
-    assert_same_bits(w.params, old, "param")
-    b.check_neighbours()

@@ -12,7 +12,6 @@ from closed_forms import Array, assert_within_ulp, exact
 from helpers import (
     DTYPES,
     FEW_SIZES,
-    FLOAT64_RTOL,
     HYPER,
     LARGE,
     PERTURB_ULP,
@@ -20,6 +19,7 @@ from helpers import (
     ROUNDED_ONCE_ULP,
     SIXTEEN_BIT,
     Lists,
+    assert_all_close,
     assert_same_bits,
     batches,
     bits,
@@ -227,8 +227,7 @@ def test_trajectories_follow_the_reference(p: float, adaptive: bool | str, backe
     for batch in batches(6, device=device):
         ours.step(closure_for(net, batch))
         reference.step(zeroing(twin, closure_for(twin, batch)))
-    for a, b in zip([*net.parameters(), *buffers(ours)], [*twin.parameters(), *buffers(reference)], strict=True):
-        torch.testing.assert_close(a, b, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+    assert_all_close([*net.parameters(), *buffers(ours)], [*twin.parameters(), *buffers(reference)])
 
 
 @pytest.mark.parametrize("p", [2.0, math.inf, 1.5], ids=str)
@@ -255,8 +254,7 @@ def test_groups_that_stay_at_w(p: float, zero_grad: bool, backend: str, device: 
             for w in ps:
                 w.grad = 3 * w.detach()
             o.second_step(zero_grad=True)
-    for a, b in zip([*ours, *buffers(optimizer)], [*theirs, *buffers(reference)], strict=True):
-        torch.testing.assert_close(a, b, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+    assert_all_close([*ours, *buffers(optimizer)], [*theirs, *buffers(reference)])
 
 
 def test_gradients_of_groups_that_stay_come_back_when_the_ascent_fails(backend: str, device: str) -> None:

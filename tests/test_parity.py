@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from closed_forms import assert_within_ulp, exact, ulp
 from helpers import (
+    ADAM_CONFIGS,
     FEW_SIZES,
     FLOAT64_RTOL,
     HYPER,
@@ -23,6 +23,8 @@ from helpers import (
     SGD_CONFIGS,
     SIXTEEN_BIT,
     UPDATE_ULP,
+    assert_all_close,
+    assert_as_torch,
     assert_bits_of_torch,
     assert_same_bits,
     batches,
@@ -33,7 +35,10 @@ from helpers import (
     momentum_of,
     set_grads,
     small_net,
+    state_tensors,
     strided_pairs,
+    through_a_file,
+    two_calls,
     zeroing,
 )
 from torch import Tensor, nn
@@ -52,23 +57,6 @@ GROUP_OPTIONS: list[dict[str, Any]] = [
 def grouped(params: list[Tensor]) -> list[dict[str, Any]]:
     """The parameters dealt out to four groups that share no hyperparameter."""
     return [{"params": params[i :: len(GROUP_OPTIONS)], **o} for i, o in enumerate(GROUP_OPTIONS)]
-
-
-def two_calls(optimizer: Any, params: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
-    set_grads(params, first)
-    optimizer.first_step(zero_grad=True)
-    set_grads(params, second)
-    optimizer.second_step()
-
-
-def reloaded(optimizer: FusedSAM, groups: Any, **options: Any) -> FusedSAM:
-    """A new optimizer that has been through a checkpoint file."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    fresh = FusedSAM(groups, **options)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    return fresh
 
 
 def assert_follows(actual: Tensor, reference: Tensor, magnitude: np.ndarray, limit: float, what: str) -> None:
@@ -93,7 +81,9 @@ def test_trajectory_of_four_groups_matches_the_float64_reference(
     largest_m = [np.zeros_like(x) for x in largest]
     for step, (first, second) in enumerate(gradient_stream([p.shape for p in start], STEPS, dtype, scale)):
         if step == 5:
-            optimizer = reloaded(optimizer, grouped(params), backend=backend, lr=0.5)
+            saved = through_a_file(optimizer.state_dict())
+            optimizer = FusedSAM(grouped(params), backend=backend, lr=0.5)
+            optimizer.load_state_dict(saved)
         set_grads(params, first)
         set_grads(wide, first)
         optimizer.first_step(zero_grad=True)
@@ -137,10 +127,8 @@ def test_network_matches_the_reference(adaptive: bool, form: str, backend: str, 
             opt.first_step(zero_grad=True)
             closure()
             opt.second_step(zero_grad=True)
-    for p, w in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, w, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-    for m, expected in zip(buffers(optimizer), buffers(reference), strict=True):
-        torch.testing.assert_close(m, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+    assert_all_close(net.parameters(), twin.parameters())
+    assert_all_close(buffers(optimizer), buffers(reference))
 
 
 def test_a_checkpoint_of_four_groups_changes_no_bit(backend: str, device: str) -> None:
@@ -151,7 +139,9 @@ def test_a_checkpoint_of_four_groups_changes_no_bit(backend: str, device: str) -
     for step, (first, second) in enumerate(gradient_stream([p.shape for p in start], 4, torch.bfloat16)):
         if step == 2:
             resumed = [p.clone() for p in resumed]
-            other = reloaded(other, grouped(resumed), backend=backend, lr=0.5)
+            saved = through_a_file(other.state_dict())
+            other = FusedSAM(grouped(resumed), backend=backend, lr=0.5)
+            other.load_state_dict(saved)
         two_calls(one, straight, first, second)
         two_calls(other, resumed, first, second)
     assert_same_bits(resumed, straight, "param")
@@ -226,21 +216,36 @@ def test_rho_zero_is_torch_sgd_bit_for_bit(
         assert_bits_of_torch(buffers(optimizer), buffers(sgd), "momentum")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
-def test_rho_zero_is_torch_sgd_bit_for_bit_on_strided_parameters(dtype: torch.dtype, backend: str, device: str) -> None:
+STRIDED: list[Any] = [
+    (torch.optim.SGD, torch.float32, SGD_CONFIGS["nesterov-decay"]),
+    (torch.optim.SGD, torch.float64, SGD_CONFIGS["nesterov-decay"]),
+    (torch.optim.Adam, torch.float32, ADAM_CONFIGS["all"]),
+    (torch.optim.AdamW, torch.float64, ADAM_CONFIGS["all"]),
+]
+
+
+@pytest.mark.parametrize(("base", "dtype", "options"), STRIDED, ids=["SGD", "SGD-double", "Adam", "AdamW-double"])
+def test_rho_zero_is_torchs_own_on_strided_parameters(
+    base: type[torch.optim.Optimizer],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    backend: str,
+    device: str,
+    ieee_roots: None,
+) -> None:
     cases = strided_pairs(dtype, device)
     params, theirs = [w for _, w, _ in cases], [w.clone() for _, w, _ in cases]
-    options = SGD_CONFIGS["nesterov-decay"]
-    optimizer = FusedSAM(params, rho=0.0, backend=backend, **options)
-    sgd = torch.optim.SGD(theirs, foreach=False, **options)
+    optimizer = FusedSAM(params, base, rho=0.0, backend=backend, **options)
+    plain = base(theirs, foreach=False, **options)
     for _ in range(3):
         for (_, w, g), other in zip(cases, theirs, strict=True):
             w.grad = other.grad = g
         optimizer.first_step()
         optimizer.step()
-        sgd.step()
-    assert_bits_of_torch(params, theirs, "param")
-    assert_bits_of_torch(buffers(optimizer), buffers(sgd), "momentum")
+        plain.step()
+    same = assert_bits_of_torch if base is torch.optim.SGD else assert_as_torch
+    same(params, theirs, "param")
+    same(state_tensors(optimizer), state_tensors(plain), "state")
 
 
 class SignDescent(torch.optim.Optimizer):
