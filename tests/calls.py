@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import warnings
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import profiles  # noqa: F401
 import pytest
 import torch
-from helpers import assert_same_bits, snapshot
+from helpers import assert_same_bits, snapshot, through_a_file
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from layouts import LAYOUTS, SEEDS, SHAPES, TENSORS, laid_out
@@ -259,12 +258,10 @@ class Calls(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.optimizer.perturbed)
     @rule()
-    def through_a_file(self) -> None:
-        file = io.BytesIO()
-        torch.save(self.optimizer.state_dict(), file)
-        file.seek(0)
+    def save_and_load(self) -> None:
+        saved = through_a_file(self.optimizer.state_dict())
         self.optimizer = self.fused([{"params": g["params"]} for g in self.optimizer.param_groups])
-        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        self.optimizer.load_state_dict(saved)
 
     @precondition(lambda self: not self.optimizer.perturbed and len(self.params) < 8)
     @rule(tensor=st.tuples(SHAPES, LAYOUTS), rho=st.sampled_from([0.0, 0.11]))

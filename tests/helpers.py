@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -183,25 +184,24 @@ class Carved:
         assert bool((self.buffer[self.gaps] == self.FILL).all()), "an element outside the tensors was written"
 
 
-class AdamLists:
-    """What adam_update takes, of the given sizes with random contents. ``steps`` are those done before."""
+class Lists:
+    """What sgd_update takes, of the given sizes with random contents."""
 
-    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: str, steps: float = 6.0) -> None:
-        self.carved = [Carved(sizes, dtype, device) for _ in range(6)]
+    STATES = 1
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
+        self.carved = [Carved(sizes, dtype, device) for _ in range(3 + self.STATES)]
         self.params, self.grads, self.backups, *self.states = (c.tensors for c in self.carved)
-        self.steps = [torch.tensor(steps) for _ in sizes]
-        for p, g, b, m, v, u in zip(self.params, self.grads, self.backups, *self.states, strict=True):
-            for x in (p, g, b, m):
-                x.copy_(torch.randn(p.shape))
-            for x in (v, u):
-                x.copy_(torch.rand(p.shape) + 0.01)
+        self.momentum = self.states[0]
+        for tensors in (self.params, self.grads, self.backups, self.momentum):
+            for x in tensors:
+                x.copy_(torch.randn(x.shape))
 
-    def update(self, groups: list[AdamGroup], backups: bool = True, **options: Any) -> None:
+    def update(self, groups: list[Any], backups: bool = True, **options: Any) -> None:
         nothing = [None] * len(self.params)
-        lists = self.params, self.grads, self.backups if backups else nothing, *self.states, self.steps
-        ops.adam_update(*lists, groups, **options)
+        ops.sgd_update(self.params, self.grads, self.backups if backups else nothing, self.momentum, groups, **options)
 
-    def copy_(self, other: AdamLists) -> None:
+    def copy_(self, other: Lists) -> None:
         for mine, theirs in zip(self.carved, other.carved, strict=True):
             mine.buffer.copy_(theirs.buffer)
 
@@ -210,20 +210,22 @@ class AdamLists:
             carved.check()
 
 
-class Lists:
-    """Parameters, gradients, backups and momentum buffers of the given sizes with random contents."""
+class AdamLists(Lists):
+    """What adam_update takes. ``steps`` are those done before."""
 
-    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: str, grad_scale: float = 1.0) -> None:
-        self.carved = [Carved(sizes, dtype, device) for _ in range(4)]
-        self.params, self.grads, self.backups, self.momentum = (c.tensors for c in self.carved)
-        for p, g, m in zip(self.params, self.grads, self.momentum, strict=True):
-            p.copy_(torch.randn(p.shape))
-            g.copy_(torch.randn(p.shape) * grad_scale)
-            m.copy_(torch.randn(p.shape))
+    STATES = 3
 
-    def check_neighbours(self) -> None:
-        for carved in self.carved:
-            carved.check()
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: str, steps: float = 6.0) -> None:
+        super().__init__(sizes, dtype, device)
+        self.steps = [torch.tensor(steps) for _ in sizes]
+        for tensors in self.states[1:]:
+            for x in tensors:
+                x.copy_(torch.rand(x.shape) + 0.01)
+
+    def update(self, groups: list[Any], backups: bool = True, **options: Any) -> None:
+        nothing = [None] * len(self.params)
+        lists = self.params, self.grads, self.backups if backups else nothing, *self.states, self.steps
+        ops.adam_update(*lists, groups, **options)
 
 
 def strided_pairs(dtype: torch.dtype, device: str) -> list[tuple[str, Tensor, Tensor]]:
@@ -281,6 +283,27 @@ def set_grads(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
     """p.grad = a private copy in the parameter's dtype and device."""
     for p, g in zip(params, grads, strict=True):
         p.grad = None if g is None else g.to(device=p.device, dtype=p.dtype, copy=True)
+
+
+def two_calls(optimizer: Any, params: list[Tensor], first: list[Any], second: list[Any]) -> None:
+    """A step with the gradients given for both passes."""
+    set_grads(params, first)
+    optimizer.first_step(zero_grad=True)
+    set_grads(params, second)
+    optimizer.second_step()
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The state of every parameter that has any, in the order of the groups and of its names."""
+    entries = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+    return [v for entry in entries for _, v in sorted(entry.items()) if isinstance(v, Tensor)]
 
 
 def ascent_groups(count: int, rho: float = RHO, adaptive: bool = False) -> list[AscentGroup]:

@@ -28,7 +28,6 @@ from helpers import (
     zeroing,
 )
 from torch import Tensor
-from torch.amp import GradScaler
 
 from fused_sam import FusedSAM, ReferenceSAM
 
@@ -42,8 +41,7 @@ NEIGHBOURHOODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("p", NORMS)
-@pytest.mark.parametrize("neighbourhood", NEIGHBOURHOODS)
-@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize(("neighbourhood", "steps"), [*((name, 2) for name in NEIGHBOURHOODS), ("plain", 5)])
 def test_a_trajectory_matches_the_float64_reference(
     p: float, neighbourhood: str, steps: int, backend: str, device: str
 ) -> None:
@@ -110,31 +108,6 @@ def test_e_never_leaves_the_ball(dtype: torch.dtype, p: float, backend: str, dev
     opt.restore()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_weights_come_back_bit_for_bit(dtype: torch.dtype, backend: str, device: str) -> None:
-    params = leaves(9, LARGE, 67, device=device, dtype=dtype)
-    w = snapshot(params)
-    opt = FusedSAM(params, rho=0.4, ascent_steps=4, backend=backend, lr=0.13)
-    calls = []
-
-    def closure() -> None:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        sum((x * x).sum() for x in params).backward()
-
-    with pytest.raises(KeyboardInterrupt):
-        opt.step(closure)
-    assert_same_bits(params, w)
-    assert not opt.perturbed
-    set_grads(params, [torch.randn_like(x) for x in params])
-    opt.first_step()
-    set_grads(params, [torch.randn_like(x) for x in params])
-    opt.first_step()
-    opt.restore()
-    assert_same_bits(params, w)
-
-
 def test_gradients_that_come_and_go_between_the_steps(backend: str, device: str) -> None:
     """A parameter whose first gradient comes late moves from then on; one that loses it stays where it is."""
     start = [torch.randn(n, device=device, dtype=torch.float64) for n in (9, 67, LARGE)]
@@ -186,22 +159,6 @@ def test_a_norm_that_says_nothing_leaves_e_as_it_is(value: float, backend: str, 
     opt.restore()
 
 
-@pytest.mark.parametrize("bad_step", [0, 1, 2])
-def test_an_overflow_in_any_step_skips_under_a_scaler(bad_step: int, backend: str, device: str) -> None:
-    params = leaves(9, 67, device=device)
-    w = snapshot(params)
-    opt = FusedSAM(params, rho=0.4, ascent_steps=2, backend=backend, lr=0.13)
-    scaler = GradScaler(device, init_scale=8.0)
-    scaler.scale(torch.ones((), device=device))  # makes the scale
-    for step in range(3):
-        set_grads(params, [torch.full_like(x, math.inf if step == bad_step else 0.5) for x in params])
-        if step < 2:
-            opt.first_step(zero_grad=True)
-    scaler.step(opt)
-    scaler.update()
-    assert_same_bits(params, w)
-
-
 def test_the_calls_of_a_step_are_counted(backend: str, device: str) -> None:
     params = leaves(9, device=device)
     opt = FusedSAM(params, rho=RHO, ascent_steps=2, backend=backend, lr=0.13)
@@ -219,12 +176,6 @@ def test_the_calls_of_a_step_are_counted(backend: str, device: str) -> None:
     quadratic(params)()
     opt.step()
     assert opt.perturb_next
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "2", None])
-def test_bad_numbers_of_steps_are_refused(steps: Any) -> None:
-    with pytest.raises(ValueError, match="Invalid ascent_steps="):
-        FusedSAM(leaves(3), lr=0.13, ascent_steps=steps)
 
 
 def test_copies_and_the_last_report(backend: str, device: str) -> None:

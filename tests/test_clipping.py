@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from helpers import (
     set_grads,
     small_net,
     snapshot,
+    state_tensors,
 )
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -51,19 +51,14 @@ def make(params: Any, base: str, backend: str, **options: Any) -> FusedSAM:
     return FusedSAM(params, base_class, rho=RHO, backend=backend, **base_options, **options)
 
 
-def state_of(opt: torch.optim.Optimizer) -> list[Tensor]:
-    return [v for s in opt.state.values() for _, v in sorted(s.items()) if isinstance(v, Tensor)]
-
-
 def factor(grads: list[Tensor], max_norm: float) -> float:
     """min(1, max_norm / (||g|| + 1e-6)), in Python floats."""
     norm = math.sqrt(math.fsum(x for g in grads for x in g.double().square().flatten().tolist()))
     return min(1.0, max_norm / (norm + 1e-6))
 
 
-@every_base
+@pytest.mark.parametrize(("base", "clips"), [*((base, True) for base in BASES), ("SGD", False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("clips", [True, False])
 def test_the_second_gradient_is_clipped_and_the_base_steps_with_it(
     base: str, dtype: torch.dtype, clips: bool, backend: str, device: str
 ) -> None:
@@ -99,16 +94,15 @@ def test_the_second_gradient_is_clipped_and_the_base_steps_with_it(
                 q.data.copy_(p)
             continue
         assert_same_bits(params, twins)
-        assert_same_bits(state_of(opt), state_of(plain), "state")
+        assert_same_bits(state_tensors(opt), state_tensors(plain), "state")
 
 
-@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("by_caller", [False, True], ids=["max_grad_norm", "clip_grad_norm_"])
-def test_clipping_matches_the_float64_reference(adaptive: bool, by_caller: bool, backend: str, device: str) -> None:
+def test_clipping_matches_the_float64_reference(by_caller: bool, backend: str, device: str) -> None:
     """torch's clip_grad_norm_ on the reference, and on ours: called between backward and step, it stays right."""
     net, data = small_net(device=device), batches(5, device=device)
     twin = copy.deepcopy(net)
-    options: dict[str, Any] = {"rho": 0.4, "adaptive": adaptive, **HYPER}
+    options: dict[str, Any] = {"rho": 0.4, "adaptive": True, **HYPER}
     optimizer = FusedSAM(net.parameters(), backend=backend, max_grad_norm=None if by_caller else MAX_NORM, **options)
     reference = ReferenceSAM(twin.parameters(), **options)
     for batch in data:
@@ -167,23 +161,7 @@ def test_under_a_scaler_the_norm_of_the_unscaled_gradient_counts(
         assert_same_bits((p.grad for p in net.parameters()), [p.grad for p in twin.parameters()], "p.grad")
         opt.zero_grad()
     assert_same_bits(net.parameters(), snapshot(twin.parameters()))
-    assert_same_bits(state_of(opt), state_of(plain), "state")
-
-
-@every_base
-@pytest.mark.parametrize("bad", [math.inf, math.nan], ids=str)
-def test_an_overflow_is_skipped_by_a_scaler(base: str, bad: float, backend: str, device: str) -> None:
-    params = leaves(9, LARGE, device=device)
-    opt, scaler = make(params, base, backend, max_grad_norm=MAX_NORM), GradScaler(device)
-    w = snapshot(params)
-    for _ in range(2):
-        scaler.scale(sum(p.square().sum() for p in params)).backward()
-        if not opt.perturbed:
-            opt.first_step(zero_grad=True)
-    params[1].grad[5] = bad
-    scaler.step(opt)
-    assert_same_bits(params, w)
-    assert not opt.perturbed
+    assert_same_bits(state_tensors(opt), state_tensors(plain), "state")
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
@@ -215,9 +193,10 @@ def test_no_gradients_and_zero_gradients_are_left_alone(backend: str, device: st
         assert_same_bits(params, w)
 
 
-def test_it_takes_one_norm_more_and_none_where_it_is_off(
+def test_it_takes_one_norm_more_and_off_it_costs_nothing_as_telemetry(
     backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fused_sam.ascent.gradient.Probe", None)  # what measures for telemetry
     norm, calls = ops.Ascent.norm, []
     monkeypatch.setattr(ops.Ascent, "norm", lambda self: calls.append(1) or norm(self))
     for max_grad_norm, expected in ((None, 1), (MAX_NORM, 2)):
@@ -241,39 +220,25 @@ def test_a_gradient_refused_by_the_norm_restores_the_weights(backend: str, devic
     assert not opt.perturbed
 
 
-@pytest.mark.parametrize("bad", [0, 0.0, -1.0, math.nan, math.inf], ids=str)
-def test_a_bad_bound_is_refused_by_value(bad: float) -> None:
-    with pytest.raises(ValueError, match=r"Invalid max_grad_norm=.*\. Must be > 0 and finite, or None\.$"):
-        FusedSAM(leaves(3), max_grad_norm=bad)
+EXPANDED = [*((base, {"max_grad_norm": MAX_NORM}) for base in BASES), ("SGD", {"interval": 2, "looksam_alpha": 0.37})]
 
 
-@pytest.mark.parametrize("bad", ["1", [1.0], True, torch.tensor(1.0)], ids=str)
-def test_a_bound_that_is_no_number_is_refused(bad: Any) -> None:
-    with pytest.raises(TypeError, match=r"Invalid max_grad_norm=.*\. Must be a number > 0, or None\.$"):
-        FusedSAM(leaves(3), max_grad_norm=bad)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_copy_clips_too(duplicate: Any, backend: str) -> None:
-    assert duplicate(FusedSAM(leaves(3), max_grad_norm=MAX_NORM, backend=backend)).max_grad_norm == MAX_NORM
-
-
-@every_base
-def test_an_expanded_gradient_is_clipped_like_any_other(base: str, backend: str, device: str) -> None:
-    """It cannot be written; the base steps with the clipped one all the same, and the other gradients are written."""
+@pytest.mark.parametrize(("base", "options"), EXPANDED, ids=str)
+def test_an_expanded_gradient_is_used_like_any_other(
+    base: str, options: dict[str, Any], backend: str, device: str
+) -> None:
+    """It cannot be written; the base steps with the new one all the same, and the other gradients are written."""
     params = leaves(9, 67, LARGE, device=device)
     twins = [p.detach().clone().requires_grad_() for p in params]
-    opt, plain = (make(x, base, backend, max_grad_norm=MAX_NORM) for x in (params, twins))
-    for _ in range(2):
-        for first in (True, False):
+    opt, plain = (make(x, base, backend, **options) for x in (params, twins))
+    for _ in range(4):
+        passes = (["first_step"] if opt.perturb_next else []) + ["step"]
+        for call in passes:
             for p, q in zip(params, twins, strict=True):
                 p.grad = torch.randn(1).to(device).expand(p.shape) if len(p) == 67 else torch.randn(len(p)).to(device)
                 q.grad = p.grad.clone(memory_format=torch.contiguous_format)
             for o in (opt, plain):
-                if first:
-                    o.first_step()
-                else:
-                    o.step()
+                getattr(o, call)()
         assert_same_bits(params, twins)
-        assert_same_bits(state_of(opt), state_of(plain), "state")
+        assert_same_bits(state_tensors(opt), state_tensors(plain), "state")
         assert_same_bits([params[0].grad, params[2].grad], [twins[0].grad, twins[2].grad], "gradient")

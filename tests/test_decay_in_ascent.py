@@ -19,16 +19,15 @@ from helpers import (
     ROUNDED_ONCE_ULP,
     SIXTEEN_BIT,
     Lists,
+    assert_all_close,
     assert_same_bits,
     batches,
     buffers,
     closure_for,
     ids,
     leaves,
-    quadratic,
     small_net,
     snapshot,
-    strided_pairs,
     zeroing,
 )
 from torch import Tensor, nn
@@ -97,19 +96,6 @@ def test_other_norms(p: float, adaptive: bool, backend: str, device: str) -> Non
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-14)
 
 
-def test_strided_tensors(backend: str, device: str) -> None:
-    group = AscentGroup(1, RHO, True, ETA, DECAYS[0])
-    for _, w, g in strided_pairs(torch.float32, device):
-        old, kept = exact(w), w.clone()
-        t, x = exact_x(w, g, group)
-        norm = ops.norm([w], [g], [group], backend=backend)
-        assert float(norm) == pytest.approx(float(np.sqrt((x * x).sum())), rel=1e-12)
-        backup = torch.empty_like(w)
-        ops.perturb([w], [g], [backup], norm, [group], backend=backend)
-        assert_displaced(w, old, g, t, x, group, float(norm))
-        assert_same_bits([backup], [kept])
-
-
 def test_the_norm_reads_no_weights_without_need(backend: str, device: str) -> None:
     lists = Lists([9, 1009], torch.float32, device)
     for w in lists.params:
@@ -149,8 +135,7 @@ def test_trajectories_follow_the_reference(base: str, adaptive: bool | str, back
     for batch in batches(6, device=device):
         ours.step(closure_for(net, batch))
         reference.step(zeroing(twin, closure_for(twin, batch)))
-    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+    assert_all_close(net.parameters(), twin.parameters())
     if name == "sgd":
         for a, b in zip(buffers(ours), buffers(reference), strict=True):
             torch.testing.assert_close(a, b, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
@@ -178,37 +163,24 @@ def quadratic_and_linear(params: list[Tensor]) -> Tensor:
     return sum(((1.5 * w + 0.7) * w).sum() for w in params)
 
 
-def test_it_is_off_by_default_and_kept_by_checkpoints(backend: str, device: str) -> None:
-    assert FusedSAM(leaves(3), backend=backend).param_groups[0]["decay_in_ascent"] is False
-    params, twins = leaves(9, device=device), leaves(9, device=device)
-    optimizer = FusedSAM(params, lr=0.1, weight_decay=0.3, decay_in_ascent=True, backend=backend)
-    other = FusedSAM(twins, lr=0.1, backend=backend)
-    other.load_state_dict(optimizer.state_dict())
-    with torch.no_grad():
-        twins[0].copy_(params[0])
-    for o, ps in ((optimizer, params), (other, twins)):
-        o.step(quadratic(ps))
-    assert_same_bits(params, twins)
-
-
 @pytest.mark.parametrize(
-    ("base", "value", "options", "sentence"),
+    ("base", "options", "sentence"),
     [
-        (torch.optim.SGD, 1, {}, r"Invalid decay_in_ascent=1\. Must be True or False"),
-        (torch.optim.Rprop, True, {}, "Invalid decay_in_ascent=True.*must have a weight_decay"),
-        (torch.optim.AdamW, True, {}, "Invalid decay_in_ascent=True.*decoupled"),
-        (torch.optim.NAdam, True, {"decoupled_weight_decay": True}, "Invalid decay_in_ascent=True.*decoupled"),
+        (torch.optim.Rprop, {}, "must have a weight_decay"),
+        (torch.optim.AdamW, {}, "decoupled"),
+        (torch.optim.NAdam, {"decoupled_weight_decay": True}, "decoupled"),
     ],
-    ids=["no bool", "no decay", "AdamW", "decoupled"],
+    ids=["no decay", "AdamW", "decoupled"],
 )
 def test_it_is_refused_where_decay_is_no_part_of_the_loss(
-    base: type[torch.optim.Optimizer], value: Any, options: dict[str, Any], sentence: str, backend: str, device: str
+    base: type[torch.optim.Optimizer], options: dict[str, Any], sentence: str
 ) -> None:
+    sentence = f"Invalid decay_in_ascent=True.*{sentence}"
     with pytest.raises(ValueError, match=sentence):
-        FusedSAM(leaves(3, device=device), base, decay_in_ascent=value, backend=backend, **options)
-    optimizer = FusedSAM(leaves(3, device=device), base, backend=backend, **options)
+        FusedSAM(leaves(3), base, decay_in_ascent=True, **options)
+    optimizer = FusedSAM(leaves(3), base, **options)
     with pytest.raises(ValueError, match=sentence):
-        optimizer.add_param_group({"params": leaves(3, device=device), "decay_in_ascent": value})
+        optimizer.add_param_group({"params": leaves(3), "decay_in_ascent": True})
     assert len(optimizer.param_groups) == 1
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from helpers import (
@@ -14,7 +12,6 @@ from helpers import (
     ascent_groups,
     assert_same_bits,
     ids,
-    leaves,
     quadratic,
     scalar,
     sgd_groups,
@@ -48,10 +45,12 @@ def test_ops_give_the_same_bits_for_tensors_and_numbers(
     assert results[0] == results[1]
 
 
-def test_a_tensor_is_read_anew_at_every_step(backend: str, device: str) -> None:
+@pytest.mark.parametrize("on_host", [False, True], ids=["beside the parameters", "on the host"])
+def test_a_tensor_is_read_anew_at_every_step(on_host: bool, backend: str, device: str) -> None:
+    where = "cpu" if on_host else device
     start = torch.randn(9, device=device)
     params = [[start.clone().requires_grad_()] for _ in range(2)]
-    rho, lr = torch.tensor(0.05, device=device), torch.tensor(0.1, device=device)
+    rho, lr = torch.tensor(0.05, device=where), torch.tensor(0.1, device=where)
     by_tensor = FusedSAM(params[0], rho=rho, lr=lr, momentum=0.9, backend=backend, foreach=False)
     by_number = FusedSAM(params[1], rho=0.05, lr=0.1, momentum=0.9, backend=backend)
     for k in (1.0, 0.5, 0.25):
@@ -61,14 +60,3 @@ def test_a_tensor_is_read_anew_at_every_step(backend: str, device: str) -> None:
         for optimizer, p in zip((by_tensor, by_number), params, strict=True):
             optimizer.step(quadratic(p))
         assert_same_bits(params[0], params[1], "weight")
-
-
-@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0), "0.05"], ids=["two", "none", "text"])
-def test_only_one_number_is_taken(bad: Any, backend: str, device: str) -> None:
-    with pytest.raises(TypeError, match=r"Invalid rho=.*Must be a number, or a tensor of one element"):
-        FusedSAM(leaves(3, device=device), rho=bad, lr=0.1, backend=backend)
-
-
-def test_values_out_of_range_are_refused_on_the_host(backend: str, device: str) -> None:
-    with pytest.raises(ValueError, match="Invalid rho="):
-        FusedSAM(leaves(3, device=device), rho=torch.tensor(-1.0), lr=0.1, backend=backend)

@@ -32,17 +32,11 @@ def prepared(backend: str, device: str, *sizes: int) -> tuple[list[Tensor], list
     return params, [p.detach().clone() for p in params], opt
 
 
-def test_gradients_survive_first_step_without_zero_grad(backend: str, device: str) -> None:
+def test_a_second_backward_without_zero_grad_accumulates(backend: str, device: str) -> None:
     params, w, opt = prepared(backend, device, 9, LARGE)
     gradients = snapshot(p.grad for p in params)
     opt.first_step()
     assert_same_bits([p.grad for p in params], gradients, "gradient")
-    descend(opt, params, w)
-
-
-def test_a_second_backward_without_zero_grad_accumulates(backend: str, device: str) -> None:
-    params, w, opt = prepared(backend, device, 9, LARGE)
-    opt.first_step()
     for p in params:
         (3 * p).sum().backward()
     opt.step()
@@ -90,9 +84,8 @@ HOLDING: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("hold", HOLDING.values(), ids=HOLDING.keys())
-@pytest.mark.parametrize("form", ["closure", "two calls"])
 def test_a_gradient_that_the_caller_holds_is_never_written(
-    hold: Callable[[Tensor], Any], form: str, backend: str, device: str
+    hold: Callable[[Tensor], Any], backend: str, device: str
 ) -> None:
     params, w, opt = prepared(backend, device, 9, LARGE)
     held: list[Any] = []
@@ -101,24 +94,21 @@ def test_a_gradient_that_the_caller_holds_is_never_written(
         storages = (torch.empty(0).set_(h) if isinstance(h, torch.UntypedStorage) else h for h in held)
         return [bits(torch.as_tensor(h)) for h in storages]
 
-    if form == "two calls":
-        held.extend(hold(p.grad) for p in params)
-        expected = values()
-        opt.first_step(zero_grad=True)
-        assert values() == expected
-        descend(opt, params, w)
-    else:
-        seen: list[list[bytes]] = []
+    held.extend(hold(p.grad) for p in params)
+    expected = values()
+    opt.first_step(zero_grad=True)
+    assert values() == expected
+    descend(opt, params, w)
+    held.clear()
 
-        def closure() -> Tensor:
-            loss = quadratic(params)()
-            if not held:
-                held.extend(hold(p.grad) for p in params)
-                seen.append(values())
-            return loss
+    def closure() -> Tensor:
+        loss = quadratic(params)()
+        if not held:
+            held.extend(hold(p.grad) for p in params)
+            expected[:] = values()
+        return loss
 
-        opt.step(closure)
-        expected = seen[0]
+    opt.step(closure)
     assert values() == expected
 
 
@@ -134,124 +124,99 @@ def test_a_gradient_saved_by_autograd_is_never_written(backend: str, device: str
     assert bits(q.grad) == expected
 
 
-def test_a_gradient_that_is_a_view_of_the_backward_argument_is_never_written(backend: str, device: str) -> None:
+def by_backward_on_a_view(params: list[Tensor]) -> list[Tensor]:
     """p.view(...).backward(v) makes p.grad a tensor of its own on the memory of v."""
-    p = torch.randn(LARGE, device=device).requires_grad_()
-    v = torch.randn(181, 182, device=device)
-    expected, w = bits(v), p.detach().clone()
-    opt = FusedSAM([p], rho=RHO, backend=backend, lr=LR)
-    p.view(181, 182).backward(v)
-    opt.first_step(zero_grad=True)
-    assert bits(v) == expected
-    descend(opt, [p], [w])
-    assert bits(v) == expected
+    arguments = [torch.randn(181, 182, device=p.device) for p in params]
+    for p, v in zip(params, arguments, strict=True):
+        p.view(181, 182).backward(v)
+    return arguments
 
 
-@zero_grad_or_not
-def test_gradients_that_are_views_of_one_bucket(zero_grad: bool, backend: str, device: str) -> None:
+def as_views_of_one_bucket(params: list[Tensor]) -> list[Tensor]:
     """As DistributedDataParallel's gradient_as_bucket_view makes them."""
-    params = leaves(9, LARGE, device=device)
-    w = [p.detach().clone() for p in params]
-    bucket = torch.randn(9 + LARGE, device=device)
-    expected = bits(bucket)
-    opt = FusedSAM(params, rho=RHO, backend=backend, lr=LR)
-    params[0].grad, params[1].grad = bucket[:9], bucket[9:]
-    opt.first_step(zero_grad=zero_grad)
-    assert bits(bucket) == expected
-    descend(opt, params, w)
+    bucket = torch.randn(2 * LARGE, device=params[0].device)
+    params[0].grad, params[1].grad = bucket[:LARGE], bucket[LARGE:]
+    return [bucket]
 
 
-def test_bucket_views_that_nobody_holds_do_not_mix_up_the_weights(backend: str, device: str) -> None:
+def as_views_of_a_bucket_that_nobody_holds(params: list[Tensor]) -> list[Tensor]:
     """Two gradients keep one another's storage alive, whole and out of sight."""
-    params = leaves(9, LARGE, device=device)
-    w = [p.detach().clone() for p in params]
-    opt = FusedSAM(params, rho=RHO, backend=backend, lr=LR)
-    bucket = torch.randn(LARGE + 100, device=device)
-    params[0].grad, params[1].grad = torch.randn(9, device=device), bucket[51 : LARGE + 51]
-    del bucket
-    opt.first_step(zero_grad=True)
-    descend(opt, params, w)
+    bucket = torch.randn(2 * LARGE + 100, device=params[0].device)
+    params[0].grad, params[1].grad = bucket[51 : LARGE + 51], bucket[LARGE + 51 : -49]
+    return []
+
+
+def as_one_tensor(params: list[Tensor]) -> list[Tensor]:
+    params[0].grad = params[1].grad = torch.randn(LARGE, device=params[0].device)
+    return [params[0].grad]
+
+
+def as_one_tensor_that_nobody_holds(params: list[Tensor]) -> list[Tensor]:
+    as_one_tensor(params)
+    return []
+
+
+def as_two_tensors_on_one_memory(params: list[Tensor]) -> list[Tensor]:
+    g = torch.randn(LARGE, device=params[0].device)
+    params[0].grad, params[1].grad = g.detach(), g.detach()
+    return []
+
+
+def expanded(params: list[Tensor]) -> list[Tensor]:
+    """One number in memory for many elements: it cannot hold w."""
+    numbers = [torch.tensor(x, device=params[0].device) for x in (0.3, 2.0)]
+    for p, x in zip(params, numbers, strict=True):
+        p.grad = x.expand(LARGE)
+    return numbers
+
+
+def with_a_graph(params: list[Tensor]) -> list[Tensor]:
+    """As after backward(create_graph=True): the second derivative is still to be taken."""
+    for p in params:
+        (p.grad,) = torch.autograd.grad((p**3).sum(), p, create_graph=True)
+    return [p.grad for p in params]
+
+
+WAYS = [
+    by_backward_on_a_view,
+    as_views_of_one_bucket,
+    as_views_of_a_bucket_that_nobody_holds,
+    as_one_tensor,
+    as_one_tensor_that_nobody_holds,
+    as_two_tensors_on_one_memory,
+    expanded,
+    with_a_graph,
+]
 
 
 @zero_grad_or_not
-@pytest.mark.parametrize("held", [False, True], ids=["dropped", "held"])
-def test_one_tensor_as_gradient_of_two_parameters(zero_grad: bool, held: bool, backend: str, device: str) -> None:
+@pytest.mark.parametrize("give", WAYS, ids=lambda f: f.__name__)
+def test_memory_that_others_may_see_is_never_written(
+    give: Callable[[list[Tensor]], list[Tensor]], zero_grad: bool, backend: str, device: str
+) -> None:
     params = leaves(LARGE, LARGE, device=device)
     w = [p.detach().clone() for p in params]
     opt = FusedSAM(params, rho=RHO, backend=backend, lr=LR)
-    shared = torch.randn(LARGE, device=device)
-    expected = bits(shared)
-    params[0].grad = params[1].grad = shared
-    if not held:
-        del shared
+    watched = give(params)
+    expected = snapshot(watched)
     opt.first_step(zero_grad=zero_grad)
+    assert_same_bits(watched, expected)
     length = torch.cat([p.detach() - start for p, start in zip(params, w, strict=True)]).norm()
     assert float(length) == pytest.approx(RHO, rel=1e-4)
     descend(opt, params, w)
-    if held:
-        assert bits(shared) == expected
+    assert_same_bits(watched, expected)
 
 
-@zero_grad_or_not
-def test_two_tensors_on_one_memory_as_gradients_of_two_parameters(zero_grad: bool, backend: str, device: str) -> None:
-    params = leaves(LARGE, LARGE, device=device)
-    w = [p.detach().clone() for p in params]
-    opt = FusedSAM(params, rho=RHO, backend=backend, lr=LR)
-    g = torch.randn(LARGE, device=device)
-    params[0].grad, params[1].grad = g.detach(), g.detach()
-    del g
-    opt.first_step(zero_grad=zero_grad)
-    descend(opt, params, w)
-
-
-@zero_grad_or_not
-def test_expanded_gradients(zero_grad: bool, backend: str, device: str) -> None:
-    """One number in memory for many elements: it cannot hold w."""
-    params = leaves(LARGE, device=device)
-    w = [p.detach().clone() for p in params]
-    opt = FusedSAM(params, rho=RHO, backend=backend, lr=LR)
-    params[0].grad = torch.tensor(0.3, device=device).expand(LARGE)
-    opt.first_step(zero_grad=zero_grad)
-    torch.testing.assert_close(params[0].detach(), w[0] + RHO / LARGE**0.5)
-    descend(opt, params, w)
-    params[0].grad = torch.tensor(2.0, device=device).expand(LARGE)
-    opt.first_step(zero_grad=zero_grad)
-    params[0].grad = torch.tensor(3.0, device=device).expand(LARGE)
-    opt.step()
-    torch.testing.assert_close(params[0].detach(), w[0] - LR - 3 * LR)
-
-
-def test_a_gradient_with_a_graph_of_its_own_is_never_written(backend: str, device: str) -> None:
-    """As after backward(create_graph=True): the second derivative is still to be taken."""
-    p = torch.randn(LARGE, device=device).requires_grad_()
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradients_kept_by_a_hook_are_never_written(hook: str, backend: str, device: str) -> None:
+    """One sees p.grad, the other the tensor from which p.grad takes its memory."""
+    (p,) = leaves(LARGE, device=device)
+    kept: list[Tensor] = []
+    getattr(p, hook)(lambda x: kept.append(x.grad if x is p else x))
+    opt = FusedSAM([p], rho=RHO, backend=backend, **HYPER)
     w = p.detach().clone()
-    opt = FusedSAM([p], rho=RHO, backend=backend, lr=LR)
-    (p.grad,) = torch.autograd.grad((p**3).sum(), p, create_graph=True)
-    expected, held = bits(p.grad), p.grad
-    opt.first_step(zero_grad=True)
-    assert bits(held) == expected
-    descend(opt, [p], [w])
-
-
-def test_gradients_kept_by_a_hook_are_never_written(backend: str, device: str) -> None:
-    params = leaves(LARGE, device=device)
-    kept: list[Tensor] = []
-    params[0].register_post_accumulate_grad_hook(lambda p: kept.append(p.grad))
-    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
-    w = params[0].detach().clone()
-    opt.step(quadratic(params))
+    opt.step(quadratic([p]))
     assert len(kept) == 2
-    torch.testing.assert_close(kept[0], 3 * w)
-
-
-def test_gradients_kept_by_a_tensor_hook_are_never_written(backend: str, device: str) -> None:
-    """The hook sees the tensor from which p.grad takes its memory, not p.grad itself."""
-    params = leaves(LARGE, device=device)
-    kept: list[Tensor] = []
-    params[0].register_hook(kept.append)
-    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
-    w = params[0].detach().clone()
-    opt.step(quadratic(params))
     torch.testing.assert_close(kept[0], 3 * w)
 
 
@@ -264,14 +229,3 @@ def test_gradients_of_both_passes_are_those_of_the_second_after_the_step(backend
     torch.testing.assert_close(params[1].grad, 3 * params[1].detach())
     opt.step()
     assert_same_bits([p.grad for p in params], at_perturbed, "second gradient")
-
-
-def test_a_parameter_replaced_by_its_caller_between_the_passes_keeps_no_secret(backend: str, device: str) -> None:
-    """Gradients assigned between the passes belong to the caller, whatever the first ones were used for."""
-    params, w, opt = prepared(backend, device, LARGE)
-    opt.first_step(zero_grad=True)
-    mine = torch.full((LARGE,), 2.0, device=device)
-    params[0].grad = mine
-    opt.step()
-    torch.testing.assert_close(params[0].detach(), w[0] - 2 * LR)
-    assert bool((mine == 2).all())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from typing import Any
 
@@ -28,7 +27,6 @@ from helpers import (
     snapshot,
 )
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from fused_sam import FusedSAM, ReferenceSAM
 
@@ -47,8 +45,7 @@ def make(params: Any, base: str, backend: str, **options: Any) -> FusedSAM:
 
 
 @every_base
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("form", "adaptive"), [("closure", False), ("two calls", True)])
 def test_a_trajectory_matches_the_float64_reference(
     base: str, form: str, adaptive: bool, backend: str, device: str
 ) -> None:
@@ -79,11 +76,16 @@ def test_a_trajectory_matches_the_float64_reference(
         assert_all_close(net.parameters(), twin.parameters())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_e_leads_against_the_momentum_and_has_length_rho(dtype: torch.dtype, backend: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [*((dtype, 1.0) for dtype in DTYPES), (torch.float32, 1e-35), (torch.float32, 1e35)], ids=ids
+)
+def test_e_leads_against_the_momentum_and_has_length_rho(
+    dtype: torch.dtype, scale: float, backend: str, device: str
+) -> None:
+    """Also of a momentum near the ends of fp32."""
     params = [torch.zeros(n, device=device, dtype=dtype).requires_grad_() for n in (9, LARGE, 67)]
     opt = FusedSAM(params, rho=0.4, direction="momentum", backend=backend, lr=0.0, momentum=0.9)
-    g = [torch.randn_like(x) for x in params]
+    g = [torch.randn_like(x) * scale for x in params]
     set_grads(params, g)
     opt.first_step()
     assert all(not x.any() for x in params)  # no momentum yet
@@ -115,44 +117,6 @@ def test_with_masters_a_trajectory_is_that_of_fp32_weights(dtype: torch.dtype, b
         assert_same_bits(params, [x.to(dtype) for x in twins])
 
 
-@pytest.mark.parametrize("scale", [1e-35, 1e35])
-def test_momentum_near_the_ends_of_fp32(scale: float, backend: str, device: str) -> None:
-    params = [torch.zeros(n, device=device).requires_grad_() for n in (9, 67)]
-    opt = FusedSAM(params, rho=0.4, direction="momentum", backend=backend, lr=0.0, momentum=0.9)
-    set_grads(params, [torch.randn_like(x) * scale for x in params])
-    opt.first_step()
-    opt.step()
-    opt.first_step()
-    e = torch.cat([x.detach().double() for x in params])
-    assert float(e.norm()) == pytest.approx(0.4, rel=LENGTH_RTOL[torch.float32])
-    opt.restore()
-
-
-@every_base
-def test_between_steps_the_weights_are_those_to_evaluate_and_to_save(base: str, backend: str, device: str) -> None:
-    """The authors' implementation keeps them perturbed. A run resumed from the file goes on bit for bit."""
-    net, data = small_net(torch.float32, device), batches(6, torch.float32, device)
-    opt = make(net.parameters(), base, backend, rho=0.3)
-    for batch in data[:3]:
-        opt.step(closure_for(net, batch))
-    assert not opt.perturbed
-    file = io.BytesIO()
-    torch.save({"model": net.state_dict(), "optimizer": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    assert all("rho" not in k and "norm" not in k for s in saved["optimizer"]["state"].values() for k in s)
-    twin = small_net(torch.float32, device)
-    twin.load_state_dict(saved["model"])
-    resumed = make(twin.parameters(), base, backend, rho=0.3)
-    resumed.load_state_dict(saved["optimizer"])
-    with torch.no_grad():
-        assert_same_bits([twin(data[0][0])], [net(data[0][0])])
-    for batch in data[3:]:
-        opt.step(closure_for(net, batch))
-        resumed.step(closure_for(twin, batch))
-    assert_same_bits(twin.parameters(), snapshot(net.parameters()))
-
-
 def test_a_group_without_momentum_and_one_that_stays_are_not_moved(backend: str, device: str) -> None:
     params = leaves(9, 67, 5, device=device, dtype=torch.float64)
     groups = [
@@ -170,27 +134,12 @@ def test_a_group_without_momentum_and_one_that_stays_are_not_moved(backend: str,
     assert_same_bits(params, w)
 
 
-def test_an_exception_and_an_overflow_leave_the_weights(backend: str, device: str) -> None:
+def test_an_infinite_momentum_moves_nothing(backend: str, device: str) -> None:
+    """No scaler lets it happen, and it is no overflow of a gradient."""
     params = leaves(9, LARGE, device=device)
     opt = FusedSAM(params, rho=0.4, direction="momentum", backend=backend, lr=0.13, momentum=0.9)
     opt.step(quadratic(params))
-    w, m = snapshot(params), snapshot(opt.state[x]["momentum_buffer"] for x in params)
-
-    def failing() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        opt.step(failing)
-    assert_same_bits(params, w)
-    scaler = GradScaler(device, init_scale=8.0)
-    scaler.scale(torch.ones((), device=device))
-    opt.first_step()
-    set_grads(params, [torch.full_like(x, math.inf) for x in params])
-    scaler.step(opt)
-    scaler.update()
-    assert_same_bits(params, w)
-    assert_same_bits((opt.state[x]["momentum_buffer"] for x in params), m)
-    # An infinite momentum, which no scaler lets happen, moves nothing and is no overflow of a gradient.
+    w = snapshot(params)
     opt.state[params[0]]["momentum_buffer"].fill_(math.inf)
     opt.first_step()
     assert_same_bits(params, w)
@@ -239,27 +188,3 @@ def test_another_base_with_momentum_and_one_without(backend: str, device: str) -
     opt.step(lambda: layer(torch.ones(3, device=device)).sum().backward())
     with pytest.raises(RuntimeError, match="needs a base optimizer that keeps one of"):
         opt.first_step()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"direction": "sideways"}, r"Invalid direction='sideways'. Must be one of \['gradient', 'momentum'\]"),
-        ({"p": 3.0}, r"Invalid direction='momentum' with p=3\.0"),
-        ({"momentum": 0.0}, "Invalid direction='momentum' with momentum=0"),
-        ({"decay_in_ascent": True}, "Invalid direction='momentum' with decay_in_ascent=True"),
-        ({"ascent_steps": 2}, "Invalid direction='momentum' with ascent_steps=2"),
-        ({"second_order": True}, "second_order=True"),
-        ({"interval": 2, "looksam_alpha": 0.3}, r"looksam_alpha=0\.3"),
-    ],
-)
-def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FusedSAM(leaves(3), **{"direction": "momentum", "lr": 0.13, "momentum": 0.9, **options})
-
-
-def test_a_closure_of_its_own_for_the_ascent_is_refused() -> None:
-    params = leaves(3)
-    opt = FusedSAM(params, direction="momentum", lr=0.13, momentum=0.9)
-    with pytest.raises(ValueError, match="Invalid direction='momentum' with a closure for the ascent"):
-        opt.step(quadratic(params), ascent=quadratic(params))

@@ -65,7 +65,7 @@ def test_norm_of_one_tensor_at_an_odd_offset(dtype: torch.dtype, size: int, back
     assert float(value) == pytest.approx(expected, rel=NORM_RTOL[dtype], abs=0)
 
 
-@pytest.mark.parametrize("exponent", [-30, -25, -20, -12, -3, 0, 10, 20, 30])
+@pytest.mark.parametrize("exponent", [-30, -20, -12, 0, 20, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=ids)
 def test_norm_of_any_scale(dtype: torch.dtype, exponent: int, backend: str, device: str) -> None:
     grads = [(torch.randn(n, dtype=torch.float64) * 10.0**exponent).to(device=device, dtype=dtype) for n in (3, 1009)]
@@ -114,8 +114,7 @@ def test_norm_of_nothing_is_zero(sizes: list[int], backend: str, device: str) ->
 
 
 @every_dtype
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("where", [0, 40, 1008])
+@pytest.mark.parametrize(("bad", "where"), [(math.nan, 0), (math.inf, 40), (-math.inf, 1008), (math.nan, 1008)])
 def test_norm_of_non_finite_gradients_is_not_finite(
     dtype: torch.dtype, bad: float, where: int, backend: str, device: str
 ) -> None:
@@ -163,20 +162,8 @@ def test_perturb_matches_the_closed_form(
     lists.check_neighbours()
 
 
-@every_dtype
-def test_displacement_has_length_rho(dtype: torch.dtype, backend: str, device: str) -> None:
-    """From w = 0 the perturbed weight is e itself, to the last bit."""
-    grads = [torch.randn(n).to(device=device, dtype=dtype) for n in FEW_SIZES]
-    params = [torch.zeros_like(g) for g in grads]
-    groups = ascent_groups(len(grads))
-    norm = ops.norm(params, grads, groups, backend=backend)
-    ops.perturb(params, grads, [torch.empty_like(p) for p in params], norm, groups, backend=backend)
-    length = exact_norm((p, p, False) for p in params)
-    assert length == pytest.approx(RHO, rel=LENGTH_RTOL[dtype], abs=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-25, 1e-12, 1e20, 1e30, 1e37], ids=str)
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e20, 1e37], ids=str)
 def test_displacement_has_length_rho_for_gradients_of_any_scale(
     dtype: torch.dtype, scale: float, backend: str, device: str
 ) -> None:
@@ -187,19 +174,8 @@ def test_displacement_has_length_rho_for_gradients_of_any_scale(
     assert exact_norm([(w, w, False)]) == pytest.approx(RHO, rel=LENGTH_RTOL[dtype], abs=0)
 
 
-def test_adaptive_displacement_has_length_rho_in_units_of_the_weights(backend: str, device: str) -> None:
-    """||e / |w||| = rho is what makes ASAM invariant to rescaling a layer."""
-    w = torch.randn(1009, dtype=torch.float64, device=device)
-    g, backup = torch.randn_like(w), torch.empty_like(w)
-    norm = ops.norm([w], [g], ascent_groups(1, adaptive=True), backend=backend)
-    ops.perturb([w], [g], [backup], norm, ascent_groups(1, adaptive=True), backend=backend)
-    relative = (w - backup) / backup
-    assert float(relative.norm()) == pytest.approx(RHO, rel=1e-10)
-
-
 @every_dtype
-@pytest.mark.parametrize("swap", [False, True], ids=["backup", "swap"])
-@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf], ids=str)
+@pytest.mark.parametrize(("swap", "norm"), [(False, 0.0), (True, 0.0), (True, math.nan), (False, math.inf)], ids=str)
 def test_nothing_is_perturbed_without_a_positive_finite_norm(
     dtype: torch.dtype, swap: bool, norm: float, backend: str, device: str
 ) -> None:
@@ -289,19 +265,3 @@ def test_restore_skips_tensors_without_backup(backend: str, device: str) -> None
     params = [torch.ones(9, device=device), torch.ones(9, device=device)]
     ops.restore(params, [None, torch.full((9,), 7.0, device=device)], backend=backend)
     assert [float(p.sum()) for p in params] == [9.0, 63.0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=ids)
-def test_a_thousand_rounds_of_perturb_and_restore_change_no_bit(dtype: torch.dtype, backend: str, device: str) -> None:
-    sizes = [1, 67, 1009]
-    w, b = Lists(sizes, dtype, device), Lists(sizes, dtype, device)
-    old, gradients = snapshot(w.params), [g.clone() for g in w.grads]
-    groups = ascent_groups(len(sizes))
-    for _ in range(1000):
-        for g, source in zip(w.grads, gradients, strict=True):
-            g.copy_(source)
-        norm = ops.norm(w.params, w.grads, groups, backend=backend)
-        ops.perturb(w.params, w.grads, w.grads, norm, groups, backend=backend)
-        ops.restore(w.params, w.grads, backend=backend)
-    assert_same_bits(w.params, old, "param")
-    b.check_neighbours()

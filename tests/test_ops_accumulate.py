@@ -174,24 +174,17 @@ def test_without_any_mean_it_only_restores(backend: str, device: str) -> None:
     perturbed.check()
 
 
-def test_strided_means_beside_parameters_to_restore(backend: str, device: str) -> None:
-    perturbed = Perturbed(backend, device, owned=False)
-    mean, g = torch.zeros(37, 5, device=device)[:, 2], torch.ones(37, device=device)
-    ops.restore_accumulate([mean], [g], [AccumulateGroup(1, 0.25, False)], perturbed.journal, backend)
-    perturbed.check()
-    assert mean.tolist() == [0.25] * 37
-
-
 def test_parameters_moved_by_several_calls_all_come_back(backend: str, device: str) -> None:
+    """Beside a mean that is strided."""
     first, second = (Perturbed(backend, device, owned=False) for _ in range(2))
     journal = [*first.journal, *second.journal]
-    mean = torch.zeros(9, device=device)
+    mean = torch.zeros(37, 5, device=device)[:, 2]
     ops.restore_accumulate([mean], [torch.ones_like(mean)], [AccumulateGroup(1, 0.25, False)], journal, backend)
     assert journal == []
     for perturbed in (first, second):
         perturbed.journal.clear()
         perturbed.check()
-    assert mean.tolist() == [0.25] * 9
+    assert mean.tolist() == [0.25] * 37
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,9 @@ def test_w_plus_e_is_rounded_into_the_parameter_and_the_master_stays(
 
 @every_dtype
 @every_width
-@pytest.mark.parametrize("config", SGD_CONFIGS)
-@pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w + e"])
+@pytest.mark.parametrize(
+    ("config", "perturbed"), [*((config, True) for config in SGD_CONFIGS), ("nesterov-decay", False)]
+)
 def test_sgd(
     dtype: torch.dtype, wide: bool, config: str, perturbed: bool, backend: str, device: str, twin: str
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from closed_forms import assert_within_ulp, exact, exact_sgd
 from helpers import (
+    ADAM_CONFIGS,
     DTYPES,
     FEW_SIZES,
     ROUNDED_ONCE_ULP,
@@ -16,7 +17,9 @@ from helpers import (
     SIXTEEN_BIT,
     SIZES,
     UPDATE_ULP,
+    AdamLists,
     Lists,
+    adam_groups,
     assert_same_bits,
     bits,
     ids,
@@ -24,11 +27,16 @@ from helpers import (
     snapshot,
     strided_pairs,
 )
-from torch import Tensor
 
 from fused_sam import ops
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+# What is true of both updates: the operands, the groups and their hyperparameters.
+UPDATES: dict[str, Any] = {
+    "sgd": (Lists, sgd_groups, SGD_CONFIGS["momentum-decay"]),
+    "adam": (AdamLists, adam_groups, ADAM_CONFIGS["all"]),
+}
+every_update = pytest.mark.parametrize("update", UPDATES)
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +46,13 @@ def _two_threads(_reproducible: None) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
-@pytest.mark.parametrize("config", SGD_CONFIGS.values(), ids=SGD_CONFIGS.keys())
+@pytest.mark.parametrize("name", SGD_CONFIGS)
 def test_sgd_update_matches_the_closed_form(
-    dtype: torch.dtype, first: bool, config: dict[str, Any], backend: str, device: str
+    dtype: torch.dtype, first: bool, name: str, backend: str, device: str
 ) -> None:
-    lists = Lists(SIZES if first else FEW_SIZES, dtype, device)
+    config = SGD_CONFIGS[name]
+    every_size = (name, first) in (("maximize-nesterov", True), ("momentum-decay", False))
+    lists = Lists(SIZES if every_size else FEW_SIZES, dtype, device)
     has_momentum = config.get("momentum", 0) != 0
     for w, backup in zip(lists.params, lists.backups, strict=True):
         backup.copy_(w)
@@ -52,10 +62,10 @@ def test_sgd_update_matches_the_closed_form(
             m.fill_(math.nan)  # uninitialised memory: written, never read
     old = [(exact(b), exact(g), exact(m)) for b, g, m in zip(lists.backups, lists.grads, lists.momentum)]
     grads = snapshot(lists.grads)
-    momentum: list[Any] = lists.momentum if has_momentum else [None] * len(lists.params)
-    groups = sgd_groups(len(lists.params), first=first, **config)
-    ops.sgd_update(lists.params, lists.grads, lists.backups, momentum, groups, backend=backend)
-    for w, m, (w_old, g, m_old) in zip(lists.params, momentum, old, strict=True):
+    if not has_momentum:
+        lists.momentum = [None] * len(lists.params)
+    lists.update(sgd_groups(len(lists.params), first=first, **config), backend=backend)
+    for w, m, (w_old, g, m_old) in zip(lists.params, lists.momentum, old, strict=True):
         expected, m_expected, largest, m_largest = exact_sgd(w_old, g, None if first else m_old, **config)
         assert_within_ulp(w, expected, largest, UPDATE_ULP, "w")
         if has_momentum:
@@ -71,9 +81,8 @@ def test_16_bit_updates_are_computed_wide_and_rounded_once(
 ) -> None:
     lists = Lists(FEW_SIZES, dtype, device)
     old = [(exact(w), exact(g)) for w, g in zip(lists.params, lists.grads, strict=True)]
-    nothing: list[Tensor | None] = [None] * len(FEW_SIZES)
-    groups = sgd_groups(len(FEW_SIZES), **SGD_CONFIGS[config])
-    ops.sgd_update(lists.params, lists.grads, nothing, nothing, groups, backend=backend)
+    lists.momentum = [None] * len(FEW_SIZES)
+    lists.update(sgd_groups(len(FEW_SIZES), **SGD_CONFIGS[config]), backups=False, backend=backend)
     for w, (w_old, g) in zip(lists.params, old, strict=True):
         expected, _, largest, _ = exact_sgd(w_old, g, None, **SGD_CONFIGS[config])
         assert_within_ulp(w, expected, largest, ROUNDED_ONCE_ULP, "w")
@@ -82,22 +91,13 @@ def test_16_bit_updates_are_computed_wide_and_rounded_once(
 @every_dtype
 def test_sgd_update_without_backup_starts_from_the_parameter(dtype: torch.dtype, backend: str, device: str) -> None:
     with_backup, without = Lists(SIZES, dtype, device), Lists(SIZES, dtype, device)
-    for a, b in zip(with_backup.carved, without.carved, strict=True):
-        b.buffer.copy_(a.buffer)
+    without.copy_(with_backup)
     for w, backup in zip(with_backup.params, with_backup.backups, strict=True):
         backup.copy_(w)
         w.fill_(math.nan)
     groups = sgd_groups(len(SIZES), **SGD_CONFIGS["momentum-decay"])
-    nothing: list[Tensor | None] = [None] * len(SIZES)
-    ops.sgd_update(
-        with_backup.params,
-        with_backup.grads,
-        with_backup.backups,
-        with_backup.momentum,
-        groups,
-        backend=backend,
-    )
-    ops.sgd_update(without.params, without.grads, nothing, without.momentum, groups, backend=backend)
+    with_backup.update(groups, backend=backend)
+    without.update(groups, backups=False, backend=backend)
     assert_same_bits(without.params, with_backup.params, "param")
     assert_same_bits(without.momentum, with_backup.momentum, "momentum")
     without.check_neighbours()
@@ -146,9 +146,8 @@ def test_a_call_over_all_dtypes_equals_a_call_for_each(backend: str, device: str
     apart = [Lists(sizes, dtype, device) for dtype in DTYPES]
     together = [Lists(sizes, dtype, device) for dtype in DTYPES]
     for one, other in zip(apart, together, strict=True):
-        for a, b in zip(one.carved, other.carved, strict=True):
-            b.buffer.copy_(a.buffer)
-        ops.sgd_update(one.params, one.grads, one.backups, one.momentum, sgd_groups(3, **config), backend=backend)
+        other.copy_(one)
+        one.update(sgd_groups(3, **config), backend=backend)
     lists = [[t for x in together for t in getattr(x, k)] for k in ("params", "grads", "backups", "momentum")]
     ops.sgd_update(*lists, sgd_groups(12, **config), backend=backend)
     for one, other in zip(apart, together, strict=True):
@@ -158,54 +157,44 @@ def test_a_call_over_all_dtypes_equals_a_call_for_each(backend: str, device: str
 
 
 @every_dtype
-def test_grad_scale_divides_the_gradient(dtype: torch.dtype, backend: str, device: str) -> None:
+@every_update
+def test_grad_scale_divides_the_gradient(dtype: torch.dtype, update: str, backend: str, device: str) -> None:
     """By a power of two exactly: the bits, p.grad's too, of gradients that were never scaled."""
-    scaled, plain = Lists(FEW_SIZES, dtype, device), Lists(FEW_SIZES, dtype, device)
-    for a, b in zip(plain.carved, scaled.carved, strict=True):
-        b.buffer.copy_(a.buffer)
+    kind, groups_of, config = UPDATES[update]
+    scaled, plain = (kind(FEW_SIZES, dtype, device) for _ in range(2))
+    scaled.copy_(plain)
     for g in scaled.grads:
         g.mul_(64)
-    groups = sgd_groups(len(FEW_SIZES), **SGD_CONFIGS["momentum-decay"])
-    nothing: list[Tensor | None] = [None] * len(FEW_SIZES)
-    scale = torch.tensor(64.0, device=device)
-    no_inf = torch.tensor(0.0, device=device)
-    ops.sgd_update(scaled.params, scaled.grads, nothing, scaled.momentum, groups, scale, no_inf, backend=backend)
-    ops.sgd_update(plain.params, plain.grads, nothing, plain.momentum, groups, backend=backend)
-    for name in ("params", "momentum", "grads"):
-        assert_same_bits(getattr(scaled, name), getattr(plain, name), name)
+    groups = groups_of(len(FEW_SIZES), **config)
+    scale, no_inf = torch.tensor(64.0, device=device), torch.tensor(0.0, device=device)
+    scaled.update(groups, backend=backend, grad_scale=scale, found_inf=no_inf)
+    plain.update(groups, backend=backend)
+    for mine, other in zip((scaled.params, scaled.grads, *scaled.states), (plain.params, plain.grads, *plain.states)):
+        assert_same_bits(mine, other)
     scaled.check_neighbours()
 
 
 def test_grad_scale_need_not_be_a_power_of_two(backend: str, device: str) -> None:
     lists = Lists(FEW_SIZES, torch.float32, device)
     old = [(exact(w), exact(g)) for w, g in zip(lists.params, lists.grads, strict=True)]
-    nothing: list[Tensor | None] = [None] * len(FEW_SIZES)
     scale = torch.tensor(3.0, device=device)
     groups = sgd_groups(len(FEW_SIZES), lr=0.13, weight_decay=0.017)
-    ops.sgd_update(lists.params, lists.grads, nothing, nothing, groups, grad_scale=scale, backend=backend)
+    lists.update(groups, backups=False, grad_scale=scale, backend=backend)
     for w, (w_old, g) in zip(lists.params, old, strict=True):
         expected, _, largest, _ = exact_sgd(w_old, g / 3, None, lr=0.13, weight_decay=0.017)
         assert_within_ulp(w, expected, largest, UPDATE_ULP, "w")
 
 
 @every_dtype
-@pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
+@every_update
 def test_found_inf_restores_and_leaves_the_state_alone(
-    dtype: torch.dtype, first: bool, backend: str, device: str
+    dtype: torch.dtype, update: str, backend: str, device: str
 ) -> None:
-    lists = Lists(FEW_SIZES, dtype, device)
-    kept = snapshot(lists.backups), snapshot(lists.momentum)
-    groups = sgd_groups(len(FEW_SIZES), first=first, **SGD_CONFIGS["momentum-decay"])
+    kind, groups_of, config = UPDATES[update]
     found, scale = torch.tensor(1.0, device=device), torch.tensor(64.0, device=device)
-    ops.sgd_update(
-        lists.params,
-        lists.grads,
-        lists.backups,
-        lists.momentum,
-        groups,
-        scale,
-        found_inf=found,
-        backend=backend,
-    )
-    assert_same_bits(lists.params, kept[0], "param")
-    assert_same_bits(lists.momentum, kept[1], "momentum")
+    for first in (False, True):
+        lists = kind(FEW_SIZES, dtype, device)
+        kept = [snapshot(x) for x in (lists.backups, *lists.states, getattr(lists, "steps", []))]
+        groups = groups_of(len(FEW_SIZES), first=first, **config)
+        lists.update(groups, backend=backend, grad_scale=scale, found_inf=found)
+        assert [snapshot(x) for x in (lists.params, *lists.states, getattr(lists, "steps", []))] == kept

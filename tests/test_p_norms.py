@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -13,7 +12,6 @@ from closed_forms import Array, assert_within_ulp, exact
 from helpers import (
     DTYPES,
     FEW_SIZES,
-    FLOAT64_RTOL,
     HYPER,
     LARGE,
     PERTURB_ULP,
@@ -21,6 +19,7 @@ from helpers import (
     ROUNDED_ONCE_ULP,
     SIXTEEN_BIT,
     Lists,
+    assert_all_close,
     assert_same_bits,
     batches,
     bits,
@@ -28,7 +27,6 @@ from helpers import (
     closure_for,
     ids,
     leaves,
-    quadratic,
     scalar,
     small_net,
     snapshot,
@@ -40,8 +38,7 @@ from torch import Tensor
 from fused_sam import FusedSAM, ReferenceSAM, ops
 from fused_sam.ops import AscentGroup
 
-P = [1.0, 1.05, 1.5, 2.0, 3.0, 10.0, math.inf]
-every_p = pytest.mark.parametrize("p", P, ids=str)
+every_p = pytest.mark.parametrize("p", [1.0, 1.05, 1.5, 2.0, 3.0, 10.0, math.inf], ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 ETA = 0.03
 
@@ -77,10 +74,9 @@ def exact_displacement(xs: list[Array], ts: list[Array], rho: float, p: float, t
     return result
 
 
-@every_p
+@pytest.mark.parametrize("p", [1.0, 1.05, 1.5, 3.0, 10.0, math.inf], ids=str)  # 2: test_ops.py
 @every_dtype
-@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
-@pytest.mark.parametrize("swap", [False, True], ids=["backup", "swap"])
+@pytest.mark.parametrize(("adaptive", "swap"), [(False, False), (True, True)], ids=["sam-backup", "asam-swap"])
 def test_norm_and_perturb(p: float, dtype: torch.dtype, adaptive: bool, swap: bool, backend: str, device: str) -> None:
     lists = Lists(FEW_SIZES, dtype, device)
     groups = [AscentGroup(len(FEW_SIZES), RHO, adaptive, ETA)]
@@ -147,8 +143,8 @@ def test_p_1_over_tensors_of_several_layouts(backend: str, device: str) -> None:
             ]
 
 
-@every_p
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 def test_of_an_objective_to_be_maximised_e_leads_down(p: float, dtype: torch.dtype, backend: str, device: str) -> None:
     """The bits of minimising its negative: e, weights and momentum."""
     params = leaves(9, LARGE, 67, 0, device=device, dtype=dtype)
@@ -207,30 +203,6 @@ def test_strided_tensors(p: float, backend: str, device: str) -> None:
         assert bits(w) == old_bits
 
 
-@pytest.mark.parametrize("p", [0.99, 0, -1, math.nan], ids=str)
-def test_p_out_of_range_is_refused(p: float, backend: str, device: str) -> None:
-    with pytest.raises(ValueError, match=r"Invalid p=.*Must be >= 1"):
-        FusedSAM(leaves(3, device=device), p=p, lr=0.1, backend=backend)
-
-
-@pytest.mark.parametrize(
-    ("option", "sentence"),
-    [
-        ({"eta": -0.1}, "Invalid eta=-0.1"),
-        ({"eta": math.inf}, "Invalid eta=inf"),
-        ({"adaptive": "bias"}, "Invalid adaptive='bias'"),
-    ],
-    ids=str,
-)
-def test_options_out_of_range_are_refused(option: dict[str, Any], sentence: str, backend: str, device: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        FusedSAM(leaves(3, device=device), lr=0.1, backend=backend, **option)
-    optimizer = FusedSAM(leaves(3, device=device), lr=0.1, backend=backend)
-    with pytest.raises(ValueError, match=sentence):
-        optimizer.add_param_group({"params": leaves(3, device=device), **option})
-    assert len(optimizer.param_groups) == 1
-
-
 def test_a_norm_that_is_not_of_this_p_is_refused(backend: str, device: str) -> None:
     w, g = torch.ones(3, device=device), torch.ones(3, device=device)
     groups = [AscentGroup(1, RHO, False)]
@@ -245,8 +217,8 @@ def test_a_norm_that_is_not_of_this_p_is_refused(backend: str, device: str) -> N
     assert w.tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 4.0, math.inf], ids=str)
-@pytest.mark.parametrize("adaptive", [False, True, "weights"], ids=str)
+@pytest.mark.parametrize("p", [1.0, 1.5, 4.0, math.inf], ids=str)  # 2: test_parity.py
+@pytest.mark.parametrize("adaptive", [False, "weights"], ids=str)
 def test_trajectories_follow_the_reference(p: float, adaptive: bool | str, backend: str, device: str) -> None:
     net, twin = small_net(device=device), small_net(device=device)
     twin.load_state_dict(net.state_dict())
@@ -255,20 +227,7 @@ def test_trajectories_follow_the_reference(p: float, adaptive: bool | str, backe
     for batch in batches(6, device=device):
         ours.step(closure_for(net, batch))
         reference.step(zeroing(twin, closure_for(twin, batch)))
-    for a, b in zip([*net.parameters(), *buffers(ours)], [*twin.parameters(), *buffers(reference)], strict=True):
-        torch.testing.assert_close(a, b, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-
-
-def test_options_survive_copies_and_checkpoints(backend: str, device: str) -> None:
-    params = leaves(9, 130, device=device)
-    optimizer = FusedSAM(params, p=3, eta=0.1, adaptive="weights", lr=0.1, backend=backend)
-    twin = copy.deepcopy(optimizer)
-    twin.load_state_dict(optimizer.state_dict())
-    twins = twin.param_groups[0]["params"]
-    for o, ps in ((optimizer, params), (twin, twins)):
-        o.step(quadratic(ps))
-    assert_same_bits(params, twins)
-    assert (twin.p, twin.param_groups[0]["eta"], twin.param_groups[0]["adaptive"]) == (3.0, 0.1, "weights")
+    assert_all_close([*net.parameters(), *buffers(ours)], [*twin.parameters(), *buffers(reference)])
 
 
 @pytest.mark.parametrize("p", [2.0, math.inf, 1.5], ids=str)
@@ -295,8 +254,7 @@ def test_groups_that_stay_at_w(p: float, zero_grad: bool, backend: str, device: 
             for w in ps:
                 w.grad = 3 * w.detach()
             o.second_step(zero_grad=True)
-    for a, b in zip([*ours, *buffers(optimizer)], [*theirs, *buffers(reference)], strict=True):
-        torch.testing.assert_close(a, b, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+    assert_all_close([*ours, *buffers(optimizer)], [*theirs, *buffers(reference)])
 
 
 def test_gradients_of_groups_that_stay_come_back_when_the_ascent_fails(backend: str, device: str) -> None:

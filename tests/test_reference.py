@@ -47,13 +47,6 @@ def test_norm_and_perturb_of_the_reference(adaptive: bool) -> None:
         assert_close(moved, exact(w) + exact_ascent(exact(w), exact(g), norm, r, adaptive))
 
 
-def test_the_reference_displaces_by_rho() -> None:
-    params, grads = tensors(), tensors()
-    moved = reference.perturb(params, grads, [RHO] * 5, [False] * 5)
-    length = math.sqrt(sum(float((m - w).square().sum()) for m, w in zip(moved, params, strict=True)))
-    assert length == pytest.approx(RHO, rel=1e-12)
-
-
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf], ids=str)
 def test_the_reference_does_not_perturb_without_a_positive_finite_norm(bad: float) -> None:
     params = tensors()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
 import pytest
 import torch
-from helpers import leaves, quadratic
+from helpers import leaves, quadratic, through_a_file
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from fused_sam import FusedSAM, RhoTiedToLR
@@ -58,13 +57,11 @@ def test_a_checkpoint_of_the_optimizer_carries_it_along() -> None:
     tied = RhoTiedToLR(opt)
     opt.param_groups[0]["lr"] = 0.05
     tied.step()
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
+    saved = through_a_file(opt.state_dict())
     for made_before in (False, True):
-        file.seek(0)
         resumed = FusedSAM(groups(), rho=0.1, lr=0.2)
         again = RhoTiedToLR(resumed) if made_before else None
-        resumed.load_state_dict(torch.load(file, weights_only=True))
+        resumed.load_state_dict(saved)
         again = again or RhoTiedToLR(resumed)
         resumed.param_groups[0]["lr"] = 0.1
         again.step()

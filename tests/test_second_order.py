@@ -40,31 +40,20 @@ def closure_of(loss: Loss, params: list[Tensor], calls: list[int] | None = None)
 
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("second_order", [False, True])
-def test_gradient_and_step_are_those_of_the_chain_rule(
-    p: float, adaptive: bool, second_order: bool, backend: str, device: str
-) -> None:
+def test_gradient_and_step_are_those_of_the_chain_rule(p: float, adaptive: bool, backend: str, device: str) -> None:
     params = leaves(1, 9, 5, device=device, dtype=torch.float64)
     w = [x.detach().clone() for x in params]
-    opt = FusedSAM(
-        params,
-        rho=0.2,
-        adaptive=adaptive,
-        eta=0.013,
-        p=p,
-        second_order=second_order,
-        backend=backend,
-        **HYPER,
-    )
+    options = {"rho": 0.2, "adaptive": adaptive, "eta": 0.013, "p": p, **HYPER}
+    opt = FusedSAM(params, second_order=True, backend=backend, **options)
     calls: list[int] = []
     loss = opt.step(closure_of(bent, params, calls))
     assert len(calls) == 2
-    expected = sam_gradient(bent, w, [0.2] * 3, [adaptive] * 3, p, 0.013, second_order)
+    expected = sam_gradient(bent, w, [0.2] * 3, [adaptive] * 3, p, 0.013, True)
     assert_all_close([loss.detach()], [bent(w)])
     assert_all_close([x.grad.detach() for x in params], expected)
     assert_all_close([x.detach() for x in params], [sgd_update(x, g, None, **HYPER)[0] for x, g in zip(w, expected)])
     first_order = sam_gradient(bent, w, [0.2] * 3, [adaptive] * 3, p, 0.013, False)
-    if second_order and (1 < p < math.inf or adaptive):
+    if 1 < p < math.inf or adaptive:
         distance = max(float((a - b).abs().max()) for a, b in zip(expected, first_order))
         assert distance > 1e-3  # else this test could not tell them apart
 
@@ -156,24 +145,6 @@ def test_lists_of_closures_average_whole_gradients(backend: str, device: str) ->
     assert_all_close([x.grad for x in params], [(a + b) / 2 for a, b in zip(*each)])
 
 
-def test_an_exception_in_the_second_pass_leaves_the_weights(backend: str, device: str) -> None:
-    params = leaves(9, LARGE, device=device)
-    w = snapshot(params)
-    opt = FusedSAM(params, rho=RHO, second_order=True, backend=backend, lr=0.13)
-    calls: list[int] = []
-
-    def closure() -> Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return closure_of(bent, params)()
-
-    with pytest.raises(KeyboardInterrupt):
-        opt.step(closure)
-    assert_same_bits(params, w)
-    assert not opt.perturbed
-
-
 def test_autograd_still_sees_the_update(backend: str, device: str) -> None:
     """Only the excursion to w + e is hidden from it."""
     params = leaves(9, device=device)
@@ -194,11 +165,3 @@ def test_what_cannot_work_is_refused(backend: str, device: str) -> None:
     with pytest.raises(RuntimeError, match="needs the closure form"):
         opt.first_step()
     assert_same_bits(params, w)
-    with pytest.raises(ValueError, match="Invalid second_order='yes'"):
-        FusedSAM(params, second_order="yes")
-    with pytest.raises(ValueError, match="Invalid second_order=True with ascent_steps=2"):
-        FusedSAM(params, second_order=True, ascent_steps=2)
-    with pytest.raises(ValueError, match=r"Invalid second_order=True with looksam_alpha=0\.3"):
-        FusedSAM(params, second_order=True, interval=2, looksam_alpha=0.3)
-    with pytest.raises(ValueError, match="Invalid second_order=True with master_weights=True"):
-        FusedSAM(params, second_order=True, master_weights=True)
