@@ -322,10 +322,13 @@ class FusedSAM(Optimizer):
         return inner
 
     def __getattr__(self, name: str) -> Any:
-        """Return ``train`` or ``eval`` of a base that has them, as Schedule-Free's."""
+        """Return ``train`` or ``eval`` of a base that has them, as Schedule-Free's; the latter at w only."""
         if name in ("train", "eval"):
-            self._step.require_unperturbed(f"{name}()")
-            return getattr(self._step.base.shared(self._step.parameters), name)
+            inner = self._step.base.shared(self._step.parameters)
+            if hasattr(inner, name):
+                if name == "eval":
+                    self._step.require_unperturbed("eval()")
+                return getattr(inner, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def second_step(self, zero_grad: bool = False) -> None:

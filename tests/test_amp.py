@@ -227,6 +227,7 @@ def test_a_disabled_scaler_changes_nothing(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"p": 1.0}, {"p": math.inf}, {"start": 1}], ids=str)
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_no_gradient_in_the_last_pass_restores_the_weights(options: dict[str, Any], backend: str, device: str) -> None:
     params = leaves(9, device=device)
     opt, scaler = make(params, "SGD", backend, **options), scaler_for(device)

@@ -181,6 +181,7 @@ def test_a_norm_that_is_not_finite_does_what_it_does_in_torch(bad: float, backen
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_no_gradients_and_zero_gradients_are_left_alone(backend: str, device: str) -> None:
     params = leaves(9, device=device)
     opt = FusedSAM(params, rho=RHO, backend=backend, max_grad_norm=MAX_NORM, lr=0.13)

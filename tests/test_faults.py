@@ -90,6 +90,7 @@ def test_an_exception_in_a_closure_leaves_weights_and_state_as_they_were(
     assert state_of(opt) == state_of(twins)
 
 
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_a_second_pass_that_skips_backward_restores_the_weights(backend: str, device: str) -> None:
     """As training code does on a non-finite loss: there is no gradient at all, so there is no update."""
     params = leaves(9, LARGE, device=device)

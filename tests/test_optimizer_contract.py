@@ -177,6 +177,7 @@ def test_zero_grad_of_both_steps(zero_grad: bool, backend: str, device: str) -> 
     assert (params[0].grad is None) == zero_grad
 
 
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_none_gradients_in_either_pass_or_both(backend: str, device: str) -> None:
     """Two rounds, so that what the first leaves behind would show in the second."""
     sizes = (7, 40, 17, 17)
@@ -203,6 +204,7 @@ def test_none_gradients_in_either_pass_or_both(backend: str, device: str) -> Non
             assert (momentum_of(opt, p) is None) == (momentum_of(reference, w) is None)
 
 
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_frozen_parameters_stay_and_join_when_thawed(backend: str, device: str) -> None:
     params = leaves(9, 9, device=device)
     opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
