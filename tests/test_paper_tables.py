@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
-from bench.paper import models, tables
+from bench.paper import tables
 
 
 @pytest.fixture
@@ -76,13 +75,6 @@ def test_hyperparameters(dataset, model, options, expected):
     assert expected.items() <= tables.hyperparameters(dataset, model, **options).items()
 
 
-def test_every_model_with_hyperparameters_can_be_made():
-    _, rows = tables._read(tables.FOLDER / "hyperparameters.json")
-    with torch.device("meta"):
-        for name in {row["model"] for row in rows}:
-            models.make(name, channels=3, classes=10, size=32)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -90,8 +82,6 @@ def test_every_model_with_hyperparameters_can_be_made():
         ({"source": None}, "Invalid source=None in made.json. Must say where"),
         ({"rows": [["SGD", 3.5], ["SAM"]]}, "Invalid row 2 of made.json: 1 values. Must be 2"),
         ({"rows": [["SAM", -2.7]]}, "Invalid mean=-2.7 in row 1 of made.json"),
-        ({"rows": [["Sam", 2.7]]}, "Invalid method='Sam' in row 1 of made.json"),
-        ({"rows": [["SAM", "2.7"]]}, "Invalid mean='2.7' in row 1"),
         ({"unit": "percent"}, "and a unit of %, 1"),
     ],
 )

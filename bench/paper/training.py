@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bench.paper import augment, methods, mixup, models
+from bench.paper import methods, models
 from bench.paper.config import Config
-from bench.paper.data import Split, split
+from bench.paper.data import Split, augmentation, mix, split
 from bench.records import Row
 from bench.training import checkpoint, data
 from bench.training.run import cosine, mean_of_finite
@@ -48,7 +48,7 @@ class Training:
             flip=images.flip,
             seed=config.seed,
             device=self.device,
-            augmentation=augment.make(config.augment, images.train.images.shape[-1]),
+            augmentation=augmentation(config.augment, images.train.images.shape[-1]),
         )
         torch.manual_seed(config.seed)
         channels, size = data.channelled(images.train.images[:1]).shape[1:3]
@@ -86,7 +86,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * cosine(progress)
             if self.config.mixup:
-                images, targets = mixup.mix(images, targets, self.config.mixup, self.images.classes, generator)
+                images, targets = mix(images, targets, self.config.mixup, self.images.classes, generator)
             loss, passes = self.stepper.step(self.loss_of, images, targets)
             self.passes += passes / len(self.batches)
             losses.append(loss)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.paper.models.parts import conv, initialise, widen
-from bench.paper.models.shakedrop import ShakeDrop
+from bench.paper.models.shake import ShakeDrop
+from bench.training.models import conv, initialise, widen
 
 STEM_CHANNELS = 16
 STAGES = 3

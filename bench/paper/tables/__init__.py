@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.paper import augment
+from bench.paper import data
 
 FOLDER = Path(__file__).parent
 HYPERPARAMETERS = "hyperparameters"
@@ -42,7 +42,7 @@ COLUMNS: dict[str, Callable[[Any], bool]] = {
     "source": lambda value: isinstance(value, str),
     "dataset": lambda value: value in SETS + FINETUNED,
     "model": lambda value: isinstance(value, str),
-    "augment": lambda value: value in augment.NAMES,
+    "augment": lambda value: value in data.AUGMENTATIONS,
     "method": lambda value: value in METHODS,
     "metric": lambda value: isinstance(value, str),
     "epoch": _count,
@@ -102,6 +102,11 @@ def published(name: str) -> list[Row]:
         if row.get("unit") not in UNITS or "metric" not in row or "mean" not in row:
             raise ValueError(f"Invalid row {row}. Must have a mean, a metric, and a unit of {', '.join(UNITS)}.")
     return whole
+
+
+def text(row: Row) -> str:
+    """Write a result, and its interval where the paper gives one."""
+    return f"{row['mean']}" if row["half"] is None else f"{row['mean']} ± {row['half']}"
 
 
 def hyperparameters(dataset: str, model: str, *, epochs: int | None = None, noise_rate: float = 0.0) -> Row:
