@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 class Spread(NamedTuple):
-    """Median with the 20th and 80th percentile."""
+    """Holds a median with the 20th and 80th percentile."""
 
     median: float
     p20: float
@@ -35,15 +35,24 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Return those of at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         tenths = statistics.quantiles(values, n=10, method="inclusive")
         return cls(statistics.median(values), tenths[1], tenths[7])
 
     def rounded(self) -> dict[str, float]:
-        """For a row: four significant digits are more than a measurement has."""
+        """Return the values for a row: four significant digits are more than a measurement has."""
         return {name: float(f"{value:.4g}") for name, value in self._asdict().items()}
+
+    def seconds(self) -> dict[str, float]:
+        """Return the values for a row, of a time."""
+        return {f"{name}_s": value for name, value in self.rounded().items()}
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median for a row."""
+    return Spread.of(values).rounded()["median"]
 
 
 def machine() -> Row:

@@ -24,17 +24,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
 from bench import records
-from bench.gpu.models import MODELS
 from bench.ranks.overlap import LATE, SILENT
 from bench.records import Row
 from bench.speed.rivals import OURS
+from bench.speed.shapes import GPU_SETS, parameter_count
 from bench.tables import latest, table
-from bench.training.models import parameter_count
 
 RANKS = (8, 64, 256, 1024)
 BYTES = 4  # of a gradient
@@ -141,8 +139,7 @@ def measured_jobs(rows: Sequence[Row]) -> list[tuple[Job, Cluster]]:
             name = f"{row['model']}, batches of {row['batch']}, {row['machine']['gpu']}"
             # Both are of two passes; of the optimizer's time the second has more than half.
             times = row["median_s"], row["backward_s"] / 2, row["optimizer_s"] / 2
-            with torch.device("meta"):
-                parameters = parameter_count(MODELS[row["model"]]())
+            parameters = parameter_count(GPU_SETS[row["model"]]())
             jobs.append((Job(name, *times, parameters, BUCKET_BYTES), Cluster(PER_MACHINE, INSIDE, BETWEEN, MESSAGE)))
     return jobs
 

@@ -185,11 +185,13 @@ def _pytorch_optimizer(params: list[Tensor], **options: Any) -> TwoPass:
     return SAM(params, SGD, rho=RHO, **SGD_OPTIONS, **options)
 
 
-def _eager(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+def eager_sam(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+    """Return what builds the formulation in widest use around SGD."""
     return functools.partial(EagerSAM, base_optimizer=SGD, **SGD_OPTIONS, **options)
 
 
-def _foreach(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+def foreach_sam(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+    """Return what builds the one of multi-tensor operations."""
     return functools.partial(ForeachSAM, **SGD_OPTIONS, **options)
 
 
@@ -198,12 +200,12 @@ SCALE = "sgd_fused"
 FP32 = (torch.float32,)
 VARIANTS: dict[str, Variant] = {
     OURS: Variant("FusedSAM", _fused_sam, 40, needs="fused_sam"),
-    "eager_sgd": Variant("eager SAM + SGD", _eager(), 92),
-    "eager_sgd_foreach": Variant("eager SAM + SGD(foreach)", _eager(foreach=True), 92),
-    "eager_sgd_fused": Variant("eager SAM + SGD(fused)", _eager(fused=True), 68),
-    "foreach_sgd_fused": Variant("foreach SAM + SGD(fused)", _foreach(fused=True), 52),
+    "eager_sgd": Variant("eager SAM + SGD", eager_sam(), 92),
+    "eager_sgd_foreach": Variant("eager SAM + SGD(foreach)", eager_sam(foreach=True), 92),
+    "eager_sgd_fused": Variant("eager SAM + SGD(fused)", eager_sam(fused=True), 68),
+    "foreach_sgd_fused": Variant("foreach SAM + SGD(fused)", foreach_sam(fused=True), 52),
     # The best correct rival in 16 bit, where SGD(fused=True) is wrong (see check).
-    "foreach_sgd_foreach": Variant("foreach SAM + SGD(foreach)", _foreach(foreach=True), 76, dtypes=SIXTEEN_BIT),
+    "foreach_sgd_foreach": Variant("foreach SAM + SGD(foreach)", foreach_sam(foreach=True), 76, dtypes=SIXTEEN_BIT),
     "pytorch_optimizer": Variant("pytorch_optimizer.SAM", _pytorch_optimizer, 92, needs="pytorch_optimizer"),
     "pytorch_optimizer_foreach": Variant(
         "pytorch_optimizer.SAM(foreach)",
