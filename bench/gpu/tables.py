@@ -12,6 +12,7 @@ from bench.gpu.rivals import EAGER, GRAPH, MODES, OURS, SCALE, SHORT, TITLES
 from bench.gpu.step import KIND as STEP
 from bench.records import Row
 from bench.speed.harness import FLOOR
+from bench.speed.plot import digits
 from bench.speed.shapes import GPU_SETS
 from bench.speed.shapes import TITLES as SET_TITLES
 from bench.tables import DTYPE_ORDER, WRONG, columns, every, in_order, latest, small, table, times
@@ -33,11 +34,6 @@ def caption(rows: Sequence[Row]) -> str:
 def title(name: str) -> str:
     """Return a variant's name for readers."""
     return "copy of as many bytes" if name == FLOOR else TITLES[name]
-
-
-def digits(value: float) -> str:
-    """Write three digits, or all before the point."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def microseconds(seconds: float) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.figures import GREY as GREY
+from bench.figures import canvas as canvas
 from bench.paper.summary import Interval, by, interval, of, subtitle
 from bench.records import Row
-from bench.training.curves import GRID, INK
 
 SAM, SGD = "#1f5fa8", "#b5541c"
 # Methods that are compared with them: apart in hue and in lightness.
 OTHERS = ("#2f8f6b", "#8a4fa3", "#c2991f", "#5b6670", "#d06a93", "#4fa7c4")
-GREY = "#666666"
 
 
 def colours(labels: list[str]) -> dict[str, str]:
@@ -81,45 +80,3 @@ def dots(axes: Any, rows: Sequence[Row]) -> None:
         axes.annotate(f"{spread.mean:.2f}", (spread.mean, place + 0.15), (0, -6), color=known[label], **text)
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.4, -0.6)
-
-
-@contextlib.contextmanager
-def canvas(
-    title: str, about: str, path: Path, *, panels: int = 1, rows: int = 1, height: float = 4.4
-) -> Iterator[list[Any]]:
-    """Yield panels to draw on, left to right and then down; the PNG is written at the end.
-
-    Args:
-        title: what was measured.
-        about: data, length and number of seeds.
-        path: where the picture goes; its folder is made.
-        panels: number of them.
-        rows: in as many rows.
-        height: inches, of the whole.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    look = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
-    with plt.rc_context(look | {"xtick.color": INK, "ytick.color": INK, "legend.frameon": False}):
-        columns = -(-panels // rows)
-        width = {1: 7.0, 2: 10.0}.get(columns, 13.0)
-        figure, grid = plt.subplots(rows, columns, figsize=(width, height), dpi=150, squeeze=False)
-        axes = list(grid.flat)
-        for panel in axes[panels:]:
-            panel.axis("off")
-        try:
-            yield axes[:panels]
-            for panel in axes[:panels]:
-                panel.grid(axis="y", color=GRID)
-                panel.set_axisbelow(True)
-                panel.spines[["top", "right"]].set_visible(False)
-            figure.text(0.01, 1 - 0.07 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
-            figure.text(0.01, 1 - 0.42 / height, about, ha="left", va="center", fontsize=9, color=GREY)
-            figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / height), w_pad=2.5)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Software": None})
-        finally:
-            plt.close(figure)
