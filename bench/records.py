@@ -135,11 +135,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows of all files of a folder, oldest first.
-
-    Raises:
-        ValueError: a line is no JSON object with a kind.
-    """
+    """All rows of all files of a folder, oldest first."""
     rows: list[Row] = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -157,9 +153,6 @@ def torchvision(user: str) -> ModuleType:
 
     Args:
         user: who needs it, for the message.
-
-    Raises:
-        RuntimeError: saying what to install.
     """
     try:
         importlib.import_module("torchvision.transforms.v2")

@@ -46,11 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def filled(page: str, rows: Sequence[records.Row]) -> str:
-    """The page with every known block replaced.
-
-    Raises:
-        ValueError: a block begins and does not end.
-    """
+    """The page with every known block replaced."""
     for name, render in BLOCKS.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if (start in page) != (end in page):

@@ -102,11 +102,7 @@ def command(tool: str, set_name: str, dtype_name: str, variant: str) -> list[str
 
 
 def read(output: str) -> list[Row]:
-    """The kernels in the order of their launches, from the tool's table: names, then units, then numbers.
-
-    Raises:
-        ValueError: there is no such table in the output, or a unit in it that is not known.
-    """
+    """The kernels in the order of their launches, from the tool's table: names, then units, then numbers."""
     lines = [line for line in output.splitlines() if line.startswith('"')]
     if len(lines) < 2 or "Kernel Name" not in lines[0]:
         raise ValueError(f"Invalid output of {TOOL}. Must hold a table: {output.strip()[-300:]!r}.")
@@ -137,12 +133,7 @@ def short_name(signature: str) -> str:
 
 
 def measure(tool: str, set_name: str, dtype_name: str, variant: str, seconds: float) -> list[Row]:
-    """The rows of one step.
-
-    Raises:
-        RuntimeError: the tool failed, or took too long.
-        ValueError: as `read`.
-    """
+    """The rows of one step."""
     try:
         done = subprocess.run(
             command(tool, set_name, dtype_name, variant), cwd=records.ROOT, capture_output=True, text=True,

@@ -102,11 +102,7 @@ class CompileBudget:
     left_s: float
 
     def run(self, variant: GpuVariant, work: Callable[[], Any]) -> Any:
-        """Do what may make the variant compile.
-
-        Raises:
-            RuntimeError: the time is used up.
-        """
+        """Do what may make the variant compile."""
         if not variant.compiled:
             return work()
         if self.left_s <= 0:

@@ -58,11 +58,7 @@ class Config:
 
     @classmethod
     def of(cls, flags: dict[str, Any], **found: Any) -> Config:
-        """From the command line and what was found beside it.
-
-        Raises:
-            ValueError: for values that do not go together.
-        """
+        """From the command line and what was found beside it."""
         given = {field.name: flags[field.name] for field in fields(cls) if field.name in flags} | found
         if given["optimizer"] == "sgd":
             given |= dict.fromkeys(SAM_FLAGS)
@@ -91,11 +87,7 @@ class Config:
 
 
 def make_model(config: Config) -> nn.Module:
-    """From torchvision, with random weights.
-
-    Raises:
-        ValueError: for a name that is not that of a classifier with one loss.
-    """
+    """From torchvision, with random weights."""
     models = records.torchvision("bench.imagenet").models
     if config.model not in models.list_models(module=models) or config.model in TWO_HEADED:
         raise ValueError(f"Invalid model={config.model!r}. Must be a classifier in torchvision.models, with one head.")
@@ -104,11 +96,7 @@ def make_model(config: Config) -> nn.Module:
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD, or FusedSAM around it.
-
-    Raises:
-        TypeError, ValueError: as `fused_sam.FusedSAM`.
-    """
+    """SGD, or FusedSAM around it."""
     options: dict[str, Any] = {
         "params": model.parameters(),
         "lr": config.lr,

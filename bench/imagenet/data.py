@@ -54,10 +54,6 @@ class Folders:
         ranks: among which the images are divided.
         seed: of the order and of the augmentation.
         workers: processes that read images, for each rank.
-
-    Raises:
-        OSError: for a folder that is missing, or empty.
-        ValueError: for validation folders that are not those of training, or fewer images than one step takes.
     """
 
     def __init__(

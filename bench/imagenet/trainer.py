@@ -64,12 +64,9 @@ class Trainer:
         return self.epoch * self.data.steps + self.step
 
     def run(self, out: Path, reporter: Reporter, requests: Requests) -> None:
-        """The epochs that are left, each with an evaluation and a checkpoint.
+        """Train the epochs that are left, each with an evaluation and a checkpoint.
 
-        Raises:
-            FloatingPointError: for a loss that is not finite; the last checkpoint stays.
-            Interrupted: at the end of the step in which a signal came, or of the evaluation if that was not the last
-                one; the run is saved then.
+        A signal stops the run, saved, at the end of the step, or of the evaluation if that was not the last one.
         """
         self._looked = time.perf_counter()
         while self.epoch < self.config.epochs:
@@ -151,11 +148,7 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, dtype, enabled=dtype is not None)
 
     def look(self) -> dict[str, Any]:
-        """What the steps since the last look were like, averaged; the losses are those of all ranks.
-
-        Raises:
-            FloatingPointError: on all ranks, for a loss that is not finite.
-        """
+        """What the steps since the last look were like, averaged; the losses are those of all ranks."""
         losses = self.ranks.sum_(torch.stack(self._pending)).div(self.ranks.size).tolist()
         self._pending.clear()
         first = self.step - len(losses) + 1

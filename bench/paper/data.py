@@ -46,12 +46,7 @@ class Split(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None = None, say: Callable[[str], None] = print) -> data.Dataset:
-    """Return a data set, with its name in lower case.
-
-    Raises:
-        ValueError: another name, or damaged files.
-        OSError, RuntimeError: the files cannot be had.
-    """
+    """Return a data set, with its name in lower case."""
     if name == "digits":
         return data.load_digits()
     if name == "fashion-mnist":
@@ -84,11 +79,6 @@ def load_cifar(name: str, folder: Path | None = None) -> data.Dataset:
         name: "cifar10" or "cifar100".
         folder: has "cifar-10-batches-py" or "cifar-100-python" in it; it is used or refused. Without one the files are
             downloaded, once.
-
-    Raises:
-        ValueError: another name.
-        FileNotFoundError: the folder does not hold the published files.
-        RuntimeError: no torchvision, or no download.
     """
     if name not in CIFAR:
         raise ValueError(f"Invalid dataset={name!r}. Must be one of {', '.join(CIFAR)}.")
@@ -171,10 +161,6 @@ def augmentation(name: str, size: int) -> data.Augmentation:
     Args:
         name: of `AUGMENTATIONS`.
         size: height and width of the images; cutout's square has half of it, 16 pixels of CIFAR's 32.
-
-    Raises:
-        ValueError: another name.
-        RuntimeError: no torchvision for "autoaugment".
     """
     if name not in AUGMENTATIONS:
         raise ValueError(f"Invalid augment={name!r}. Must be one of {', '.join(AUGMENTATIONS)}.")

@@ -98,11 +98,7 @@ def _pretrained(config: Config, context: training.Context) -> dict[str, Tensor]:
 
 
 def with_new_head(config: Config, images: Split, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights, with those of the last layer random where it has another number of classes.
-
-    Raises:
-        ValueError: they are not of this network.
-    """
+    """Return the weights, with those of the last layer random where it has another number of classes."""
     torch.manual_seed(config.seed)
     channels, size = data.channelled(images.train.images[:1]).shape[1:3]
     fresh = models.make(config.model, channels=channels, classes=images.classes, size=size).state_dict()

@@ -177,11 +177,7 @@ METHODS = {
 
 
 def name_of(row: Row) -> str:
-    """Return the method of a row, whatever its radius.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """Return the method of a row, whatever its radius."""
     config = row["config"]
     # Rows from before looksam_alpha had this name call it reuse.
     renamed = {"looksam_alpha" if name == "reuse" else name: value for name, value in config["options"].items()}

@@ -180,11 +180,7 @@ class Context:
 def train(
     config: Config, context: Context, *, images: Split | None = None, weights: dict[str, Tensor] | None = None
 ) -> Training:
-    """A finished run; one that was interrupted goes on from its checkpoint, to the same bits.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
+    """A finished run; one that was interrupted goes on from its checkpoint, to the same bits."""
     training = Training(config, images or context.split(config), weights)
     path = context.folder / f"{config.key}.pt"
     if path.is_file():

@@ -29,11 +29,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def links(count: int, megabits: float) -> Iterator[list[str]]:
-    """The names of ``count`` namespaces, each with an address in one network and a link of that rate each way.
-
-    Raises:
-        RuntimeError: where they cannot be made, with what the command said.
-    """
+    """The names of ``count`` namespaces, each with an address in one network and a link of that rate each way."""
     if reason := why_not():
         raise RuntimeError(f"No limited links: {reason}.")
     prefix = f"fused-sam-{os.getpid()}"

@@ -24,12 +24,7 @@ def save(state: Any, path: Path) -> None:
 
 
 def load(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved state, in the memory of the host.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: for one that was saved under another configuration, naming the first value that differs.
-    """
+    """Return a saved state, in the memory of the host."""
     if not path.exists():
         raise FileNotFoundError(f"No checkpoint to resume from: {path}.")
     state = torch.load(path, map_location="cpu", weights_only=True)

@@ -69,9 +69,6 @@ def read_idx(path: Path) -> Tensor:
 
     The format is two zero bytes, the type (8: unsigned byte), the number of dimensions, each dimension as a
     big-endian 32-bit integer, and the data.
-
-    Raises:
-        ValueError: the file is damaged, of another type, or its size differs from what its header says.
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -122,12 +119,7 @@ def load_folder(folder: Path) -> Dataset:
 
 
 def download(folder: Path, opener: Opener = urllib.request.urlopen) -> None:
-    """Fetch the four files; each gets its name only once its checksum is right.
-
-    Raises:
-        OSError, http.client.HTTPException: the server cannot be reached, or breaks off.
-        ValueError: a file has another checksum than published.
-    """
+    """Fetch the four files; each gets its name only once its checksum is right."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, sha256 in FILES.items():
         target = folder / f"{name}.gz"

@@ -110,9 +110,6 @@ class ResNet(nn.Module):
         stem_stride: 2 halves the image at once, for a CPU.
         channels: of the images.
         classes: of the last layer.
-
-    Raises:
-        ValueError: another depth.
     """
 
     def __init__(self, depth: int, stem_stride: int = 1, *, channels: int = 3, classes: int = 10) -> None:

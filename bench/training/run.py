@@ -26,11 +26,7 @@ def cosine(progress: float) -> float:
 
 
 def mean_of_finite(losses: list[float], where: str) -> float:
-    """The mean of the losses of the steps of `where`.
-
-    Raises:
-        FloatingPointError: one of them is not finite.
-    """
+    """The mean of the losses of the steps of `where`."""
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
             raise FloatingPointError(

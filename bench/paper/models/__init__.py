@@ -52,9 +52,6 @@ def make(name: str, *, channels: int, classes: int, size: int) -> nn.Module:
         channels: of the images, 1 or 3.
         classes: of the last layer.
         size: height and width of the images, in pixels.
-
-    Raises:
-        ValueError: no such network, or it cannot halve images of this size twice.
     """
     if size < 8 or size % 4:
         raise ValueError(f"Invalid {size=}. Must be a multiple of 4, at least 8.")

@@ -36,9 +36,6 @@ class ShakeDrop(nn.Module):
 
     b is 1 with probability `keep`, for the batch as a whole; alpha is uniform in [-1, 1]. In the gradient beta, uniform
     in [0, 1], stands in alpha's place. alpha and beta are drawn for each image.
-
-    Raises:
-        ValueError: `keep` is no probability.
     """
 
     def __init__(self, keep: float) -> None:
