@@ -220,7 +220,7 @@ def train(rows: Sequence[Row]) -> str:
         noise = f", {one['label_noise']:.0%} label noise" if one["label_noise"] else ""
         step = statistics.fmean(row["step_ms"] for row in group)
         share = statistics.fmean(row["optimizer_ms"] / row["step_ms"] for row in group)
-        cells = [str(one["run_epochs"]), str(len(group)), _mean([row["test_error_final"] for row in group])]
+        cells = [str(one["run_epochs"]), str(len(group)), mean([row["test_error_final"] for row in group])]
         lines.append(
             [f"{one['dataset']}, {one['train_size']} images{noise}", label, *cells, f"{step:.1f}", f"{share:.1%}"]
         )
@@ -265,7 +265,8 @@ def overlap(rows: Sequence[Row]) -> str:
     return f"{text}\n\n{subject}, {note} {caption(shown)}"
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean(values: Sequence[float]) -> str:
+    """Write a mean, and the standard deviation of several values."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation}"
 

@@ -23,7 +23,7 @@ from bench import records
 from bench.paper import data, flags, summary, training
 from bench.paper.config import Config
 from bench.records import Row
-from bench.training.run import chosen_backend
+from bench.training.run import chosen_backend, complain
 
 NOTHING_YET = "No run has been recorded yet."
 PICTURES = Path("../bench/results")  # as docs/paper.md sees it
@@ -63,8 +63,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         context.observe, context.observe_during = experiment.observe, experiment.observe_during
         failed = _run_missing(experiment, runs, context, args, console)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
-        return 1
+        return complain(error)
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on.")
         return 130
