@@ -75,12 +75,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 
 def front(found: Sequence[Point], price: str) -> list[Point]:
-    """Return those with a lower mean error than every point that costs no more, the cheapest first.
-
-    Args:
-        found: of one task.
-        price: "seconds" or "passes".
-    """
+    """Return those with a lower mean error than every point that costs no more, the cheapest first."""
     best: list[Point] = []
     for point in sorted(found, key=lambda point: (getattr(point, price).mean, point.error.mean)):
         if not best or point.error.mean < best[-1].error.mean:

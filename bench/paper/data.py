@@ -104,14 +104,7 @@ def confused(dataset: str, classes: int) -> dict[int, int]:
 
 
 def asymmetric(labels: Tensor, rate: float, seed: int, pairs: dict[int, int]) -> Tensor:
-    """Change exactly round(rate * n) of the n labels of each class in `pairs` to that of its partner.
-
-    Args:
-        labels: [N] int64, left as it is.
-        rate: in [0, 1).
-        seed: the same seed gives the same noise.
-        pairs: class and partner; classes that are not in it keep their labels.
-    """
+    """Change exactly round(rate * n) of the n labels of each class in `pairs` to that of its partner."""
     if not 0 <= rate < 1:
         raise ValueError(f"Invalid {rate=}. Must be in [0, 1).")
     generator = torch.Generator().manual_seed(seed)
@@ -137,13 +130,6 @@ def mix(
 
         x = a x_i + (1 - a) x_j,  y = a y_i + (1 - a) y_j,  a ~ Beta(alpha, alpha),  j a permutation of i
 
-    Args:
-        images: [B, C, H, W] float32.
-        labels: [B] int64.
-        alpha: > 0.
-        classes: labels are below it.
-        generator: of the CPU.
-
     Returns:
         The images, and the probabilities [B, classes] float32 of the classes.
     """
@@ -156,12 +142,7 @@ def mix(
 
 
 def augmentation(name: str, size: int) -> data.Augmentation:
-    """Return what an augmentation does besides shifts and flips.
-
-    Args:
-        name: of `AUGMENTATIONS`.
-        size: height and width of the images; cutout's square has half of it, 16 pixels of CIFAR's 32.
-    """
+    """Return what an augmentation does besides shifts and flips."""
     if name not in AUGMENTATIONS:
         raise ValueError(f"Invalid augment={name!r}. Must be one of {', '.join(AUGMENTATIONS)}.")
     if name in ("none", "basic"):

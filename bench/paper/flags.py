@@ -64,7 +64,7 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
     add("--data-dir", type=Path, help="folder of its files: idx files, or what torchvision unpacks for CIFAR")
     add("--train-size", type=int, metavar="N", help="training images, drawn by the seed")
     add("--test-size", type=int, metavar="N", help="test images, always the same; 0 for all")
-    add("--model", metavar="NAME", help=f"one of {', '.join(models.NAMES)}")
+    add("--model", metavar="NAME", help=f"one of {', '.join(models.NAMES)}, such as wrn-28-10")
     add("--augment", choices=data.AUGMENTATIONS, help="what is done to the training images")
     add("--shift", type=int, metavar="PIXELS", help="largest random shift")
 

@@ -56,15 +56,7 @@ def draw_panels(panels: dict[str, Sequence[Row]], panel: Panel, words: str, abou
 
 
 def bars(axes: Any, places: Sequence[float], rows: Sequence[Row], scale: float, **look: Any) -> None:
-    """Draw medians as bars with whiskers and numbers, those of a row with `ours` in bold.
-
-    Args:
-        axes: the panel.
-        places: of the bars.
-        rows: one for each.
-        scale: of the times.
-        look: of the bars, and `ours`, the variants whose numbers are bold.
-    """
+    """Draw the medians of rows as bars at these places, with whiskers and numbers; those of `ours` in bold."""
     ours = look.pop("ours")
     middle, low, high = ([scale * row[name] for row in rows] for name in ("median_s", "p20_s", "p80_s"))
     whiskers = [[m - x for m, x in zip(middle, low)], [x - m for m, x in zip(middle, high)]]

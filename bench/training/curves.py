@@ -12,15 +12,7 @@ COLOURS = {"sgd": figures.SGD, "sam": figures.SAM}
 
 
 def plot(results: Sequence[dict[str, Any]], title: str, subtitle: str, path: Path) -> None:
-    """Write the PNG.
-
-    Args:
-        results: one per run, with "optimizer", "label" and "history"; a history is a list of {"passes",
-            "test_error", "train_loss"}.
-        title: what was trained on what.
-        subtitle: the budget rule.
-        path: where the picture goes; its folder is made.
-    """
+    """Write the PNG; each result has an optimizer, a label, and a history of passes, test errors and losses."""
     with figures.canvas(title, subtitle, path, panels=2) as (left, right):
         _panel(left, results, "test_error", "Test error (%)")
         _panel(right, results, "train_loss", "Training loss")

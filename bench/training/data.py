@@ -173,14 +173,7 @@ def load(data_dir: Path | None = None, say: Callable[[str], None] = print) -> Da
 
 
 def corrupt_labels(labels: Tensor, fraction: float, seed: int, classes: int = CLASSES) -> Tensor:
-    """Symmetric label noise: exactly round(fraction * N) labels get another class, each alike.
-
-    Args:
-        labels: [N] int64, left as it is.
-        fraction: in [0, 1).
-        seed: the same seed gives the same noise.
-        classes: labels are below it.
-    """
+    """Symmetric label noise: exactly round(fraction * N) labels get another class, each alike."""
     if not 0 <= fraction < 1:
         raise ValueError(f"Invalid {fraction=}. Must be in [0, 1).")
     generator = torch.Generator().manual_seed(seed)

@@ -103,14 +103,7 @@ class OptionA(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-(6 n + 2) (He et al., 2016, section 4.2): three stages of n blocks with 16, 32 and 64 channels.
-
-    Args:
-        depth: 6 n + 2.
-        stem_stride: 2 halves the image at once, for a CPU.
-        channels: of the images.
-        classes: of the last layer.
-    """
+    """ResNet-(6 n + 2) (He et al., 2016, section 4.2): three stages of n blocks with 16, 32 and 64 channels."""
 
     def __init__(self, depth: int, stem_stride: int = 1, *, channels: int = 3, classes: int = 10) -> None:
         super().__init__()

@@ -53,12 +53,7 @@ class ShakeDrop(nn.Module):
 
 
 def shake(a: Tensor, b: Tensor, training: bool) -> Tensor:
-    """Return random shares of two branches for each image ("Shake-Shake-Image"), their mean in evaluation.
-
-    Args:
-        a, b: [B, C, H, W].
-        training: draw the shares, alpha and beta uniform in [0, 1].
-    """
+    """Return random shares of two branches for each image ("Shake-Shake-Image"), their mean in evaluation."""
     if not training:
         return (a + b) / 2
     alpha, beta = torch.rand(2, len(a), 1, 1, 1, device=a.device, dtype=a.dtype)
