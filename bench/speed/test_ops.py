@@ -23,7 +23,7 @@ from fused_sam import backends, ops
 ROUNDS = 8
 SHAPES = SETS["resnet50"]()
 LOOP = "loop"
-BACKENDS = [name for name, state in backends.available().items() if state == "ok"]
+BACKENDS = [name for name, state in backends.available("cpu").items() if state == "ok"]
 ASCENT = [ops.AscentGroup(size=len(SHAPES), rho=RHO, adaptive=False)]
 DESCENT = [ops.SGDGroup(size=len(SHAPES), **SGD_OPTIONS, dampening=0.0, nesterov=False, maximize=False, first=False)]
 
