@@ -56,13 +56,13 @@ def median(values: Sequence[float]) -> float:
 
 
 def machine() -> Row:
-    """Everything a figure depends on besides the code: the machine without its name, and the versions."""
+    """Return everything a figure depends on besides the code: the machine without its name, and the versions."""
     return hardware() | versions()
 
 
 @functools.cache
 def hardware() -> Row:
-    """The machine without its name."""
+    """Return the machine without its name."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -74,7 +74,7 @@ def hardware() -> Row:
 
 @functools.cache
 def versions() -> Row:
-    """Of Python, torch, the compiler on this machine, the rival, and the commit."""
+    """Return those of Python, torch, the compiler on this machine, the rival, and the commit."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -86,7 +86,7 @@ def versions() -> Row:
 
 @functools.cache
 def gpu_hardware() -> Row:
-    """The current CUDA device and its driver, beside the machine that drives it."""
+    """Return the current CUDA device and its driver, beside the machine that drives it."""
     properties = torch.cuda.get_device_properties()
     return {
         "gpu": properties.name,
@@ -100,7 +100,7 @@ def gpu_hardware() -> Row:
 
 @functools.cache
 def gpu_versions() -> Row:
-    """`versions`, and those of what compiles and launches kernels."""
+    """Return `versions`, and those of what compiles and launches kernels."""
     from fused_sam import __version__
 
     toolkit = {"cuda": torch.version.cuda, "triton": _distribution("triton")}
@@ -108,22 +108,22 @@ def gpu_versions() -> Row:
 
 
 def gpu_header(kind: str) -> Row:
-    """`header` for rows from the current CUDA device."""
+    """Return `header` for rows from the current CUDA device."""
     return {"kind": kind, "date": today(), "machine": gpu_hardware(), "versions": gpu_versions()}
 
 
 def header(kind: str) -> Row:
-    """The part that rows of every kind have."""
+    """Return the part that rows of every kind have."""
     return {"kind": kind, "date": today(), "machine": hardware(), "versions": versions()}
 
 
 def reason(error: BaseException) -> str:
-    """An error in one short line, for a row."""
+    """Return an error in one short line, for a row."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:REASON_LENGTH]
 
 
 def today() -> str:
-    """The ISO date and time in UTC, to the second."""
+    """Return the ISO date and time in UTC, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -135,7 +135,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows of all files of a folder, oldest first."""
+    """Return all rows of all files of a folder, oldest first."""
     rows: list[Row] = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -166,7 +166,7 @@ def torchvision(user: str) -> ModuleType:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core."""
+    """Return bytes of the largest cache of the first core."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
@@ -208,7 +208,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit measured; "+" where the package or the kernels differ from it.
+    """Return the commit measured; "+" where the package or the kernels differ from it.
 
     A copy of the sources without their history is told by FUSED_SAM_COMMIT.
     """

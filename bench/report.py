@@ -32,7 +32,7 @@ PLOTS = {
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--results", type=Path, default=records.RESULTS, help="folder of .jsonl files")
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def filled(page: str, rows: Sequence[records.Row]) -> str:
-    """The page with every known block replaced."""
+    """Return the page with every known block replaced."""
     for name, render in BLOCKS.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if (start in page) != (end in page):

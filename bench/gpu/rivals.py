@@ -43,7 +43,7 @@ class GpuVariant(Variant):
     scales: bool = True
 
     def moved(self, dtype: torch.dtype) -> float | None:
-        """Bytes its operations move per parameter; None where they were not counted."""
+        """Return bytes its operations move per parameter; None where they were not counted."""
         return self.bytes_per_param(dtype) if self.scales or dtype == torch.float32 else None
 
 
@@ -90,7 +90,7 @@ TITLES = {
 
 
 def variants(device: str, mode: str) -> dict[str, GpuVariant]:
-    """What is installed and works on the device, ours first."""
+    """Return what is installed and works on the device, ours first."""
     fitting = {name: v for name, v in RIVALS.items() if v.available() and (mode == GRAPH or not v.graph_only)}
     return _ours(device, mode) | fitting
 

@@ -218,7 +218,7 @@ class Trainer:
         raise Interrupted(signum)
 
     def save(self, out: Path) -> None:
-        """Rank 0 writes the checkpoint; the others wait for it. Running statistics become those of all ranks."""
+        """Write the checkpoint on rank 0, while the others wait. Running statistics become those of all ranks."""
         for model in (self.model, self.average):
             self.ranks.mean_([] if model is None else list(model.buffers()))
         random_states = self.ranks.gather(checkpoint.random_state(self.ranks.device))

@@ -58,7 +58,7 @@ class Config:
 
     @property
     def key(self) -> str:
-        """Twelve hex digits that name the run: equal for equal values."""
+        """Return twelve hex digits that name the run: equal for equal values."""
         text = json.dumps({n: v for n, v in asdict(self).items() if v != _unused(n)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

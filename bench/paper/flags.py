@@ -106,7 +106,7 @@ def base_config(args: argparse.Namespace, dataset: str, own: Mapping[str, Any]) 
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parsed flags; sets the number of threads."""
+    """Return parsed flags; set the number of threads."""
     args = made.parse_args(argv)
     if args.threads < 1:
         made.error(f"Invalid threads={args.threads}. Must be >= 1.")

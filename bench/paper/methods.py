@@ -106,7 +106,7 @@ class Sharp:
         return loss, passes
 
     def _passes(self) -> float:
-        """Of the next step. The product with the Hessian in the second-order term counts as a pass."""
+        """Return those of the next step. The product with the Hessian in the second-order term counts as a pass."""
         sam = self.optimizer
         if sam.direction == "momentum" or not sam.perturb_next:
             return 1.0
@@ -115,7 +115,7 @@ class Sharp:
 
 
 def _backward_with_graph(loss: Tensor) -> None:
-    """For the second-order term; FusedSAM breaks the cycle that torch warns of."""
+    """Take the gradient for the second-order term; FusedSAM breaks the cycle that torch warns of."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
         loss.backward(create_graph=True)

@@ -34,7 +34,7 @@ BATCHES = 4
 
 @methods.stepper("sam-inf")
 def _largest(model: nn.Module, config: Config) -> methods.Stepper:
-    """SAM with p = inf, which plain JSON has no number for."""
+    """Return SAM with p = inf, which plain JSON has no number for."""
     return methods.Sharp(model, replace(config, options={**config.options, "p": math.inf}), torch.optim.SGD)
 
 
@@ -47,7 +47,7 @@ class RandomDirection:
         self._params = list(model.parameters())
 
     def step(self, loss_of: methods.LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """The loss is that at w + e: there is none at w."""
+        """Train on a batch; the loss is that at w + e: there is none at w."""
         losses = []
 
         def draw() -> None:

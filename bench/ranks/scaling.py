@@ -87,29 +87,29 @@ def exposed(job: Job, communication: float, hidden_by: float) -> float:
 
 
 def ours(job: Job, cluster: Cluster, ranks: int) -> float:
-    """Each rank has its own e: the second gradients are averaged."""
+    """Return seconds where each rank has its own e: the second gradients are averaged."""
     return job.seconds + exposed(job, cluster.all_reduce(job, ranks), job.backward)
 
 
 def both(job: Job, cluster: Cluster, ranks: int) -> float:
-    """Gradients of both passes are averaged: an eager SAM in DistributedDataParallel, or "world"."""
+    """Return seconds where both gradients are averaged: an eager SAM in DistributedDataParallel, or "world"."""
     return job.seconds + 2 * exposed(job, cluster.all_reduce(job, ranks), job.backward)
 
 
 def by_machine(job: Job, cluster: Cluster, ranks: int) -> float:
-    """The ranks of a machine share one e."""
+    """Return seconds where the ranks of a machine share one e."""
     first = cluster.all_reduce(job, min(ranks, cluster.per_machine))
     return ours(job, cluster, ranks) + exposed(job, first, job.backward)
 
 
 def sharded(job: Job, cluster: Cluster, ranks: int) -> float:
-    """The reduce-scatter is hidden as far as it goes, the gathering of the weights not; a rank updates its share."""
+    """Return seconds where backward hides the reduce-scatter, nothing the gathering, and a rank updates its share."""
     half = cluster.all_reduce(job, ranks) / 2
     return job.seconds + exposed(job, half, job.backward) + half - job.update * (1 - 1 / ranks)
 
 
 def late(job: Job, cluster: Cluster, ranks: int) -> float:
-    """Nothing is hidden."""
+    """Return seconds where nothing is hidden."""
     return job.seconds + cluster.all_reduce(job, ranks)
 
 

@@ -70,7 +70,7 @@ def loop_sgd_update(t: Lists) -> None:
 
 
 def calls(t: Lists, backend: str) -> dict[str, Callable[[], Any]]:
-    """What is timed, by op."""
+    """Return what is timed, by op."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(t.grads))).double()
     if backend == LOOP:
         single = norm.float()
