@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 class Spread(NamedTuple):
-    """Median with the 20th and 80th percentile."""
+    """Holds a median with the 20th and 80th percentile."""
 
     median: float
     p20: float
@@ -35,25 +35,34 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Return those of at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         tenths = statistics.quantiles(values, n=10, method="inclusive")
         return cls(statistics.median(values), tenths[1], tenths[7])
 
     def rounded(self) -> dict[str, float]:
-        """For a row: four significant digits are more than a measurement has."""
+        """Return the values for a row: four significant digits are more than a measurement has."""
         return {name: float(f"{value:.4g}") for name, value in self._asdict().items()}
+
+    def seconds(self) -> dict[str, float]:
+        """Return the values for a row, of a time."""
+        return {f"{name}_s": value for name, value in self.rounded().items()}
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median for a row."""
+    return Spread.of(values).rounded()["median"]
 
 
 def machine() -> Row:
-    """Everything a figure depends on besides the code: the machine without its name, and the versions."""
+    """Return everything a figure depends on besides the code: the machine without its name, and the versions."""
     return hardware() | versions()
 
 
 @functools.cache
 def hardware() -> Row:
-    """The machine without its name."""
+    """Return the machine without its name."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -65,7 +74,7 @@ def hardware() -> Row:
 
 @functools.cache
 def versions() -> Row:
-    """Of Python, torch, the compiler on this machine, the rival, and the commit."""
+    """Return those of Python, torch, the compiler on this machine, the rival, and the commit."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -77,7 +86,7 @@ def versions() -> Row:
 
 @functools.cache
 def gpu_hardware() -> Row:
-    """The current CUDA device and its driver, beside the machine that drives it."""
+    """Return the current CUDA device and its driver, beside the machine that drives it."""
     properties = torch.cuda.get_device_properties()
     return {
         "gpu": properties.name,
@@ -91,7 +100,7 @@ def gpu_hardware() -> Row:
 
 @functools.cache
 def gpu_versions() -> Row:
-    """`versions`, and those of what compiles and launches kernels."""
+    """Return `versions`, and those of what compiles and launches kernels."""
     from fused_sam import __version__
 
     toolkit = {"cuda": torch.version.cuda, "triton": _distribution("triton")}
@@ -99,22 +108,22 @@ def gpu_versions() -> Row:
 
 
 def gpu_header(kind: str) -> Row:
-    """`header` for rows from the current CUDA device."""
+    """Return `header` for rows from the current CUDA device."""
     return {"kind": kind, "date": today(), "machine": gpu_hardware(), "versions": gpu_versions()}
 
 
 def header(kind: str) -> Row:
-    """The part that rows of every kind have."""
+    """Return the part that rows of every kind have."""
     return {"kind": kind, "date": today(), "machine": hardware(), "versions": versions()}
 
 
 def reason(error: BaseException) -> str:
-    """An error in one short line, for a row."""
+    """Return an error in one short line, for a row."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:REASON_LENGTH]
 
 
 def today() -> str:
-    """The ISO date and time in UTC, to the second."""
+    """Return the ISO date and time in UTC, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -126,11 +135,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows of all files of a folder, oldest first.
-
-    Raises:
-        ValueError: a line is no JSON object with a kind.
-    """
+    """Return all rows of all files of a folder, oldest first."""
     rows: list[Row] = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -148,9 +153,6 @@ def torchvision(user: str) -> ModuleType:
 
     Args:
         user: who needs it, for the message.
-
-    Raises:
-        RuntimeError: saying what to install.
     """
     try:
         importlib.import_module("torchvision.transforms.v2")
@@ -164,7 +166,7 @@ def torchvision(user: str) -> ModuleType:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core."""
+    """Return bytes of the largest cache of the first core."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
@@ -206,7 +208,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit measured; "+" where the package or the kernels differ from it.
+    """Return the commit measured; "+" where the package or the kernels differ from it.
 
     A copy of the sources without their history is told by FUSED_SAM_COMMIT.
     """

@@ -17,13 +17,13 @@ from pathlib import Path
 from bench import records, tables
 from bench.gpu import plot as gpu_plot
 from bench.gpu import tables as gpu_tables
-from bench.paper import report as paper_report
+from bench.paper import runner as paper
 from bench.ranks import scaling
 from bench.speed import plot as step_plot
 from bench.tables import latest
 
 PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md", "docs/paper.md")
-BLOCKS = tables.BLOCKS | {"bench:scaling": scaling.block} | gpu_tables.BLOCKS | paper_report.blocks()
+BLOCKS = tables.BLOCKS | {"bench:scaling": scaling.block} | gpu_tables.BLOCKS | paper.blocks()
 PLOTS = {
     "docs/step_cpu.png": step_plot.draw,
     f"docs/{gpu_tables.STEP_PICTURE}": gpu_plot.draw_steps,
@@ -32,7 +32,7 @@ PLOTS = {
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--results", type=Path, default=records.RESULTS, help="folder of .jsonl files")
@@ -46,11 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def filled(page: str, rows: Sequence[records.Row]) -> str:
-    """The page with every known block replaced.
-
-    Raises:
-        ValueError: a block begins and does not end.
-    """
+    """Return the page with every known block replaced."""
     for name, render in BLOCKS.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if (start in page) != (end in page):

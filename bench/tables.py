@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bench.records import Row
 from bench.speed.harness import FLOOR
@@ -29,213 +29,207 @@ KEYS = {
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The newest row of every measured thing; `rows` is sorted by date."""
+    """Return the newest row of every measured thing; `rows` is sorted by date."""
     newest: dict[Key, Row] = {}
     for row in rows:
         newest[(row["kind"], *(row.get(name) for name in KEYS.get(row["kind"], STEP_KEY)))] = row
     return list(newest.values())
 
 
+def in_order(rows: Iterable[Row], kind: str, **orders: Iterable[object] | None) -> list[Row]:
+    """Return the rows of a kind whose values are among these, in their order; None: all values, sorted."""
+    known = {name: list(order) for name, order in orders.items() if order is not None}
+    shown = [row for row in rows if row["kind"] == kind and all(row[name] in known[name] for name in known)]
+
+    def place(row: Row) -> list[object]:
+        return [known[name].index(row[name]) if name in known else row[name] for name in orders]
+
+    return sorted(shown, key=place)
+
+
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
+    """Write a Markdown table, its first column to the left and the others to the right."""
     rule = ["---"] + ["---:"] * (len(heads) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
 
 
-def caption(rows: Sequence[Row]) -> str:
-    """Machine, versions, date and commit; where rows differ, all that occur."""
+def columns(rows: Iterable[Row], cells: Mapping[str, Callable[[Row], str]]) -> str:
+    """Write a table with a line for each row; `cells` has a column's heading, and what it shows of a row."""
+    return table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
 
-    def every(part: str, key: str) -> str:
-        return "/".join(dict.fromkeys(str(row.get(part, {}).get(key)) for row in rows))
 
+def every(rows: Sequence[Row], part: str, key: str) -> str:
+    """Return all values that occur in the rows."""
+    return "/".join(dict.fromkeys(str(row.get(part, {}).get(key)) for row in rows))
+
+
+def small(rows: Sequence[Row], *words: str) -> str:
+    """Write words about the rows with their commit and date in small print."""
     part = "versions" if "versions" in rows[0] else "machine"
-    words = [
-        f"{every('machine', 'cpu')}, {every('machine', 'cores')} cores, {every('machine', 'isa')}",
-        f"Python {every(part, 'python')}, torch {every(part, 'torch')}, gcc {every(part, 'gcc')}",
-        f"commit {every(part, 'commit')}",
-        "/".join(dict.fromkeys(row["date"][:10] for row in rows)),
-    ]
-    return f"<sub>{'; '.join(words)}</sub>"
+    dates = "/".join(dict.fromkeys(row["date"][:10] for row in rows))
+    commits = f"commit {every(rows, part, 'commit')}"
+    return f"<sub>{'; '.join([*words, commits, dates])}</sub>"
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Write machine, versions, date and commit; where rows differ, all that occur."""
+    part = "versions" if "versions" in rows[0] else "machine"
+    cpu, cores, isa = (every(rows, "machine", key) for key in ("cpu", "cores", "isa"))
+    python, torch, gcc = (every(rows, part, key) for key in ("python", "torch", "gcc"))
+    return small(rows, f"{cpu}, {cores} cores, {isa}", f"Python {python}, torch {torch}, gcc {gcc}")
 
 
 def title(name: str) -> str:
-    """A variant's name for readers."""
+    """Return a variant's name for readers."""
     known = VARIANTS | OPTIONS
     return "copy of as many bytes" if name == FLOOR else known[name].title if name in known else name
 
 
 def times(spread: dict[str, float] | None) -> str:
-    """A ratio with its spread."""
+    """Write a ratio with its spread."""
     return "" if spread is None else f"**{spread['median']:.2f}** ({spread['p20']:.2f} to {spread['p80']:.2f})"
 
 
 def milliseconds(row: Row) -> str:
-    """A time with its spread, in three digits."""
+    """Write a time with its spread, in three digits."""
     return f"{1e3 * row['median_s']:.3g} ({1e3 * row['p20_s']:.3g} to {1e3 * row['p80_s']:.3g})"
 
 
-def _sorted_steps(rows: Sequence[Row]) -> list[Row]:
-    order = (*VARIANTS, FLOOR)
-    known = [row for row in rows if row["kind"] == "step" and row["variant"] in order and row["set"] in SETS]
-    return sorted(
-        known,
-        key=lambda row: (
-            DTYPE_ORDER.index(row["dtype"]),
-            list(SETS).index(row["set"]),
-            row["threads"],
-            order.index(row["variant"]),
-        ),
-    )
+def variant(row: Row) -> str:
+    """Write a variant's name, with a mark where its result is wrong."""
+    return title(row["variant"]) + ("" if row.get("valid", True) else f" {WRONG}")
+
+
+def _rate(row: Row) -> str:
+    return f"{row['bytes'] / row['median_s'] / 1e9:.1f}"
+
+
+def _share(row: Row) -> str:
+    floor = row["ratio_to_floor"]
+    return f"{floor['median']:.0%}" if floor else ""
+
+
+def _steps(rows: Sequence[Row]) -> list[Row]:
+    return in_order(rows, "step", dtype=DTYPE_ORDER, set=SETS, threads=None, variant=(*VARIANTS, FLOOR))
 
 
 def step_short(rows: Sequence[Row]) -> str:
-    """fp32, FusedSAM's rows only."""
-    shown = [row for row in _sorted_steps(rows) if row["variant"] == OURS and row["dtype"] == "fp32"]
+    """Write the rows of FusedSAM in fp32."""
+    shown = [row for row in _steps(rows) if row["variant"] == OURS and row["dtype"] == "fp32"]
     if not shown:
         return ""
     rivals = [name for name in SHORT if any(name in row["ratio_to_rival"] for row in shown)]
-    heads = ["fp32", "threads", "FusedSAM, ms", *(f"{title(name)} takes" for name in rivals), "of copy speed"]
-    lines = []
-    for row in shown:
-        floor = row["ratio_to_floor"]
-        ratios = [times(row["ratio_to_rival"].get(name)) for name in rivals]
-        share = f"{floor['median']:.0%}" if floor else "in cache"
-        lines.append([TITLES[row["set"]], str(row["threads"]), milliseconds(row), *ratios, share])
+    text = columns(
+        shown,
+        {
+            "fp32": lambda row: TITLES[row["set"]],
+            "threads": lambda row: str(row["threads"]),
+            "FusedSAM, ms": milliseconds,
+            **{f"{title(name)} takes": lambda row, n=name: times(row["ratio_to_rival"].get(n)) for name in rivals},
+            "of copy speed": lambda row: _share(row) or "in cache",
+        },
+    )
     note = "Times as long as FusedSAM in the same round: median (20th to 80th percentile)."
-    return f"{table(heads, lines)}\n\n{note}\n{caption(shown)}"
+    return f"{text}\n\n{note}\n{caption(shown)}"
 
 
 def step_all(rows: Sequence[Row]) -> str:
-    """Every row."""
-    shown = _sorted_steps(rows)
+    """Write every row of the optimizer side."""
+    shown = _steps(rows)
     if not shown:
         return ""
-    ratios = {
-        (row["set"], row["dtype"], row["threads"], other): spread
-        for row in shown
-        for other, spread in row["ratio_to_rival"].items()
-    }
-    heads = ["set", "dtype", "threads", "variant", "ms", "x FusedSAM", "GB/s", "of copy speed", "page faults"]
-    lines = []
-    for row in shown:
-        floor = row["ratio_to_floor"]
-        lines.append(
-            [
-                TITLES[row["set"]],
-                row["dtype"],
-                str(row["threads"]),
-                title(row["variant"]) + ("" if row["valid"] else f" {WRONG}"),
-                milliseconds(row),
-                times(ratios.get((row["set"], row["dtype"], row["threads"], row["variant"]))),
-                f"{row['bytes'] / row['median_s'] / 1e9:.1f}",
-                f"{floor['median']:.0%}" if floor else "",
-                f"{row['minor_faults']:.0f}",
-            ]
-        )
+    place = ("set", "dtype", "threads")
+    ratios = {tuple(row[k] for k in place): row["ratio_to_rival"] for row in shown if row["variant"] == OURS}
+    text = columns(
+        shown,
+        {
+            "set": lambda row: TITLES[row["set"]],
+            "dtype": lambda row: row["dtype"],
+            "threads": lambda row: str(row["threads"]),
+            "variant": variant,
+            "ms": milliseconds,
+            "x FusedSAM": lambda row: times(ratios.get(tuple(row[k] for k in place), {}).get(row["variant"])),
+            "GB/s": _rate,
+            "of copy speed": _share,
+            "page faults": lambda row: f"{row['minor_faults']:.0f}",
+        },
+    )
     wrong = ", ".join(dict.fromkeys(title(row["variant"]) for row in shown if not row["valid"]))
     note = f"\n\n{WRONG} wrong result in this dtype with this torch: {wrong}." if wrong else ""
-    return f"{table(heads, lines)}{note}\n\n{caption(shown)}"
+    return f"{text}{note}\n\n{caption(shown)}"
 
 
 def options(rows: Sequence[Row]) -> str:
-    """FusedSAM's options, each beside the copy of its own bytes."""
-    order = [OURS, *OPTIONS]
-    shown = [row for row in rows if row["kind"] == "options" and row["variant"] in order]
+    """Write FusedSAM's options, each beside the copy of its own bytes."""
+    shown = in_order(rows, "options", variant=[OURS, *OPTIONS])
     if not shown:
         return ""
-    shown.sort(key=lambda row: order.index(row["variant"]))
-    heads = ["ResNet-50, fp32, 1 thread", "bytes per parameter", "ms", "GB/s", "of copy speed"]
-    lines = [
-        [
-            title(row["variant"]),
-            f"{row['bytes'] / parameter_count(SETS[row['set']]()):.0f}",
-            milliseconds(row),
-            f"{row['bytes'] / row['median_s'] / 1e9:.1f}",
-            f"{row['ratio_to_floor']['median']:.0%}",
-        ]
-        for row in shown
-    ]
-    return f"{table(heads, lines)}\n\n{caption(shown)}"
+    cells = {
+        "ResNet-50, fp32, 1 thread": variant,
+        "bytes per parameter": lambda row: f"{row['bytes'] / parameter_count(SETS[row['set']]()):.0f}",
+        "ms": milliseconds,
+        "GB/s": _rate,
+        "of copy speed": _share,
+    }
+    return f"{columns(shown, cells)}\n\n{caption(shown)}"
 
 
 def host(rows: Sequence[Row]) -> str:
-    """Microseconds of a step on tensors of one element."""
-    shown = [row for row in rows if row["kind"] == "host" and row["variant"] in VARIANTS]
+    """Write microseconds of a step on tensors of one element."""
+    shown = in_order(rows, "host", variant=VARIANTS)
     if not shown:
         return ""
-    shown.sort(key=lambda row: list(VARIANTS).index(row["variant"]))
     ratios = next((row["ratio_to_rival"] for row in shown if row["variant"] == OURS), {})
-    lines = [
-        [
-            title(row["variant"]),
-            f"{1e6 * row['median_s']:.0f} ({1e6 * row['p20_s']:.0f} to {1e6 * row['p80_s']:.0f})",
-            times(ratios.get(row["variant"])),
-        ]
-        for row in shown
-    ]
-    return f"{table([shown[0]['set'] + ' element', 'µs', 'x FusedSAM'], lines)}\n\n{caption(shown)}"
+    cells = {
+        f"{shown[0]['set']} element": variant,
+        "µs": lambda row: "{:.0f} ({:.0f} to {:.0f})".format(*(1e6 * row[f"{x}_s"] for x in ("median", "p20", "p80"))),
+        "x FusedSAM": lambda row: times(ratios.get(row["variant"])),
+    }
+    return f"{columns(shown, cells)}\n\n{caption(shown)}"
 
 
 def memory(rows: Sequence[Row]) -> str:
-    """Megabytes beyond those of plain SGD."""
-    shown = [row for row in rows if row["kind"] == "memory" and row["variant"] in VARIANTS]
+    """Write megabytes beyond those of plain SGD."""
+    shown = in_order(rows, "memory", variant=VARIANTS)
     if not shown:
         return ""
-    shown.sort(key=lambda row: list(VARIANTS).index(row["variant"]))
-    size = shown[0]["parameter_bytes"] / 1e6
-    heads = [
-        f"{size:.1f} MB of parameters",
-        "peak of a step over SGD's, MB",
-        "between steps beyond momentum, MB",
-    ]
-    lines = [
-        [
-            title(row["variant"]),
-            _megabytes(row["peak_over_sgd_bytes"]),
-            _megabytes(row["persistent_extra_bytes"]),
-        ]
-        for row in shown
-        if row["variant"] != SCALE
-    ]
-    return f"{table(heads, lines)}\n\n{caption(shown)}"
+    cells = {
+        f"{shown[0]['parameter_bytes'] / 1e6:.1f} MB of parameters": variant,
+        "peak of a step over SGD's, MB": lambda row: _megabytes(row["peak_over_sgd_bytes"]),
+        "between steps beyond momentum, MB": lambda row: _megabytes(row["persistent_extra_bytes"]),
+    }
+    return f"{columns([row for row in shown if row['variant'] != SCALE], cells)}\n\n{caption(shown)}"
 
 
 def _megabytes(value: int) -> str:
-    """Without the sign of a rounded-off zero."""
+    """Write megabytes without the sign of a rounded-off zero."""
     return f"{round(value / 1e6, 1) + 0.0:.1f}"
 
 
 def train(rows: Sequence[Row]) -> str:
-    """Test error by job and optimizer, over the seeds."""
+    """Write test error by job and optimizer, over the seeds."""
     runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["kind"] == "train":
             runs.setdefault((row["job"], row["label"]), []).append(row)
     if not runs:
         return ""
-    heads = ["task", "optimizer", "epochs", "seeds", "test error, %", "step, ms", "optimizer's share"]
     lines = []
     for (_, label), group in sorted(runs.items()):
         one = group[0]
         noise = f", {one['label_noise']:.0%} label noise" if one["label_noise"] else ""
+        step = statistics.fmean(row["step_ms"] for row in group)
         share = statistics.fmean(row["optimizer_ms"] / row["step_ms"] for row in group)
+        cells = [str(one["run_epochs"]), str(len(group)), mean([row["test_error_final"] for row in group])]
         lines.append(
-            [
-                f"{one['dataset']}, {one['train_size']} images{noise}",
-                label,
-                str(one["run_epochs"]),
-                str(len(group)),
-                _mean([row["test_error_final"] for row in group]),
-                f"{statistics.fmean(row['step_ms'] for row in group):.1f}",
-                f"{share:.1%}",
-            ]
+            [f"{one['dataset']}, {one['train_size']} images{noise}", label, *cells, f"{step:.1f}", f"{share:.1%}"]
         )
-    shown = [row for group in runs.values() for row in group]
-    return f"{table(heads, lines)}\n\n{caption(shown)}"
+    heads = ["task", "optimizer", "epochs", "seeds", "test error, %", "step, ms", "optimizer's share"]
+    return f"{table(heads, lines)}\n\n{caption([row for group in runs.values() for row in group])}"
 
 
 def distributed(rows: Sequence[Row]) -> str:
-    """What a rank takes part in during one step: calls and elements, in units of the number of parameters."""
+    """Write what a rank takes part in during one step: calls and elements, in units of the number of parameters."""
     counted = [row for row in rows if row["kind"] == "distributed"]
     if not counted:
         return ""
@@ -246,41 +240,33 @@ def distributed(rows: Sequence[Row]) -> str:
         per_parameter = [f"{n / row['parameters']:.2f}" for n in (sums[1], parts[1] * row["ranks"])]
         lines.append([row["variant"], str(sums[0]), per_parameter[0], str(parts[0]), per_parameter[1], str(copies[0])])
     heads = ["a step of", "all-reduces", "elements per parameter", "all-gathers", "elements per parameter"]
-    return "\n\n".join(
-        [
-            table([*heads, "broadcasts of buffers"], lines),
-            f"{counted[0]['ranks']} ranks, {counted[0]['parameters']} parameters. {caption(counted)}",
-        ]
-    )
+    about = f"{counted[0]['ranks']} ranks, {counted[0]['parameters']} parameters. {caption(counted)}"
+    return f"{table([*heads, 'broadcasts of buffers'], lines)}\n\n{about}"
 
 
 def overlap(rows: Sequence[Row]) -> str:
-    """Steps of ranks over limited links, against those without communication and with none of it hidden."""
+    """Write steps of ranks over limited links, against those without communication and with none of it hidden."""
     shown = [row for row in rows if row["kind"] == "overlap"]
     if not shown:
         return ""
-    heads = ["ranks", "link, Mbit/s", "a step of", "ms", "x no communication", "x after backward", "MB sent by a rank"]
-    lines = [
-        [
-            str(row["ranks"]),
-            f"{row['megabits']:g}",
-            row["variant"],
-            milliseconds(row),
-            times(row["ratio_to_silent"]),
-            times(row["ratio_to_late"]),
-            f"{row['sent_bytes'] / 1e6:.1f}",
-        ]
-        for row in sorted(shown, key=lambda row: (row["ranks"], row["megabits"]))
-    ]
+    cells = {
+        "ranks": lambda row: str(row["ranks"]),
+        "link, Mbit/s": lambda row: f"{row['megabits']:g}",
+        "a step of": lambda row: row["variant"],
+        "ms": milliseconds,
+        "x no communication": lambda row: times(row["ratio_to_silent"]),
+        "x after backward": lambda row: times(row["ratio_to_late"]),
+        "MB sent by a rank": lambda row: f"{row['sent_bytes'] / 1e6:.1f}",
+    }
+    text = columns(sorted(shown, key=lambda row: (row["ranks"], row["megabits"])), cells)
     one = shown[0]
     subject = f"{one['model']}, {one['parameters']} parameters, batches of {one['batch']}, one thread a rank"
-    note = (
-        f"{subject}, buckets of {one['bucket_mb']:g} MiB. Median of {one['rounds']} rounds (20th to 80th percentile)."
-    )
-    return f"{table(heads, lines)}\n\n{note} {caption(shown)}"
+    note = f"buckets of {one['bucket_mb']:g} MiB. Median of {one['rounds']} rounds (20th to 80th percentile)."
+    return f"{text}\n\n{subject}, {note} {caption(shown)}"
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean(values: Sequence[float]) -> str:
+    """Write a mean, and the standard deviation of several values."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation}"
 

@@ -17,12 +17,12 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
 from bench import records
-from bench.paper import classification, defaults, finetune, flags, label_noise, report, runner, training
+from bench.paper import classification, finetune, flags, label_noise, runner, training
 from bench.paper import data as paper_data
 from bench.paper.config import Config
 
 TINY = ["--dataset", "digits", "--train-size", "80", "--batch-size", "16", "--epochs", "1", "--seeds", "3"]
-SMALL = defaults.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 3, "batch_size": 32}
+SMALL = flags.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 3, "batch_size": 32}
 CONFIG = Config(**SMALL, device="cpu")
 
 # The experiment's own flags; passes of each method over its epochs of five steps; a line of the section.
@@ -63,8 +63,8 @@ EXPERIMENTS = {
         "| SAM minus SGD |",
     ),
     "m_sharpness": (
-        ["--m", "16", "5", "--rhos", "0.1", "--examples", "24", "--measured-m", "3", "24", "--epochs", "2"],
-        {"SGD": 2, "SAM m=16 rho=0.1": 4, "SAM m=5 rho=0.1": 4},
+        ["--m", "16", "5", "--rhos", "0.1", "0.3", "--examples", "24", "--measured-m", "3", "24"],
+        {"SGD": 1} | {f"SAM m={m} rho={rho}": 2 for m in (16, 5) for rho in (0.1, 0.3)},
         "| m = 3, rho = 0.2 | ",
     ),
     "rho_grid": (
@@ -92,9 +92,9 @@ def rows_of(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_makes_rows_a_picture_and_a_section(name, tmp_path, capsys):
     own, passes, line = EXPERIMENTS[name]
-    experiment = importlib.import_module(f"bench.paper.{name}")
+    experiment = importlib.import_module(f"bench.paper.{name}").EXPERIMENT
     command = [*TINY, *own, "--results", str(tmp_path)]
-    assert experiment.main(command) == 0
+    assert runner.main(experiment, command) == 0
     rows = rows_of(tmp_path, name)
     assert {row["method"]: row["passes"] for row in rows} == passes
     for row in rows:
@@ -104,9 +104,9 @@ def test_an_experiment_makes_rows_a_picture_and_a_section(name, tmp_path, capsys
         wrong = row.get("unseen_error", row["test_error"]) / 100 * 359  # images of the test set
         assert name == "finetune" or wrong == pytest.approx(round(wrong), abs=1e-6)
     assert (tmp_path / f"paper_{name}.png").stat().st_size > 10_000
-    assert line in report.blocks()[f"paper:{name}"](rows)
+    assert line in runner.blocks()[f"paper:{name}"](rows)
     before = (tmp_path / f"paper_{name}.jsonl").read_bytes()
-    assert experiment.main(command) == 0
+    assert runner.main(experiment, command) == 0
     assert (tmp_path / f"paper_{name}.jsonl").read_bytes() == before
     assert f"{len(rows)} runs, {len(rows)} of them already" in capsys.readouterr().out
 
@@ -114,10 +114,10 @@ def test_an_experiment_makes_rows_a_picture_and_a_section(name, tmp_path, capsys
 def test_the_page_has_a_block_for_every_experiment_and_no_picture_that_is_not_there():
     path = records.ROOT / "docs" / "paper.md"
     page = path.read_text(encoding="utf-8")
-    assert {experiment.name for experiment in report.experiments()} == set(EXPERIMENTS)
+    assert {experiment.name for experiment in runner.experiments()} == set(EXPERIMENTS)
     for name in EXPERIMENTS:
         assert f"<!-- paper:{name}:start -->" in page
-        assert report.blocks()[f"paper:{name}"]([]) == report.NOTHING_YET
+        assert runner.blocks()[f"paper:{name}"]([]) == runner.NOTHING_YET
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (path.parent / picture).is_file(), picture
 
@@ -131,16 +131,16 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 
 def test_a_study_that_was_stopped_goes_on_to_the_same_rows(tmp_path):
-    def stopped(config: Config, context: training.Context) -> dict:
+    def stopped(config, context):
         if config.optimizer == "sam":
             raise KeyboardInterrupt
         return training.execute(config, context)
 
     whole, parts = ([*TINY, "--results", str(tmp_path / name)] for name in ("whole", "parts"))
-    assert classification.main(whole) == 0
+    assert runner.main(classification.EXPERIMENT, whole) == 0
     assert runner.main(replace(classification.EXPERIMENT, execute=stopped), parts) == 130
     assert len(rows_of(tmp_path / "parts", "classification")) == 2
-    assert classification.main(parts) == 0
+    assert runner.main(classification.EXPERIMENT, parts) == 0
     first, second = (without_times(rows_of(tmp_path / name, "classification")) for name in ("whole", "parts"))
     assert first == second
 
@@ -230,13 +230,13 @@ def base_of(*argv: str, own: dict | None = None) -> tuple[Config, float]:
 
 def test_flags_win_over_the_paper_and_the_paper_over_defaults(capsys, tmp_path):
     config, rho = base_of()
-    assert asdict(config) | defaults.SMALL == asdict(config)
-    assert rho == defaults.RHO
+    assert asdict(config) | flags.SMALL == asdict(config)
+    assert rho == flags.RHO
     assert base_of(own={"rho": 0.3, "epochs": 5})[1] == 0.3
     mixed, rho = base_of("--dataset", "cifar100", "--paper", "--lr", "0.3", "--epochs", "9")
     assert (mixed.model, mixed.lr, mixed.epochs, mixed.weight_decay, rho) == ("wrn-28-10", 0.3, 9, 5e-4, 0.1)
     noise = dict(label_noise.EXPERIMENT.defaults)
     noisy, rho = base_of("--dataset", "cifar10", "--model", "resnet-32", "--paper", own=noise)
     assert (noisy.noise_rate, noisy.epochs, rho) == (0.4, 200, 0.1)
-    assert classification.main(["--dataset", "digits", "--paper", "--results", str(tmp_path)]) == 1
+    assert runner.main(classification.EXPERIMENT, ["--dataset", "digits", "--paper", "--results", str(tmp_path)]) == 1
     assert "ValueError: Invalid model='small'" in capsys.readouterr().out

@@ -1,40 +1,31 @@
-"""What the experiments of bench/paper are made of: methods, configurations, choices and statistics."""
+"""What the experiments of bench/paper are made of: methods, configurations, choices and statistics; their data."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision_ops
 from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
-import numpy as np
-from scipy import stats
 
-from bench.paper import (
-    association,
-    defaults,
-    m_sharpness,
-    pareto,
-    rho_grid,
-    savings,
-    second_order,
-    summary,
-    training,
-    variants,
-)
+from bench.paper import cost, flags, m_sharpness, methods, rho_grid, summary, training, variants
 from bench.paper import data as paper_data
 from bench.paper.config import Config
 from bench.training import data
 
-SMALL = defaults.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 1, "batch_size": 32}
+SMALL = flags.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 1, "batch_size": 32}
 CONFIG = Config(**SMALL, device="cpu")
+with_torchvision = pytest.mark.skipif(torchvision_ops.import_or_reason() is not None, reason="no torchvision")
 
 
 # methods
@@ -76,7 +67,7 @@ def test_cosine_is_that_of_the_whole_gradient():
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
     x, y, rho = torch.randn(20, 5, dtype=torch.float64), torch.randint(3, (20,)), 0.3
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = second_order.cosine(model, x, y, rho)
+    found = variants.cosine(model, x, y, rho)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     names, params = zip(*model.named_parameters())
@@ -119,24 +110,14 @@ def row(method, epochs, error, *, seconds=1.0, passes=1.0, rho=0.05, noise_rate=
     task = replace(CONFIG, epochs=epochs, noise_rate=noise_rate, seed=seed, validation=0.5)
     result = {"test_error": error, "unseen_error": unseen, "seconds": seconds, "passes": passes, "seed": seed}
     about = {"machine": {"cpu": "a", "cores": 2, "isa": "b"}, "versions": {"commit": "c"}, "date": "2026-11-21T10:00"}
-    return about | result | {"config": asdict(savings.METHODS[method].configure(task, rho))}
-
-
-def test_points_are_means_over_seeds():
-    rows = [row("SAM", 4, error, seconds=s, passes=8.0, seed=s) for s, error in ((1, 10.0), (2, 13.0))]
-    rows.append(row("SGD", 4, 14.0, seconds=0.5, passes=4.0))
-    sgd, sam = pareto.points(rows)
-    assert (sgd.method, sam.method, sam.epochs) == ("SGD", "SAM", 4)
-    assert (sam.error.mean, sam.seconds.mean, sam.passes.mean, sam.error.count) == (11.5, 1.5, 8.0, 2)
-    assert sam.error.half == pytest.approx(12.706 * 1.5, rel=1e-4)
+    return about | result | {"config": asdict(methods.METHODS[method].configure(task, rho))}
 
 
 @pytest.mark.parametrize("price", ["seconds", "passes"])
 def test_front(price):
-    def point(name, cost, error):
-        prices = {"seconds": 99.0, "passes": 99.0} | {price: cost}
-        spread = {key: summary.Interval(value, 0.1, 3) for key, value in (prices | {"error": error}).items()}
-        return pareto.Point(name, 1, spread["seconds"], spread["passes"], spread["error"])
+    def point(name, paid, error):
+        values = {"seconds": 99.0, "passes": 99.0, "error": error} | {price: paid}
+        return cost.Point(name, 1, **{key: summary.Interval(value, 0.1, 3) for key, value in values.items()})
 
     found = [
         point("dear and good", 8.0, 5.0),
@@ -146,7 +127,7 @@ def test_front(price):
         point("middle", 3.0, 11.0),
         point("no better than middle", 5.0, 11.0),
     ]
-    assert [p.method for p in pareto.front(found, price)] == ["cheap", "middle", "dear and good"]
+    assert [p.method for p in cost.front(found, price)] == ["cheap", "middle", "dear and good"]
 
 
 def test_the_radius_is_chosen_by_the_images_held_out_alone():
@@ -168,23 +149,6 @@ def test_the_radius_is_chosen_by_the_images_held_out_alone():
     assert lines["0.5"].endswith("| 40.9 |")
 
 
-def test_variants_choose_by_the_images_held_out():
-    def row(optimizer, held_out, unseen, **options):
-        return {
-            "config": {"optimizer": optimizer, "options": options, "extra": {}},
-            "test_error": held_out,
-            "unseen_error": unseen,
-        }
-
-    rows = [row("sam", 30, 10, rho=0.1), row("sam", 20, 40, rho=0.1), row("sam", 24, 30, rho=0.2)]
-    rows += [row("sam", 24, 31, rho=0.2), row("sam", 1, 1, rho=0.1, ascent_steps=2), row("sam-inf", 3, 3, rho=0.01)]
-    groups = variants.norms(rows)
-    assert list(groups) == ["p = 2", "p = inf"]
-    assert {rho: len(same) for rho, same in groups["p = 2"].items()} == {0.1: 2, 0.2: 2}
-    assert variants.chosen(groups["p = 2"]) == 0.2
-    assert summary.of(groups["p = 2"][0.2], "unseen_error").mean == 30.5
-
-
 def test_gap_is_of_test_labels_with_the_noise_of_training():
     labels = torch.arange(40) % 10
     training = SimpleNamespace(
@@ -196,18 +160,6 @@ def test_gap_is_of_test_labels_with_the_noise_of_training():
     assert m_sharpness.noisy_test_error(training) == pytest.approx(25)
 
 
-def test_spearman_and_kendall_are_of_the_runs_given():
-    generator = np.random.default_rng(3)
-    x = generator.normal(size=30)
-    y = x + generator.normal(size=30)
-    found = association.spearman(x, y)
-    assert found.value == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert found.low < found.value < found.high
-    assert 0.1 < found.high - found.low < 0.8
-    assert association.kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic)
-    assert tuple(association.spearman(x, -x)) == pytest.approx((-1, -1, -1))
-
-
 def test_interval_is_students():
     found = summary.interval([11.0, 12.5, 14.2])
     assert found.mean == pytest.approx(12.5666667)
@@ -216,3 +168,139 @@ def test_interval_is_students():
     assert str(summary.interval([3.0])) == "3.00"
     with pytest.raises(ValueError, match="Invalid values="):
         summary.interval([])
+
+
+# data
+
+
+def test_held_out_images_are_not_trained_on_and_keep_their_labels():
+    dataset = paper_data.load("digits")
+    whole = paper_data.split(dataset, replace(CONFIG, noise_rate=0.5))
+    part = paper_data.split(dataset, replace(CONFIG, noise_rate=0.5, validation=0.25))
+    assert (len(part.train.labels), len(part.test.labels), len(whole.train.labels)) == (72, 24, 96)
+    assert torch.equal(part.unseen.images, dataset.test.images)
+    assert torch.equal(part.test.images, whole.train.images[72:])
+    assert torch.equal(part.test.labels, whole.true_labels[72:])
+    assert int((part.train.labels != part.true_labels).sum()) == 36
+
+
+def uneven_labels(classes: int) -> torch.Tensor:
+    """Class c occurs 13 + 7 c times."""
+    labels = torch.cat([torch.full((13 + 7 * c,), c) for c in range(classes)])
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.37, 0.8])
+def test_symmetric_noise_changes_exactly_as_many_labels(rate, classes):
+    clean = uneven_labels(classes)
+    noisy = paper_data.corrupted(clean, replace(CONFIG, noise_rate=rate, seed=3), classes)
+    assert int((noisy != clean).sum()) == round(rate * len(clean))
+    assert 0 <= int(noisy.min()) <= int(noisy.max()) < classes
+    if rate == 0.8:
+        assert len(noisy[clean == 0].unique()) > 5
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "fashion-mnist", "digits"])
+@pytest.mark.parametrize("rate", [0.2, 0.37])
+def test_asymmetric_noise_goes_to_the_partner_and_nowhere_else(rate, dataset):
+    clean = uneven_labels(10)
+    config = replace(CONFIG, dataset=dataset, noise="asymmetric", noise_rate=rate, seed=3)
+    noisy = paper_data.corrupted(clean, config, 10)
+    pairs = paper_data.confused(dataset, 10)
+    for c in range(10):
+        wrong = noisy[(clean == c) & (noisy != clean)]
+        assert len(wrong) == (round(rate * (13 + 7 * c)) if c in pairs else 0)
+        assert set(wrong.tolist()) <= {pairs.get(c)}
+    assert torch.equal(noisy, paper_data.corrupted(clean, config, 10))
+    assert not torch.equal(noisy, paper_data.corrupted(clean, replace(config, seed=4), 10))
+
+
+def test_mixup_is_the_same_combination_of_images_and_labels():
+    images = torch.randn(7, 2, 5, 3, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6])  # all different: they say who was mixed with whom
+    mixed, targets = paper_data.mix(images, labels, 0.4, 9, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(7))
+    shares = targets.gather(1, labels[:, None]).squeeze(1)
+    share = shares[shares < 1][0]
+    for place in range(7):
+        others = targets[place].nonzero().squeeze(1)
+        partner = int(next((o for o in others if o != place), torch.tensor(place)))
+        torch.testing.assert_close(mixed[place], share * images[place] + (1 - share) * images[partner])
+
+
+def test_cutout_covers_one_square_around_a_pixel():
+    ones = torch.ones(400, 2, 28, 28)
+    _, cutout = paper_data.augmentation("cutout", 28)
+    holes = cutout(ones, torch.Generator().manual_seed(4)) == 0
+    rows, columns = holes[:, 0].any(dim=2), holes[:, 0].any(dim=1)
+    assert torch.equal(holes, (rows[:, None, :, None] & columns[:, None, None, :]).expand_as(holes))
+    for sides in (rows, columns):
+        assert ((sides.int().diff(dim=1) == 1).sum(dim=1) + sides[:, 0] == 1).all()
+        lengths = sides.sum(dim=1)
+        assert (lengths.min(), lengths.max()) == (7, 14)  # clipped at a border, and half of the width
+        assert sides.float().mean(dim=0).min() > 0.1
+
+
+@with_torchvision
+@pytest.mark.parametrize("channels", [1, 3])
+def test_autoaugment_follows_from_the_generator_alone(channels):
+    images = torch.randint(256, (24, channels, 32, 32), dtype=torch.uint8)
+    changed = []
+    for number, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(number)
+        before = torch.get_rng_state()
+        changed.append(paper_data.autoaugment()(images, torch.Generator().manual_seed(seed)))
+        assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = changed
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert (first != images).flatten(1).any(dim=1).sum() >= 8  # most sub-policies change most images
+
+
+def write_cifar(folder, reader, counts, classes):
+    """Pickles as published, with random images, and their checksums for torchvision."""
+    key = "labels" if classes == 10 else "fine_labels"
+    base = folder / reader.base_folder
+    base.mkdir(parents=True)
+    pixels = torch.Generator().manual_seed(6)
+
+    def entry(count):
+        values = torch.randint(256, (count, 3072), generator=pixels, dtype=torch.uint8)
+        return {"data": values.numpy(), key: [(7 * i) % classes for i in range(count)]}
+
+    def write(name, content):
+        packed = pickle.dumps(content)
+        (base / name).write_bytes(packed)
+        return [name, hashlib.md5(packed).hexdigest()]
+
+    lists = {
+        part: [write(name, entry(counts[part])) for name, _ in getattr(reader, part)]
+        for part in ("train_list", "test_list")
+    }
+    names = {reader.meta["key"]: [str(number) for number in range(classes)]}
+    return lists | {"meta": reader.meta | {"md5": write(reader.meta["filename"], names)[1]}}
+
+
+@with_torchvision
+@pytest.mark.parametrize(("name", "classes", "files"), [("cifar10", 10, 5), ("cifar100", 100, 1)])
+def test_cifar(tmp_path, monkeypatch, name, classes, files):
+    import torchvision
+
+    reader = getattr(torchvision.datasets, name.upper())
+    for attribute, value in write_cifar(tmp_path, reader, {"train_list": 12, "test_list": 5}, classes).items():
+        monkeypatch.setattr(reader, attribute, value)
+    dataset = paper_data.load(name, tmp_path)
+    assert (dataset.name, dataset.classes, dataset.flip) == (name, classes, True)
+    assert dataset.train.images.shape == (12 * files, 3, 32, 32)
+    assert dataset.test.images.shape == (5, 3, 32, 32)
+    assert dataset.train.labels.tolist() == [(7 * i) % classes for i in range(12)] * files
+    assert dataset.test.labels.dtype == torch.int64
+    with open(tmp_path / reader.base_folder / reader.test_list[0][0], "rb") as file:
+        rows = torch.from_numpy(pickle.load(file)["data"])
+    assert torch.equal(dataset.test.images.flatten(1), rows)  # red plane, green plane, blue plane
+
+    damaged = tmp_path / reader.base_folder / reader.test_list[0][0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match="with the published files in"):
+        paper_data.load(name, tmp_path)

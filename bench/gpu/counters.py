@@ -25,6 +25,7 @@ from rich.console import Console
 from bench import records
 from bench.gpu import rivals as gpu_rivals
 from bench.gpu.rivals import EAGER
+from bench.gpu.rounds import need_a_gpu
 from bench.gpu.subjects import StepSubject, copies_for
 from bench.records import Row
 from bench.speed.harness import DTYPES
@@ -51,7 +52,7 @@ UNITS = {
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.counters", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--sets", nargs="+", choices=GPU_SETS, default=["resnet50", "vit_b16"], help="default: resnet50 vit_b16")
@@ -63,20 +64,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--dry-run", action="store_true", help="write no rows")
     add("--step", action="store_true", help="make the step that the tool looks at; for its own use")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.exit(1, "No GPU: torch sees no CUDA device.\n")
+    need_a_gpu(parser)
     if not options.step and find_tool() is None:
         parser.exit(1, f"No counters: {TOOL} (Nsight Compute) is neither on the PATH nor in {', '.join(FOLDERS)}.\n")
     return options
 
 
 def find_tool() -> str | None:
-    """The program, where there is one."""
+    """Return the program, where there is one."""
     return shutil.which(TOOL) or shutil.which(TOOL, path=os.pathsep.join(FOLDERS))
 
 
 def make_step(set_name: str, dtype_name: str, variant: str) -> None:
-    """The step to be looked at, after two that are not; the tool sees what is between start and stop."""
+    """Make the step to be looked at, after two that are not; the tool sees what is between start and stop."""
     build = gpu_rivals.variants("cuda", EAGER)[variant].build
     shapes, dtype = GPU_SETS[set_name](), DTYPES[dtype_name]
     copies = copies_for(shapes, dtype, records.gpu_hardware()["l2_bytes"])
@@ -93,7 +93,7 @@ def make_step(set_name: str, dtype_name: str, variant: str) -> None:
 
 
 def command(tool: str, set_name: str, dtype_name: str, variant: str) -> list[str]:
-    """The whole program runs once for each group of counters: a kernel run again would find the cache as it left it."""
+    """Return a command that runs the whole program once for each group of counters: the cache is then as in a step."""
     options = ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS.values())]
     options += ["--replay-mode", "application", "--cache-control", "none", "--clock-control", "none"]
     options += ["--profile-from-start", "off"]
@@ -102,11 +102,7 @@ def command(tool: str, set_name: str, dtype_name: str, variant: str) -> list[str
 
 
 def read(output: str) -> list[Row]:
-    """The kernels in the order of their launches, from the tool's table: names, then units, then numbers.
-
-    Raises:
-        ValueError: there is no such table in the output, or a unit in it that is not known.
-    """
+    """Return the kernels in the order of their launches, from the tool's table: names, then units, then numbers."""
     lines = [line for line in output.splitlines() if line.startswith('"')]
     if len(lines) < 2 or "Kernel Name" not in lines[0]:
         raise ValueError(f"Invalid output of {TOOL}. Must hold a table: {output.strip()[-300:]!r}.")
@@ -129,7 +125,7 @@ def _kernel(number: int, values: dict[str, str], units: dict[str, str]) -> Row:
 
 
 def short_name(signature: str) -> str:
-    """A kernel's name without namespaces, arguments of its template and parameters."""
+    """Return a kernel's name without namespaces, arguments of its template and parameters."""
     name = re.sub(r"\(anonymous namespace\)|<unnamed>", "", signature)
     while (plain := re.sub(r"<[^<>]*>", "", name)) != name:
         name = plain
@@ -137,12 +133,7 @@ def short_name(signature: str) -> str:
 
 
 def measure(tool: str, set_name: str, dtype_name: str, variant: str, seconds: float) -> list[Row]:
-    """The rows of one step.
-
-    Raises:
-        RuntimeError: the tool failed, or took too long.
-        ValueError: as `read`.
-    """
+    """Return the rows of one step."""
     try:
         done = subprocess.run(
             command(tool, set_name, dtype_name, variant), cwd=records.ROOT, capture_output=True, text=True,
@@ -159,13 +150,13 @@ def measure(tool: str, set_name: str, dtype_name: str, variant: str, seconds: fl
 
 
 def scaled(row: Row, name: str) -> str:
-    """A number in the unit that is usual for it: microseconds, megabytes, percent; "" where it is not known."""
+    """Write a number in the unit that is usual for it: microseconds, megabytes, percent; "" where it is not known."""
     factor = 1e6 if name == "seconds" else 1e-6 if name.endswith("bytes") else 100.0
     return "" if row[name] is None else f"{factor * row[name]:.1f}"
 
 
 def describe(row: Row) -> str:
-    """One line for the terminal."""
+    """Return one line for the terminal."""
     seconds, read_bytes, written, busy, hits, occupancy = (scaled(row, name) or "?" for name in METRICS)
     return (
         f"{row['set']:9} {row['dtype']} {row['variant']:18}{row['kernel']:20}{seconds:>9} us  read {read_bytes} MB, "
@@ -174,7 +165,7 @@ def describe(row: Row) -> str:
 
 
 def run(options: argparse.Namespace, console: Console, tool: str) -> Iterable[Row]:
-    """Measure all, append their rows; what fails is said, and left out."""
+    """Measure all, append their rows; print what fails, and leave it out."""
     end = time.monotonic() + options.seconds
     worked = list(gpu_rivals.variants("cuda", EAGER))
     variants = [name for name in options.variants if name in worked]

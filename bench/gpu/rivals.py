@@ -17,7 +17,7 @@ from torch.optim import SGD
 
 from bench.speed import rivals
 from bench.speed.compiled import CompiledSAM, OutOfTime, time_limit
-from bench.speed.rivals import RHO, SGD_OPTIONS, EagerSAM, ForeachSAM, PlainSGD, TwoPass, Variant
+from bench.speed.rivals import RHO, SGD_OPTIONS, PlainSGD, TwoPass, Variant, eager_sam, foreach_sam
 from fused_sam import FusedSAM, backends
 
 EAGER, GRAPH = "eager", "graph"
@@ -43,7 +43,7 @@ class GpuVariant(Variant):
     scales: bool = True
 
     def moved(self, dtype: torch.dtype) -> float | None:
-        """Bytes its operations move per parameter; None where they were not counted."""
+        """Return bytes its operations move per parameter; None where they were not counted."""
         return self.bytes_per_param(dtype) if self.scales or dtype == torch.float32 else None
 
 
@@ -65,23 +65,15 @@ def _ours(device: str, mode: str) -> dict[str, GpuVariant]:
     return made
 
 
-def _eager(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
-    return functools.partial(EagerSAM, base_optimizer=SGD, **SGD_OPTIONS, **options)
-
-
-def _foreach(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
-    return functools.partial(ForeachSAM, **SGD_OPTIONS, **options)
-
-
 REBINDS = "rebinds its parameters, so every replay would start from the same weights"
 READS = "reads the norm on the host"
 RIVALS: dict[str, GpuVariant] = {
-    "eager_sgd": GpuVariant("eager SAM + SGD", _eager(), 92, not_captured=REBINDS),
-    "eager_sgd_fused": GpuVariant("eager SAM + SGD(fused)", _eager(fused=True), 68, not_captured=REBINDS),
-    "eager_copy_sgd": GpuVariant("eager SAM, restored by copy, + SGD", _eager(rebind=False), 100, graph_only=True),
-    FOREACH: GpuVariant("foreach SAM + SGD(fused)", _foreach(fused=True), 52, not_captured=READS),
+    "eager_sgd": GpuVariant("eager SAM + SGD", eager_sam(), 92, not_captured=REBINDS),
+    "eager_sgd_fused": GpuVariant("eager SAM + SGD(fused)", eager_sam(fused=True), 68, not_captured=REBINDS),
+    "eager_copy_sgd": GpuVariant("eager SAM, restored by copy, + SGD", eager_sam(rebind=False), 100, graph_only=True),
+    FOREACH: GpuVariant("foreach SAM + SGD(fused)", foreach_sam(fused=True), 52, not_captured=READS),
     "foreach_nosync_sgd_fused": GpuVariant(
-        "foreach SAM, no host read, + SGD(fused)", _foreach(fused=True, sync=False), 60
+        "foreach SAM, no host read, + SGD(fused)", foreach_sam(fused=True, sync=False), 60
     ),
     "pytorch_optimizer": GpuVariant(
         "pytorch_optimizer.SAM", rivals.VARIANTS["pytorch_optimizer"].build, 92, needs="pytorch_optimizer"
@@ -98,7 +90,7 @@ TITLES = {
 
 
 def variants(device: str, mode: str) -> dict[str, GpuVariant]:
-    """What is installed and works on the device, ours first."""
+    """Return what is installed and works on the device, ours first."""
     fitting = {name: v for name, v in RIVALS.items() if v.available() and (mode == GRAPH or not v.graph_only)}
     return _ours(device, mode) | fitting
 
@@ -110,11 +102,7 @@ class CompileBudget:
     left_s: float
 
     def run(self, variant: GpuVariant, work: Callable[[], Any]) -> Any:
-        """Do what may make the variant compile.
-
-        Raises:
-            RuntimeError: the time is used up.
-        """
+        """Do what may make the variant compile."""
         if not variant.compiled:
             return work()
         if self.left_s <= 0:

@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
 
 def copies_for(shapes: Sequence[Shape], dtype: torch.dtype, l2_bytes: int) -> int:
-    """How many copies of weights, gradients, momentum and backup exceed the cache by a factor of L2_MULTIPLE."""
+    """Return how many copies of weights, gradients, momentum and backup exceed the cache by a factor of L2_MULTIPLE."""
     working = 4 * parameter_count(list(shapes)) * dtype.itemsize
     return math.ceil(L2_MULTIPLE * l2_bytes / working) or 1
 
@@ -70,11 +70,11 @@ class StepSubject:
         self.members = [Member(build, weights.make_all()) for _ in range(copies)]
 
     def warm_up(self) -> None:
-        """What only first steps do: momentum buffers, compilation, plans."""
+        """Do what only first steps do: momentum buffers, compilation, plans."""
         self.visit()
 
     def visit(self) -> Sample:
-        """One step of every copy; gradients are written to fresh memory before the clock starts."""
+        """Make one step of every copy; gradients are written to fresh memory before the clock starts."""
         halves = []
         for second in (False, True):
             device_s = host_s = 0.0
@@ -90,7 +90,7 @@ class StepSubject:
         return Sample(first_s + second_s, first_host_s + second_host_s, first_s, second_s)
 
     def count(self) -> Counts:
-        """Launches and waits of one step; the gradients of its second half are made before."""
+        """Count launches and waits of one step; the gradients of its second half are made before."""
         member = self.members[0]
         member.assign(self.grads.make_all())
         later = self.grads.make_all()
@@ -104,7 +104,7 @@ class StepSubject:
 
 
 def static_gradients(shapes: Sequence[Shape], dtype: torch.dtype, device: str, copies: int) -> Passes:
-    """Gradients of both passes for every copy at addresses that stay, as a graph wants them.
+    """Return gradients of both passes for every copy at addresses that stay, as a graph wants them.
 
     They are only read, so all variants of a round may share them: each finds them in memory, after the others' work.
     """
@@ -126,7 +126,7 @@ class GraphSubject:
         self.replay: Callable[[], None] = self.steps
 
     def steps(self) -> None:
-        """What is captured: first halves of all copies, then second ones."""
+        """Do what is captured: first halves of all copies, then second ones."""
         for member, (first, _) in zip(self.members, self.gradients, strict=True):
             member.assign(list(first))
             member.optimizer.first_step(zero_grad=False)
@@ -135,7 +135,7 @@ class GraphSubject:
             member.optimizer.second_step(zero_grad=False)
 
     def warm_up(self) -> None:
-        """Steps on a stream of their own, as torch asks before a capture; then the capture, which runs nothing."""
+        """Make steps on a stream of their own, as torch asks before a capture; then the capture, which runs nothing."""
         if self.device != "cuda":
             raise RuntimeError("a CUDA graph needs a CUDA device")
         stream = torch.cuda.Stream()
@@ -151,12 +151,12 @@ class GraphSubject:
         self.replay()
 
     def visit(self) -> Sample:
-        """One replay, by the number of copies."""
+        """Make one replay; return its times by the number of copies."""
         time = timed(self.replay, self.device)
         return Sample(time.device_s / len(self.members), time.host_s / len(self.members))
 
     def count(self) -> Counts:
-        """Of one copy's share of a replay."""
+        """Count those of one copy's share of a replay."""
         return Counts(*(count // len(self.members) for count in counted(self.replay)))
 
 
@@ -178,7 +178,7 @@ class Floor:
         return FLOOR_COPIES * 2 * self.source.nbytes // self.copies
 
     def warm_up(self) -> None:
-        """The first copy."""
+        """Make the first copy."""
         self.visit()
 
     def visit(self) -> Sample:
@@ -187,7 +187,7 @@ class Floor:
         return Sample(time.device_s / self.copies, time.host_s / self.copies)
 
     def count(self) -> Counts | None:
-        """Nobody asks how a copy is made."""
+        """Return None: nobody asks how a copy is made."""
         return None
 
     def _copy(self) -> None:
@@ -196,7 +196,7 @@ class Floor:
 
 
 def graph_computes_the_step(build: Build, dtype: torch.dtype, device: str, alone: bool) -> bool:
-    """Whether replays go on from one another, against the eager formulation in float64. `alone`: SGD without SAM."""
+    """Return whether replays go on from one another, as eager steps in float64 do. `alone`: SGD without SAM."""
     weights, first, second = rivals.small_problem(dtype)
     gradients = [([g.to(device) for g in first], [g.to(device) for g in second])]
     subject = GraphSubject(build, [[w.to(device, copy=True) for w in weights]], gradients, device)
@@ -209,7 +209,7 @@ def graph_computes_the_step(build: Build, dtype: torch.dtype, device: str, alone
 
 
 def is_after(params: Sequence[Tensor], steps: int, dtype: torch.dtype, alone: bool = False) -> bool:
-    """Whether the small problem's weights are where so many steps in float64 take them."""
+    """Return whether the small problem's weights are where so many steps in float64 take them."""
     weights, first, second = ([x.double() for x in tensors] for tensors in rivals.small_problem(dtype))
     oracle = functools.partial(PlainSGD if alone else EagerSAM, **SGD_OPTIONS)
     exact = GraphSubject(oracle, [weights], [(first, second)], "cpu")

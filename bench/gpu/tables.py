@@ -12,9 +12,10 @@ from bench.gpu.rivals import EAGER, GRAPH, MODES, OURS, SCALE, SHORT, TITLES
 from bench.gpu.step import KIND as STEP
 from bench.records import Row
 from bench.speed.harness import FLOOR
+from bench.speed.plot import digits
 from bench.speed.shapes import GPU_SETS
 from bench.speed.shapes import TITLES as SET_TITLES
-from bench.tables import DTYPE_ORDER, WRONG, latest, table, times
+from bench.tables import DTYPE_ORDER, WRONG, columns, every, in_order, latest, small, table, times
 
 NOTHING_YET = "No row from a GPU has been recorded yet."
 STEP_PICTURE, ITERATION_PICTURE = "step_gpu.png", "iteration_gpu.png"
@@ -23,64 +24,40 @@ ITERATION_TITLES = TITLES | {SCALE: "SGD(fused), one pass", TWICE: "SGD(fused), 
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """GPU, versions, commit and date; where rows differ, all that occur."""
-
-    def every(part: str, key: str) -> str:
-        return "/".join(dict.fromkeys(str(row[part].get(key)) for row in rows))
-
-    words = [
-        f"{every('machine', 'gpu')}, {every('machine', 'sms')} SMs, driver {every('machine', 'driver')}",
-        f"Python {every('versions', 'python')}, torch {every('versions', 'torch')}, CUDA {every('versions', 'cuda')}, "
-        f"triton {every('versions', 'triton')}",
-        f"commit {every('versions', 'commit')}",
-        "/".join(dict.fromkeys(row["date"][:10] for row in rows)),
-    ]
-    return f"<sub>{'; '.join(words)}</sub>"
+    """Write GPU, versions, commit and date; where rows differ, all that occur."""
+    gpu, sms, driver = (every(rows, "machine", key) for key in ("gpu", "sms", "driver"))
+    names = {"Python": "python", "torch": "torch", "CUDA": "cuda", "triton": "triton"}
+    versions = ", ".join(f"{name} {every(rows, 'versions', key)}" for name, key in names.items())
+    return small(rows, f"{gpu}, {sms} SMs, driver {driver}", versions)
 
 
 def title(name: str) -> str:
-    """A variant's name for readers."""
+    """Return a variant's name for readers."""
     return "copy of as many bytes" if name == FLOOR else TITLES[name]
 
 
-def digits(value: float) -> str:
-    """Three of them, or all before the point."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
 def microseconds(seconds: float) -> str:
-    """In that unit."""
+    """Write seconds in that unit."""
     return digits(1e6 * seconds)
 
 
 def milliseconds(row: Row) -> str:
-    """A time with its spread."""
+    """Write a time with its spread."""
     return "{} ({} to {})".format(*(digits(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s")))
 
 
 def step_rows(rows: Iterable[Row]) -> list[Row]:
-    """Those of the optimizer side that belong to known things, in reading order."""
-    known = [row for row in rows if row["kind"] == STEP and row["variant"] in VARIANT_ORDER and row["set"] in GPU_SETS]
-    return sorted(
-        known,
-        key=lambda row: (
-            DTYPE_ORDER.index(row["dtype"]),
-            list(GPU_SETS).index(row["set"]),
-            MODES.index(row["mode"]),
-            VARIANT_ORDER.index(row["variant"]),
-        ),
-    )
+    """Return those of the optimizer side that belong to known things, in reading order."""
+    return in_order(rows, STEP, dtype=DTYPE_ORDER, set=GPU_SETS, mode=MODES, variant=VARIANT_ORDER)
 
 
 def iteration_rows(rows: Iterable[Row]) -> list[Row]:
-    """Those of whole iterations, in reading order."""
-    order = (*VARIANT_ORDER, TWICE)
-    known = [row for row in rows if row["kind"] == ITERATION and row["variant"] in order]
-    return sorted(known, key=lambda row: (row["model"], row["batch"], order.index(row["variant"])))
+    """Return those of whole iterations, in reading order."""
+    return in_order(rows, ITERATION, model=None, batch=None, variant=(*VARIANT_ORDER, TWICE))
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
-    """FusedSAM's row on the best backend that worked."""
+    """Return FusedSAM's row on the best backend that worked."""
     worked = {row["variant"]: row for row in rows if not row["failed"]}
     return next((worked[name] for name in OURS.values() if name in worked), None)
 
@@ -120,29 +97,32 @@ def _share(row: Row) -> str:
 
 
 def _short_iterations(rows: Sequence[Row]) -> str:
-    heads = ["forward, backward, SAM", "FusedSAM, ms", "of SGD twice", "of SGD", "eager SAM takes", "peak over SGD, MB"]
-    lines = []
+    best = []
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
-        row = ours([one for one in rows if (one["model"], one["batch"]) == (model, batch)])
-        if row is None:
-            continue
-        eager = row["ratios"].get("eager_sgd")
-        over = row["peak_over_sgd_bytes"]
-        lines.append(
-            [
-                f"{SET_TITLES[model]}, batch {batch}",
-                milliseconds(row),
-                times(row["ratios"].get(TWICE)),
-                times(row["ratios"].get(SCALE)),
-                f"**{1 / eager['median']:.2f}**" if eager else "",
-                "" if over is None else f"{over / 1e6:.0f}",
-            ]
-        )
-    return table(heads, lines)
+        best.append(ours([one for one in rows if (one["model"], one["batch"]) == (model, batch)]))
+    cells = {
+        "forward, backward, SAM": lambda row: f"{SET_TITLES[row['model']]}, batch {row['batch']}",
+        "FusedSAM, ms": milliseconds,
+        "of SGD twice": lambda row: times(row["ratios"].get(TWICE)),
+        "of SGD": lambda row: times(row["ratios"].get(SCALE)),
+        "eager SAM takes": _eager_takes,
+        "peak over SGD, MB": _peak,
+    }
+    return columns(filter(None, best), cells)
+
+
+def _eager_takes(row: Row) -> str:
+    eager = row["ratios"].get("eager_sgd")
+    return f"**{1 / eager['median']:.2f}**" if eager else ""
+
+
+def _peak(row: Row) -> str:
+    over = row["peak_over_sgd_bytes"]
+    return "" if over is None else f"{over / 1e6:.0f}"
 
 
 def short(rows: Sequence[Row]) -> str:
-    """FusedSAM's rows of both benchmarks."""
+    """Write FusedSAM's rows of both benchmarks."""
     steps, iterations = step_rows(rows), iteration_rows(rows)
     parts = [_short_steps(steps)] if ours(steps) else []
     parts += [_short_iterations(iterations)] if ours(iterations) else []
@@ -153,7 +133,7 @@ def short(rows: Sequence[Row]) -> str:
 
 
 def step_all(rows: Sequence[Row]) -> str:
-    """Every row of the optimizer side."""
+    """Write every row of the optimizer side."""
     shown = step_rows(rows)
     if not shown:
         return NOTHING_YET
@@ -185,7 +165,7 @@ def _step_cells(row: Row, best: Row | None) -> list[str]:
 
 
 def iteration_all(rows: Sequence[Row]) -> str:
-    """Every row of whole iterations."""
+    """Write every row of whole iterations."""
     shown = iteration_rows(rows)
     if not shown:
         return NOTHING_YET
@@ -197,50 +177,40 @@ def iteration_all(rows: Sequence[Row]) -> str:
             lines.append([*start, row["failed"].replace("|", "/"), *[""] * 5])
             continue
         stages = [f"{1e3 * row[f'{stage}_s']:.2f}" for stage in STAGES]
-        over = row["peak_over_sgd_bytes"]
-        memory = "" if over is None else f"{over / 1e6:.0f}"
-        lines.append([*start, milliseconds(row), *stages, times(row["ratios"].get(TWICE)), memory])
+        lines.append([*start, milliseconds(row), *stages, times(row["ratios"].get(TWICE)), _peak(row)])
     picture = f"![Stages of an iteration]({ITERATION_PICTURE})"
     return f"{picture}\n\n{table(heads, lines)}\n\n{caption(shown)}"
 
 
 def counters_all(rows: Sequence[Row]) -> str:
-    """Every kernel of the newest step that was looked at of each set, dtype and variant."""
+    """Write every kernel of the newest step that was looked at of each set, dtype and variant."""
     shown = counter_rows(rows)
     if not shown:
         return NOTHING_YET
-    heads = ["set", "dtype", "variant", "kernel", "blocks x threads", "µs", "read, MB", "written, MB", "memory busy, %"]
-    heads += ["L2 hits, %", "occupancy, %"]
-    lines = []
-    for row in shown:
-        start = [SET_TITLES[row["set"]], row["dtype"], title(row["variant"]), row["kernel"]]
-        shape = " x ".join(size.strip("() ").partition(",")[0] for size in (row["grid"], row["block"]))
-        lines.append([*start, shape, *(scaled(row, name) for name in METRICS)])
-    return f"{table(heads, lines)}\n\n{caption(shown)}"
+    heads = ("µs", "read, MB", "written, MB", "memory busy, %", "L2 hits, %", "occupancy, %")
+    cells = {
+        "set": lambda row: SET_TITLES[row["set"]],
+        "dtype": lambda row: row["dtype"],
+        "variant": lambda row: title(row["variant"]),
+        "kernel": lambda row: row["kernel"],
+        "blocks x threads": lambda row: " x ".join(row[k].strip("() ").partition(",")[0] for k in ("grid", "block")),
+        **{head: lambda row, n=name: scaled(row, n) for head, name in zip(heads, METRICS, strict=True)},
+    }
+    return f"{columns(shown, cells)}\n\n{caption(shown)}"
 
 
 def counter_rows(rows: Iterable[Row]) -> list[Row]:
-    """Those of counters, in reading order; of the newest step alone, which may have had fewer kernels than others."""
-    known = [
-        row for row in rows if row["kind"] == COUNTERS and row["variant"] in VARIANT_ORDER and row["set"] in GPU_SETS
-    ]
+    """Return those of counters, of the newest step alone, which may have had fewer kernels than others."""
+    known = in_order(rows, COUNTERS, dtype=DTYPE_ORDER, set=GPU_SETS, variant=VARIANT_ORDER, number=None)
     newest: dict[tuple[str, ...], str] = {}
     for row in known:
         step = row["set"], row["dtype"], row["variant"]
         newest[step] = max(newest.get(step, ""), row["date"])
-    return sorted(
-        [row for row in known if row["date"] == newest[row["set"], row["dtype"], row["variant"]]],
-        key=lambda row: (
-            DTYPE_ORDER.index(row["dtype"]),
-            list(GPU_SETS).index(row["set"]),
-            VARIANT_ORDER.index(row["variant"]),
-            row["number"],
-        ),
-    )
+    return [row for row in known if row["date"] == newest[row["set"], row["dtype"], row["variant"]]]
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The short tables of a run, oldest rows first in `rows`."""
+    """Write the short tables of a run, oldest rows first in `rows`."""
     return short(latest(rows))
 
 

@@ -92,7 +92,7 @@ def tally(events: Sequence[Any]) -> Counts:
 
 
 def counter_works() -> bool:
-    """Whether the profiler sees the one kernel of an addition and the one wait of a read."""
+    """Return whether the profiler sees the one kernel of an addition and the one wait of a read."""
     x = torch.ones((), device="cuda")
     counted(lambda: x.add_(1))  # the first profile of a process may miss what happens as it starts
     return counted(lambda: x.add_(1)) == Counts(1, 0, 0) and counted(x.item).syncs >= 1

@@ -31,23 +31,16 @@ from bench.imagenet.ranks import Ranks, joined, ranks_on_this_machine
 from bench.imagenet.signals import Interrupted, Requests
 from bench.imagenet.trainer import CHECKPOINT, Trainer
 from bench.training import checkpoint
-from bench.training.run import chosen_backend
+from bench.training.run import HelpFormatter, check, chosen_backend, chosen_device, complain
 
 WARM_UP = 5  # steps that are not measured
 SCOPES = "each micro-batch has its own, a rank has one, all ranks have one, or every N ranks"
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.imagenet", description=__doc__, formatter_class=_Formatter, allow_abbrev=False
+        prog="python -m bench.imagenet", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
     _add_task(parser.add_argument_group("images and model"))
     _add_training(parser.add_argument_group("training"))
@@ -111,7 +104,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 
 def _scope(text: str) -> str | int:
-    """Of --m-sharpness."""
+    """Read --m-sharpness."""
     if text in ("micro", "rank", "world"):
         return text
     if not text.isdecimal() or int(text) < 1:
@@ -120,36 +113,36 @@ def _scope(text: str) -> str | int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed and checked flags, with the defaults that depend on other flags filled in."""
+    """Return parsed and checked flags, with the defaults that depend on other flags filled in."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("image_size", "steps", "epochs", "batch_size", "micro_batches", "log_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"Invalid {name}={getattr(args, name)}. Must be >= 1.")
-    if not 0 <= args.warmup <= args.epochs:
-        parser.error(f"Invalid warmup={args.warmup}. Must be in [0, {args.epochs}], the epochs.")
-    if not 0 <= args.label_smoothing < 1:
-        parser.error(f"Invalid label_smoothing={args.label_smoothing}. Must be in [0, 1).")
-    if args.ema is not None and not 0 <= args.ema < 1:
-        parser.error(f"Invalid ema={args.ema}. Must be in [0, 1).")
-    if not 0 < args.ascent_part <= 1:
-        parser.error(f"Invalid ascent_part={args.ascent_part}. Must be in (0, 1].")
+    try:
+        _check(args)
+    except ValueError as error:
+        parser.error(str(error))
     for name in SAM_FLAGS:
         if args.optimizer == "sgd" and getattr(args, name) != parser.get_default(name):
             parser.error(f"Invalid {name}={getattr(args, name)!r} with optimizer='sgd'. Must go with sam.")
     if args.synthetic == (args.data_dir is not None):
         parser.error("Invalid data_dir. Must be given, or else --synthetic.")
     args.adaptive = {"all": True}.get(args.adaptive, args.adaptive)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = chosen_device(args.device)
     if args.workers is None:
         args.workers = min((os.cpu_count() or 1) // ranks_on_this_machine(), 8)
     args.out = args.out or records.ROOT / "runs" / "imagenet" / f"{args.model}-{args.optimizer}"
     return args
 
 
+def _check(args: argparse.Namespace) -> None:
+    sizes = ("image_size", "steps", "epochs", "batch_size", "micro_batches", "log_every")
+    check(args, ">= 1", lambda x: x >= 1, *sizes)
+    check(args, f"in [0, {args.epochs}], the epochs", lambda x: 0 <= x <= args.epochs, "warmup")
+    check(args, "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing", "ema")
+    check(args, "in (0, 1]", lambda x: 0 < x <= 1, "ascent_part")
+
+
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Trainer:
-    """The run with its images, and with the checkpoint if it resumes; refuses what cannot work."""
+    """Return the run with its images, and with the checkpoint if it resumes; refuses what cannot work."""
     data: Folders | Synthetic
     if args.batch_size % (ranks.size * args.micro_batches):
         what = f"ranks times micro-batches, {ranks.size} x {args.micro_batches}"
@@ -173,7 +166,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Trainer:
 
 
 def describe(trainer: Trainer, console: Console) -> None:
-    """What is about to be trained."""
+    """Print what is about to be trained."""
     config = trainer.config
     count = sum(p.numel() for p in trainer.model.parameters())
     images = f"{config.train_images:,} images of {config.classes} classes, {config.epochs} epochs"
@@ -191,7 +184,7 @@ def describe(trainer: Trainer, console: Console) -> None:
 
 
 def row(trainer: Trainer, kind: str, measured: dict[str, Any]) -> records.Row:
-    """For the file of results."""
+    """Return the row for the file of results."""
     cuda = trainer.ranks.device.type == "cuda"
     header = records.gpu_header(kind) if cuda else records.header(kind)
     peak = torch.cuda.max_memory_allocated() if cuda else None
@@ -199,7 +192,7 @@ def row(trainer: Trainer, kind: str, measured: dict[str, Any]) -> records.Row:
 
 
 def train(args: argparse.Namespace, trainer: Trainer, console: Console) -> dict[str, Any]:
-    """What is left of the run; returns what it came to."""
+    """Train what is left of the run; return what it came to."""
     first = trainer.ranks.rank == 0
     reporter = Reporter(console, args.out / "tensorboard" if first else None)
     requests = Requests()
@@ -242,10 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             trainer = prepare(args, ranks)
         except (TypeError, ValueError, RuntimeError, OSError) as error:
-            who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
-            text = f"{who}{type(error).__name__}: {error}"
-            Console(highlight=False, markup=False).print(text, style="red", soft_wrap=True)
-            return 1
+            return complain(error, f"rank {ranks.rank}: " if ranks.size > 1 else "")
         return execute(args, trainer, console)
 
 

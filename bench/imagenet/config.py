@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 import fused_sam
 from bench import records
+from bench.training.run import cosine
 
 TWO_HEADED = ("googlenet", "inception_v3")  # in training they have a second loss
 DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,11 +58,7 @@ class Config:
 
     @classmethod
     def of(cls, flags: dict[str, Any], **found: Any) -> Config:
-        """From the command line and what was found beside it.
-
-        Raises:
-            ValueError: for values that do not go together.
-        """
+        """Return it from the command line and what was found beside it; refuse values that do not go together."""
         given = {field.name: flags[field.name] for field in fields(cls) if field.name in flags} | found
         if given["optimizer"] == "sgd":
             given |= dict.fromkeys(SAM_FLAGS)
@@ -84,18 +80,14 @@ class Config:
             raise ValueError(f"Invalid ascent_part={self.ascent_part} with direction='momentum'. No gradient is taken.")
 
     def learning_rate(self, epochs: float) -> float:
-        """After so many epochs: a line up to ``lr``, then half a cosine down to 0."""
+        """Return the rate after so many epochs: a line up to ``lr``, then half a cosine down to 0."""
         if epochs < self.warmup:
             return self.lr * epochs / self.warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (epochs - self.warmup) / (self.epochs - self.warmup)))
+        return self.lr * cosine((epochs - self.warmup) / (self.epochs - self.warmup))
 
 
 def make_model(config: Config) -> nn.Module:
-    """From torchvision, with random weights.
-
-    Raises:
-        ValueError: for a name that is not that of a classifier with one loss.
-    """
+    """Return a classifier with one loss from torchvision, with random weights."""
     models = records.torchvision("bench.imagenet").models
     if config.model not in models.list_models(module=models) or config.model in TWO_HEADED:
         raise ValueError(f"Invalid model={config.model!r}. Must be a classifier in torchvision.models, with one head.")
@@ -104,11 +96,7 @@ def make_model(config: Config) -> nn.Module:
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD, or FusedSAM around it.
-
-    Raises:
-        TypeError, ValueError: as `fused_sam.FusedSAM`.
-    """
+    """Return SGD, or FusedSAM around it."""
     options: dict[str, Any] = {
         "params": model.parameters(),
         "lr": config.lr,

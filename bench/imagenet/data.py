@@ -38,7 +38,7 @@ class Synthetic:
         self._parts = [_on_device((images, labels), ranks.device)] * micro_batches
 
     def training(self, epoch: int, start: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step."""
+        """Yield the micro-batches of each step."""
         for _ in range(start, self.steps):
             yield self._parts
 
@@ -54,10 +54,6 @@ class Folders:
         ranks: among which the images are divided.
         seed: of the order and of the augmentation.
         workers: processes that read images, for each rank.
-
-    Raises:
-        OSError: for a folder that is missing, or empty.
-        ValueError: for validation folders that are not those of training, or fewer images than one step takes.
     """
 
     def __init__(
@@ -88,7 +84,7 @@ class Folders:
         self._validation = DataLoader(validation, batch_size=at_once, sampler=mine, **options)
 
     def training(self, epoch: int, start: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each step of an epoch, from the step ``start`` on."""
+        """Yield this rank's micro-batches of each step of an epoch, from the step ``start`` on."""
         self._order.epoch, self._order.start = epoch, start
         parts = []
         for part in self._training:
@@ -98,7 +94,7 @@ class Folders:
                 parts = []
 
     def validation(self) -> Iterator[Batch]:
-        """What this rank evaluates."""
+        """Yield what this rank evaluates."""
         for batch in self._validation:
             yield _on_device(batch, self._device)
 
@@ -170,6 +166,6 @@ def _mixed(*numbers: int) -> int:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the workers too, which are to go on until the step has ended."""
+    """Ignore Ctrl-C, which reaches the workers too: they are to go on until the step has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

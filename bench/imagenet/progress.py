@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+from bench.training.run import bar
+
 TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "data_ms")
 
 
@@ -29,11 +30,10 @@ class Reporter:
 
     @contextlib.contextmanager
     def bar(self, done: int, steps: int) -> Iterator[None]:
-        """A bar of ``steps`` inside the block, of which some are done."""
-        columns = (*COLUMNS, TimeElapsedColumn(), TimeRemainingColumn())
+        """Show a bar of ``steps`` inside the block, of which some are done."""
         disable = not self.console.is_terminal or self.console.quiet
         try:
-            with Progress(*columns, console=self.console, disable=disable) as self._bar:
+            with bar(self.console, disable) as self._bar:
                 self._task = self._bar.add_task("training", total=steps, completed=done, status="")
                 yield
         finally:
@@ -41,12 +41,12 @@ class Reporter:
                 self._writer.close()
 
     def advance(self) -> None:
-        """One step has been made."""
+        """Count a step that has been made."""
         if self._bar is not None:
             self._bar.advance(self._task)
 
     def interval(self, figures: dict[str, Any], steps_made: int) -> None:
-        """Some steps have been made.
+        """Show what some steps have come to.
 
         Args:
             figures: what `Trainer` has seen in them.
@@ -63,7 +63,7 @@ class Reporter:
         self._add("train", figures, steps_made)
 
     def epoch(self, point: dict[str, Any], steps_made: int) -> None:
-        """An epoch has been made and the model evaluated."""
+        """Show what an epoch and the evaluation after it have come to."""
         line = (
             f"epoch {point['epoch']}: training loss {point['train_loss']:.4f}, in validation {point['val_loss']:.4f}, "
             f"top-1 {point['top1']:.2f} %, top-5 {point['top5']:.2f} %"
@@ -81,7 +81,7 @@ class Reporter:
 
 
 def timing(figures: dict[str, Any]) -> str:
-    """Throughput, and where the time of a step goes."""
+    """Write throughput, and where the time of a step goes."""
     parts = ", ".join(f"{name.removesuffix('_ms')} {figures[name]:.1f}" for name in TIMES)
     return f"{figures['images_per_second']:.1f} images/s  ({parts} ms)"
 

@@ -26,19 +26,19 @@ class Ranks:
         self._hosts = hosts  # over the CPU, so that nothing that goes through it waits for a device
 
     def mean_(self, tensors: list[Tensor]) -> None:
-        """Each floating-point tensor becomes its mean over the ranks."""
+        """Make each floating-point tensor its mean over the ranks."""
         for x in tensors if self.size > 1 else ():
             if x.is_floating_point():
                 dist.all_reduce(x.div_(self.size))
 
     def sum_(self, x: Tensor) -> Tensor:
-        """The tensor, which becomes its sum over the ranks."""
+        """Return the tensor, which becomes its sum over the ranks."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def largest(self, number: int) -> int:
-        """Over the ranks. Waits for their hosts and not for their devices."""
+        """Return the largest over the ranks. Waits for their hosts and not for their devices."""
         if self.size == 1:
             return number
         found = torch.tensor(number)
@@ -46,14 +46,14 @@ class Ranks:
         return int(found)
 
     def gather(self, thing: Any) -> list[Any]:
-        """What each rank has, on all of them."""
+        """Return what each rank has, on all of them."""
         things: list[Any] = [thing] * self.size
         if self.size > 1:
             dist.all_gather_object(things, thing, group=self._hosts)
         return things
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all have come here."""
         self.largest(0)
 
 
@@ -81,5 +81,5 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def ranks_on_this_machine() -> int:
-    """How many processes torchrun has started here."""
+    """Return how many processes torchrun has started here."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -30,7 +30,7 @@ class Requests:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Inside the block the signals are noted and do nothing else."""
+        """Note the signals inside the block, where they do nothing else."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,11 @@ from bench.imagenet.progress import Reporter
 from bench.imagenet.ranks import Ranks
 from bench.imagenet.signals import Interrupted, Requests
 from bench.training import checkpoint
-from bench.training.run import StepClock
+from bench.training.run import StepClock, mean_of_finite
 from fused_sam import rng
 
 CHECKPOINT = "checkpoint.pt"
+COUNTS = ("epoch", "step", "loss_sum", "seconds", "history")
 
 
 class Trainer:
@@ -60,16 +59,13 @@ class Trainer:
 
     @property
     def steps_made(self) -> int:
-        """Since the run began."""
+        """Return how many, since the run began."""
         return self.epoch * self.data.steps + self.step
 
     def run(self, out: Path, reporter: Reporter, requests: Requests) -> None:
-        """The epochs that are left, each with an evaluation and a checkpoint.
+        """Train the epochs that are left, each with an evaluation and a checkpoint.
 
-        Raises:
-            FloatingPointError: for a loss that is not finite; the last checkpoint stays.
-            Interrupted: at the end of the step in which a signal came, or of the evaluation if that was not the last
-                one; the run is saved then.
+        A signal stops the run, saved, at the end of the step, or of the evaluation if that was not the last one.
         """
         self._looked = time.perf_counter()
         while self.epoch < self.config.epochs:
@@ -82,7 +78,7 @@ class Trainer:
             reporter.epoch(self.history[-1], self.steps_made)
 
     def train_epoch(self, out: Path, reporter: Reporter, requests: Requests) -> None:
-        """The steps of the present epoch that are left."""
+        """Make the steps of the present epoch that are left."""
         self.model.train()
         for parts in self.data.training(self.epoch, self.step):
             self.train_step(parts)
@@ -93,7 +89,7 @@ class Trainer:
             self._stop_if_asked(requests, out)
 
     def train_step(self, parts: list[Batch]) -> None:
-        """One step with this rank's micro-batches."""
+        """Make one step with this rank's micro-batches."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.epoch + self.step / self.data.steps)
         closures = isinstance(self.optimizer, fused_sam.FusedSAM) and not self.scaler.is_enabled()
@@ -104,7 +100,7 @@ class Trainer:
         self._pending.append(loss)
 
     def _step_by_closures(self, parts: list[Batch]) -> Tensor:
-        """One closure for each group of parts that share an e."""
+        """Make a step with one closure for each group of parts that share an e."""
         groups = [[part] for part in parts] if self.config.m_sharpness == "micro" else [parts]
         whole = [functools.partial(self._gradient, group) for group in groups]
         if self.config.ascent_part == 1:
@@ -113,7 +109,7 @@ class Trainer:
         return self.optimizer.step(whole, ascent=firsts)
 
     def _step_by_calls(self, parts: list[Batch]) -> Tensor:
-        """SGD, and SAM under a GradScaler."""
+        """Make a step of SGD, or of SAM under a GradScaler."""
         loss = None
         if isinstance(self.optimizer, fused_sam.FusedSAM) and self.optimizer.perturb_next:
             random_state = rng.capture([self.ranks.device])
@@ -128,7 +124,7 @@ class Trainer:
         return second if loss is None else loss
 
     def _firsts(self, parts: list[Batch]) -> list[Batch]:
-        """Of each part those examples that the ascent takes, at least one."""
+        """Return those examples of each part that the ascent takes, at least one."""
         counts = [max(round(self.config.ascent_part * len(labels)), 1) for _, labels in parts]
         return [(images[:n], labels[:n]) for (images, labels), n in zip(parts, counts, strict=True)]
 
@@ -151,18 +147,11 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, dtype, enabled=dtype is not None)
 
     def look(self) -> dict[str, Any]:
-        """What the steps since the last look were like, averaged; the losses are those of all ranks.
-
-        Raises:
-            FloatingPointError: on all ranks, for a loss that is not finite.
-        """
+        """Return what the steps since the last look were like, averaged; the losses are those of all ranks."""
         losses = self.ranks.sum_(torch.stack(self._pending)).div(self.ranks.size).tolist()
         self._pending.clear()
-        first = self.step - len(losses) + 1
-        for step, loss in enumerate(losses, start=first):
-            if not math.isfinite(loss):
-                where = f"step {step} of epoch {self.epoch + 1}"
-                raise FloatingPointError(f"Training stopped: loss is {loss} in {where}. Lower --lr or --rho.")
+        mean = mean_of_finite(losses, self.epoch + 1, first=self.step - len(losses) + 1)
+        for loss in losses:  # one by one: where a run was interrupted does not change the sum
             self.loss_sum += loss
         wall = self._lap() / len(losses)
         spent = {name: sum(ms) / len(losses) for name, ms in self.clock.read(len(losses)).items()}
@@ -170,7 +159,7 @@ class Trainer:
         return {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "loss": sum(losses) / len(losses),
+            "loss": mean,
             **({} if gap is None else {"loss_gap": float(gap.mean())}),  # of the last step, on this rank
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": self.config.batch_size / wall,
@@ -181,7 +170,7 @@ class Trainer:
         }
 
     def measure(self, warm_up: int) -> dict[str, Any]:
-        """An epoch without anything around it; figures as those of `look`, of the steps after the first ones."""
+        """Train an epoch without anything around it; figures as those of `look`, of the steps after the first ones."""
         self.model.train()
         for parts in self.data.training(0, 0):
             if self.step == warm_up:
@@ -191,13 +180,13 @@ class Trainer:
         return self.look()
 
     def _lap(self) -> float:
-        """Seconds since the last lap."""
+        """Return the seconds since the last lap."""
         before, self._looked = self._looked, time.perf_counter()
         self.seconds += self._looked - before
         return self._looked - before
 
     def _point(self) -> dict[str, Any]:
-        """Of the epoch that has been trained."""
+        """Return the point of the history for the epoch that has been trained."""
         point = {"epoch": self.epoch + 1, "train_loss": self.loss_sum / self.data.steps, **self.evaluate(self.model)}
         if self.average is not None:
             point |= {f"ema_{name}": value for name, value in self.evaluate(self.average).items()}
@@ -206,7 +195,7 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Cross entropy, and percentages of the images whose class is the first, or among the first five, predicted."""
+        """Return cross entropy, and percentages of images whose class is predicted first, or among the first five."""
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         for images, labels in self.data.validation():
@@ -219,7 +208,7 @@ class Trainer:
         return {"val_loss": loss / images, "top1": 100 * first / images, "top5": 100 * five / images}
 
     def _stop_if_asked(self, requests: Requests, out: Path) -> None:
-        """On all ranks after the same step, whichever of them has heard the signal."""
+        """Stop on all ranks after the same step, whichever of them has heard the signal."""
         signum = self.ranks.largest(requests.signum)
         if not signum:
             return
@@ -229,7 +218,7 @@ class Trainer:
         raise Interrupted(signum)
 
     def save(self, out: Path) -> None:
-        """Rank 0 writes the checkpoint; the others wait for it. Running statistics become those of all ranks."""
+        """Write the checkpoint on rank 0, while the others wait. Running statistics become those of all ranks."""
         for model in (self.model, self.average):
             self.ranks.mean_([] if model is None else list(model.buffers()))
         random_states = self.ranks.gather(checkpoint.random_state(self.ranks.device))
@@ -238,26 +227,17 @@ class Trainer:
         self.ranks.wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a continued run needs beside the random states; batches follow from the seed."""
-        kept = {name: getattr(self, name) for name in ("epoch", "step", "loss_sum", "seconds", "history")}
-        return kept | {
-            "config": asdict(self.config),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        """Return everything that a continued run needs beside the random states; batches follow from the seed."""
+        average = None if self.average is None else self.average.state_dict()
+        return checkpoint.state_of(self, COUNTS) | {"average": average, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `checkpoint.load` has read."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from what `checkpoint.load` has read."""
+        checkpoint.restore(self, state, COUNTS)
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         checkpoint.set_random_state(state["random"][self.ranks.rank], self.ranks.device)
-        for name in ("epoch", "step", "loss_sum", "seconds", "history"):
-            setattr(self, name, state[name])
 
 
 def _average(model: nn.Module, decay: float) -> AveragedModel:
@@ -265,7 +245,7 @@ def _average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def _parallel(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, ranks: Ranks) -> nn.Module:
-    """What forwards go through."""
+    """Return what forwards go through."""
     if ranks.size == 1:
         return model
     # Running statistics are averaged before they are used, which is not in training. Newer versions have another name.

@@ -36,19 +36,16 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """The means over the seeds of both curves."""
+    """Draw the means over the seeds of both curves."""
     methods = summary.by(rows, "method")
     colours = figures.colours([label for (label,) in methods])
-    seeds = len(summary.by(rows, "seed"))
-    subtitle = f"{summary.task(rows[0])}; {seeds} seeds, mean and 95 % interval"
-    with figures.canvas("SAM against Adam", subtitle, path, panels=2) as panels:
+    with figures.canvas("SAM against Adam", summary.subtitle(rows), path, panels=2) as panels:
         for axes, (key, name, upside_down) in zip(panels, CURVES, strict=True):
             for (label,), same in methods.items():
                 histories = zip(*(row["history"] for row in same), strict=True)
                 points = [(points[0]["passes"], _spread(points, key, upside_down)) for points in histories]
                 figures.line(axes, points, label, colours[label])
-            axes.set_title(name, loc="left", fontsize=11)
-            axes.set_xlabel("Forward-backward passes over the training set")
+            figures.describe(axes, name, "Forward-backward passes over the training set")
         panels[0].legend()
 
 
@@ -57,12 +54,11 @@ def _spread(points: Sequence[Row], key: str, upside_down: bool) -> summary.Inter
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Loss and accuracy at the end."""
+    """Write loss and accuracy at the end."""
     lines = []
     for (label,), same in summary.by(rows, "method").items():
-        accuracy = summary.interval([100 - row["test_error"] for row in same])
-        passes = f"{summary.of(same, 'passes').mean:.0f}"
-        lines.append([label, passes, summary.of(same, "train_loss").text(3), str(accuracy)])
+        accuracy = str(_spread(same, "test_error", True))
+        lines.append([label, summary.errors(same)[0], summary.of(same, "train_loss").text(3), accuracy])
     heads = ["method", "passes", "training loss at the end", "test accuracy, %"]
     return f"{summary.table(heads, lines)}\n\n{summary.caption(rows)}"
 
@@ -78,10 +74,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

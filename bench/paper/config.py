@@ -7,6 +7,8 @@ import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from bench.training.run import check
+
 NOISES = ("symmetric", "asymmetric")
 
 
@@ -47,25 +49,16 @@ class Config:
     extra: dict[str, Any] = field(default_factory=dict)  # what only one experiment knows
 
     def __post_init__(self) -> None:
-        for name in ("train_size", "epochs", "batch_size", "measurements"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Invalid {name}={getattr(self, name)}. Must be >= 1.")
-        for name in ("shift", "test_size", "mixup", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Invalid {name}={getattr(self, name)}. Must be >= 0.")
-        for name in ("validation", "noise_rate", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"Invalid {name}={getattr(self, name)}. Must be in [0, 1).")
-        if self.ascent is not None and not 0 < self.ascent <= 1:
-            raise ValueError(f"Invalid ascent={self.ascent}. Must be in (0, 1].")
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise ValueError(f"Invalid micro_batch={self.micro_batch}. Must be in [1, {self.batch_size}], the batch.")
-        if self.noise not in NOISES:
-            raise ValueError(f"Invalid noise={self.noise!r}. Must be one of {', '.join(NOISES)}.")
+        check(self, ">= 1", lambda x: x >= 1, "train_size", "epochs", "batch_size", "measurements")
+        check(self, ">= 0", lambda x: x >= 0, "shift", "test_size", "mixup", "weight_decay")
+        check(self, "in [0, 1)", lambda x: 0 <= x < 1, "validation", "noise_rate", "label_smoothing")
+        check(self, "in (0, 1]", lambda x: 0 < x <= 1, "ascent")
+        check(self, f"in [1, {self.batch_size}], the batch", lambda x: 1 <= x <= self.batch_size, "micro_batch")
+        check(self, f"one of {', '.join(NOISES)}", lambda x: x in NOISES, "noise")
 
     @property
     def key(self) -> str:
-        """Twelve hex digits that name the run: equal for equal values."""
+        """Return twelve hex digits that name the run: equal for equal values."""
         text = json.dumps({n: v for n, v in asdict(self).items() if v != _unused(n)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

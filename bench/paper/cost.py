@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.paper import figures, pareto, runner, summary
+from bench.paper import figures, runner, summary
 from bench.paper.config import Config
+from bench.paper.methods import METHODS, name_of
 from bench.paper.runner import Experiment, Named
-from bench.paper.savings import METHODS
 from bench.records import Row
 
 NOISE_RATES = (0.0, 0.4)
@@ -34,14 +34,12 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), metavar="NAME", help=names)
     lengths = "of the runs, in units of --epochs (default: %(default)s)"
     add("--lengths", type=float, nargs="+", default=list(LENGTHS), metavar="X", help=lengths)
-    rates = (
-        "of symmetric label noise, a comparison for each; rho is doubled where there is noise (default: %(default)s)"
-    )
+    rates = "of symmetric label noise, a comparison each; rho is doubled where there is noise (default: %(default)s)"
     add("--noise-rates", type=float, nargs="+", default=list(NOISE_RATES), metavar="P", help=rates)
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
-    """Every method at every length, for every rate of noise."""
+    """Return every method at every length, for every rate of noise."""
     lengths = sorted({max(1, round(length * base.epochs)) for length in args.lengths})
     runs = []
     for rate in args.noise_rates:
@@ -50,16 +48,43 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
         for name in args.methods:
             for epochs in [*lengths, 2 * lengths[-1]] if name in DOUBLED else lengths:
                 run = METHODS[name].configure(replace(task, epochs=epochs), RADII.get(name, 1.0) * rho)
-                runs.append((f"{name}; {epochs} epochs, {_task(rate)}", run))
+                runs.append((f"{name}; {epochs} epochs, {summary.labels(rate)}", run))
     return runs
 
 
-def _task(rate: float) -> str:
-    return f"{rate:.0%} label noise" if rate else "clean labels"
+class Point(NamedTuple):
+    """Holds what a method costs at one length, and how good it gets, over seeds."""
+
+    method: str
+    epochs: int
+    seconds: summary.Interval
+    passes: summary.Interval
+    error: summary.Interval  # of the test set, in percent
+
+
+def points(rows: Sequence[Row]) -> list[Point]:
+    """Return one for each method and length, in the order of METHODS and the shortest first."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((name_of(row), row["config"]["epochs"]), []).append(row)
+    order = list(METHODS)
+    return [
+        Point(*key, *(summary.of(groups[key], name) for name in ("seconds", "passes", "test_error")))
+        for key in sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
+    ]
+
+
+def front(found: Sequence[Point], price: str) -> list[Point]:
+    """Return those with a lower mean error than every point that costs no more, the cheapest first."""
+    best: list[Point] = []
+    for point in sorted(found, key=lambda point: (getattr(point, price).mean, point.error.mean)):
+        if not best or point.error.mean < best[-1].error.mean:
+            best.append(point)
+    return best
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """A row of two panels for each rate of noise: error over seconds and over passes."""
+    """Draw a row of two panels for each rate of noise: error over seconds and over passes."""
     tasks = summary.by(rows, "noise_rate")
     config, seeds = rows[0]["config"], len({row["seed"] for row in rows})
     about = f"{config['dataset']}, {config['train_size']:,} images; means of {seeds} seeds; grey: the Pareto front"
@@ -67,18 +92,18 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     shape = {"panels": 2 * len(tasks), "rows": len(tasks), "height": height}
     with figures.canvas("Test error against its price", about, path, **shape) as panels:
         for place, ((rate,), same) in enumerate(tasks.items()):
-            found = pareto.points(same)
+            found = points(same)
             for axes, price in zip(panels[2 * place :], PRICES):
                 _panel(axes, found, price)
-                axes.set_title(_task(rate), loc="left", fontsize=11)
+                figures.describe(axes, summary.labels(rate), PRICES[price])
         panels[0].legend(fontsize=8)
 
 
-def _panel(axes: Any, found: Sequence[pareto.Point], price: str) -> None:
-    """One line for each method over its lengths, and the front."""
+def _panel(axes: Any, found: Sequence[Point], price: str) -> None:
+    """Draw one line for each method over its lengths, and the front."""
     from matplotlib import ticker
 
-    best = pareto.front(found, price)
+    best = front(found, price)
     axes.plot(
         [getattr(point, price).mean for point in best],
         [point.error.mean for point in best],
@@ -103,19 +128,18 @@ def _panel(axes: Any, found: Sequence[pareto.Point], price: str) -> None:
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
-    axes.set_xlabel(PRICES[price])
     axes.set_ylabel("test error, %")
 
 
 def section(rows: Sequence[Row]) -> str:
-    """For each task a table: what an epoch of each method costs, and its errors by length; the front in bold."""
+    """Write a table for each task: what an epoch of each method costs, and its errors by length; the front in bold."""
     blocks = []
     for (rate,), same in summary.by(rows, "noise_rate").items():
-        found = pareto.points(same)
-        heads = [_task(rate), "passes an epoch", "CPU s an epoch"]
+        found = points(same)
+        heads = [summary.labels(rate), "passes an epoch", "CPU s an epoch"]
         lengths = sorted({point.epochs for point in found})
         heads += [f"{epochs} epochs: error, %" for epochs in lengths]
-        best = pareto.front(found, "seconds")
+        best = front(found, "seconds")
         names = dict.fromkeys(point.method for point in found)
         lines = [_line(name, [point for point in found if point.method == name], lengths, best) for name in names]
         blocks.append(summary.table(heads, lines))
@@ -123,7 +147,7 @@ def section(rows: Sequence[Row]) -> str:
     return "\n\n".join([*blocks, f"{note} {summary.caption(rows)}"])
 
 
-def _line(name: str, own: Sequence[pareto.Point], lengths: Sequence[int], best: Sequence[pareto.Point]) -> list[str]:
+def _line(name: str, own: Sequence[Point], lengths: Sequence[int], best: Sequence[Point]) -> list[str]:
     epochs = sum(point.epochs for point in own)
     prices = [sum(getattr(point, price).mean for point in own) / epochs for price in ("passes", "seconds")]
     cells = {point.epochs: f"**{point.error}**" if point in best else str(point.error) for point in own}
@@ -141,10 +165,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

@@ -1,4 +1,11 @@
-"""The data sets of the study by name, and what one run sees of them."""
+"""The data of the study by name, label noise, augmentation and Mixup, and what one run sees of them.
+
+The paper's three augmentations of small images (section 3.1):
+
+basic           shift and flip, which `bench.training.data.Batches` does
+cutout          basic, then a square of zeros (DeVries and Taylor, 2017)
+autoaugment     the policy found for CIFAR-10, basic, then cutout (Cubuk et al., 2019, section 4.1)
+"""
 
 from __future__ import annotations
 
@@ -6,15 +13,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bench.paper import cifar, noise
+from bench import records
 from bench.paper.config import Config
 from bench.training import data
 
+AUGMENTATIONS = ("none", "basic", "cutout", "autoaugment")
+CIFAR = {"cifar10": 10, "cifar100": 100}
+CIFAR_DIR = records.ROOT / "data" / "cifar"
+# Patrini et al. 2017 for CIFAR-10: truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog. By the same idea
+# for Fashion-MNIST: pullover <-> coat, shirt -> T-shirt, sandal -> sneaker, ankle boot -> sneaker.
+CONFUSED = {
+    "cifar10": {9: 1, 2: 0, 4: 7, 3: 5, 5: 3},
+    "fashion-mnist": {2: 4, 4: 2, 6: 0, 5: 7, 9: 7},
+}
+
+Change = Callable[[Tensor, torch.Generator], Tensor]
+
 
 class Split(NamedTuple):
-    """The images of one run."""
+    """Holds the images of one run."""
 
     train: data.Images
     test: data.Images  # what `test_error` is of
@@ -25,22 +46,17 @@ class Split(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None = None, say: Callable[[str], None] = print) -> data.Dataset:
-    """A data set, with its name in lower case.
-
-    Raises:
-        ValueError: another name, or damaged files.
-        OSError, RuntimeError: the files cannot be had.
-    """
+    """Return a data set, with its name in lower case."""
     if name == "digits":
         return data.load_digits()
     if name == "fashion-mnist":
         found = data.load(data_dir, say)
         return found._replace(name=found.name.lower())
-    return cifar.load(name, data_dir)
+    return load_cifar(name, data_dir)
 
 
 def split(dataset: data.Dataset, config: Config) -> Split:
-    """The training subset with the noise in its labels, and the test set.
+    """Return the training subset with the noise in its labels, and the test set.
 
     With `validation`, the last part of the subset, its labels clean, is the test set and not trained on.
     """
@@ -51,6 +67,114 @@ def split(dataset: data.Dataset, config: Config) -> Split:
         kept = len(chosen.labels) - round(config.validation * len(chosen.labels))
         test = data.Images(*(part[kept:] for part in chosen))
         chosen = data.Images(*(part[:kept] for part in chosen))
-    labels = noise.corrupted(chosen.labels, config, dataset.classes)
+    labels = corrupted(chosen.labels, config, dataset.classes)
     flip = dataset.flip and config.augment != "none"
     return Split(chosen._replace(labels=labels), test, unseen, chosen.labels, flip, dataset.classes)
+
+
+def load_cifar(name: str, folder: Path | None = None) -> data.Dataset:
+    """Read both parts of CIFAR-10 or CIFAR-100.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        folder: has "cifar-10-batches-py" or "cifar-100-python" in it; it is used or refused. Without one the files are
+            downloaded, once.
+    """
+    if name not in CIFAR:
+        raise ValueError(f"Invalid dataset={name!r}. Must be one of {', '.join(CIFAR)}.")
+    datasets = records.torchvision(f"--dataset {name}").datasets
+    reader = getattr(datasets, name.upper())
+    try:
+        train, test = (reader(folder or CIFAR_DIR, train=train, download=folder is None) for train in (True, False))
+    except RuntimeError as error:
+        if folder is None:
+            raise
+        raise FileNotFoundError(f"No {reader.base_folder} with the published files in {folder}.") from error
+    return data.Dataset(name, str(folder or CIFAR_DIR), _images(train), _images(test), flip=True, classes=CIFAR[name])
+
+
+def _images(part: torch.utils.data.Dataset) -> data.Images:
+    pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()  # [N, 32, 32, 3] -> [N, 3, 32, 32]
+    return data.Images(pixels, torch.tensor(part.targets, dtype=torch.int64))
+
+
+def confused(dataset: str, classes: int) -> dict[int, int]:
+    """Return the class that each class is taken for; in data sets without such pairs the next one, round the circle."""
+    return CONFUSED.get(dataset, {c: (c + 1) % classes for c in range(classes)})
+
+
+def asymmetric(labels: Tensor, rate: float, seed: int, pairs: dict[int, int]) -> Tensor:
+    """Change exactly round(rate * n) of the n labels of each class in `pairs` to that of its partner."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"Invalid {rate=}. Must be in [0, 1).")
+    generator = torch.Generator().manual_seed(seed)
+    noisy = labels.clone()
+    for source, target in sorted(pairs.items()):
+        members = (labels == source).nonzero().squeeze(1)
+        chosen = torch.randperm(len(members), generator=generator)[: round(rate * len(members))]
+        noisy[members[chosen]] = target
+    return noisy
+
+
+def corrupted(labels: Tensor, config: Config, classes: int) -> Tensor:
+    """Return the labels of a run, [N] int64, with the noise of its configuration."""
+    if config.noise == "asymmetric":
+        return asymmetric(labels, config.noise_rate, config.seed, confused(config.dataset, classes))
+    return data.corrupt_labels(labels, config.noise_rate, config.seed, classes)
+
+
+def mix(
+    images: Tensor, labels: Tensor, alpha: float, classes: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mix every example with another of its batch, all in the same proportion (section 2 of the paper).
+
+        x = a x_i + (1 - a) x_j,  y = a y_i + (1 - a) y_j,  a ~ Beta(alpha, alpha),  j a permutation of i
+
+    Returns:
+        The images, and the probabilities [B, classes] float32 of the classes.
+    """
+    # Beta(alpha, alpha) is the share of one of two equal Gamma variables; torch.distributions takes no generator.
+    gammas = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator)
+    share = float(gammas[0] / gammas.sum())
+    partner = torch.randperm(len(labels), generator=generator).to(labels.device)
+    targets = F.one_hot(labels, classes).float()
+    return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, share)
+
+
+def augmentation(name: str, size: int) -> data.Augmentation:
+    """Return what an augmentation does besides shifts and flips."""
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"Invalid augment={name!r}. Must be one of {', '.join(AUGMENTATIONS)}.")
+    if name in ("none", "basic"):
+        return data.NOTHING_ELSE
+    return data.Augmentation(before=autoaugment() if name == "autoaugment" else None, after=cutout(size // 2))
+
+
+def cutout(length: int) -> Change:
+    """Return what puts a square of zeros, `length` pixels wide, around a random pixel of each image, partly outside."""
+
+    def change(images: Tensor, generator: torch.Generator) -> Tensor:  # [B, C, H, W] float32, mean 0
+        covered = torch.ones(len(images), 1, 1, 1, dtype=torch.bool)
+        for dim in (2, 3):
+            size = images.shape[dim]
+            start = torch.randint(size, (len(images), 1), generator=generator) - length // 2
+            pixel = torch.arange(size)
+            inside = (pixel >= start) & (pixel < start + length)  # [B, size]
+            covered = covered & inside.unflatten(1, (1, size, 1) if dim == 2 else (1, 1, size))
+        return images.masked_fill(covered.to(images.device), 0)
+
+    return change
+
+
+def autoaugment() -> Change:
+    """Return torchvision's AutoAugment with the policy for CIFAR-10, drawn for each image."""
+    transforms = records.torchvision("--augment autoaugment").transforms.v2
+    policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+
+    def change(images: Tensor, generator: torch.Generator) -> Tensor:  # [B, C, H, W] uint8
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            return torch.stack([policy(image) for image in images])
+
+    return change

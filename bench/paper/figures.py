@@ -2,40 +2,75 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.paper.summary import Interval, interval
-from bench.training.curves import GRID, INK
+from bench.figures import GREY as GREY
+from bench.figures import canvas as canvas
+from bench.paper.summary import Interval, by, interval, of, subtitle
+from bench.records import Row
 
 SAM, SGD = "#1f5fa8", "#b5541c"
 # Methods that are compared with them: apart in hue and in lightness.
 OTHERS = ("#2f8f6b", "#8a4fa3", "#c2991f", "#5b6670", "#d06a93", "#4fa7c4")
-GREY = "#666666"
 
 
 def colours(labels: list[str]) -> dict[str, str]:
-    """A colour for each method: plain SGD and plain SAM have theirs in every picture."""
+    """Return a colour for each method: plain SGD and plain SAM have theirs in every picture."""
     fixed = {"SGD": SGD, "SAM": SAM}
     others = [label for label in labels if label not in fixed]
     return fixed | {label: OTHERS[place % len(OTHERS)] for place, label in enumerate(others)}
 
 
-def line(axes: Any, points: Sequence[tuple[float, Interval]], label: str, colour: str) -> None:
-    """Means over x, with their intervals as whiskers."""
+def describe(axes: Any, title: str, x: str) -> None:
+    """Write the title of a panel and what its x axis is."""
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+
+
+def line(
+    axes: Any, points: Iterable[tuple[float, Interval]], label: str, colour: str, style: str = "-", ring: Any = None
+) -> None:
+    """Draw means over x, with their intervals as whiskers, and a ring around the point at x = `ring`."""
     points = sorted(points)
     x, spreads = [x for x, _ in points], [spread for _, spread in points]
     whiskers = [0.0 if math.isnan(spread.half) else spread.half for spread in spreads]
     look = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 4, "capsize": 3, "elinewidth": 1.0}
-    axes.errorbar(x, [spread.mean for spread in spreads], yerr=whiskers, label=label, **look)
+    axes.errorbar(x, [spread.mean for spread in spreads], yerr=whiskers, label=label, linestyle=style, **look)
+    if ring is not None:
+        axes.plot([ring], [dict(points)[ring].mean], "o", color=colour, markersize=11, fillstyle="none")
 
 
-def dots(axes: Any, values: Mapping[str, Sequence[float]]) -> None:
-    """A line per method, from the top: each run as a dot, the mean with its interval under them."""
+def level(axes: Any, rows: Sequence[Row], name: str = "test_error", label: str = "SGD", style: str = "--") -> None:
+    """Draw the mean of SGD's runs, if there are any, across the panel."""
+    if rows:
+        axes.axhline(of(rows, name).mean, color=SGD, linestyle=style, linewidth=1.2, label=label)
+
+
+def radii(axes: Any, rhos: Sequence[float]) -> None:
+    """Make x the radius, on a logarithmic scale with marks at these."""
+    axes.set_xscale("log")
+    axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
+    axes.minorticks_off()
+
+
+def errors(title: str, height: float) -> Callable[[Sequence[Row], Path], None]:
+    """Return what draws the test error of each run, and the intervals of the methods."""
+
+    def draw(rows: Sequence[Row], path: Path) -> None:
+        with canvas(title, subtitle(rows), path, height=height) as (axes,):
+            dots(axes, rows)
+
+    return draw
+
+
+def dots(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw a line per method, from the top: each run's error as a dot, the mean with its interval under them."""
+    values = {label: [row["test_error"] for row in same] for (label,), same in by(rows, "method").items()}
     known = colours(list(values))
+    axes.set_xlabel("Test error (%)")
     for place, (label, runs) in enumerate(values.items()):
         spread = interval(runs)
         whisker = 0.0 if math.isnan(spread.half) else spread.half
@@ -45,45 +80,3 @@ def dots(axes: Any, values: Mapping[str, Sequence[float]]) -> None:
         axes.annotate(f"{spread.mean:.2f}", (spread.mean, place + 0.15), (0, -6), color=known[label], **text)
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.4, -0.6)
-
-
-@contextlib.contextmanager
-def canvas(
-    title: str, subtitle: str, path: Path, *, panels: int = 1, rows: int = 1, height: float = 4.4
-) -> Iterator[list[Any]]:
-    """Panels to draw on, left to right and then down; the PNG is written at the end.
-
-    Args:
-        title: what was measured.
-        subtitle: data, length and number of seeds.
-        path: where the picture goes; its folder is made.
-        panels: number of them.
-        rows: in as many rows.
-        height: inches, of the whole.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    look = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
-    with plt.rc_context(look | {"xtick.color": INK, "ytick.color": INK, "legend.frameon": False}):
-        columns = -(-panels // rows)
-        width = {1: 7.0, 2: 10.0}.get(columns, 13.0)
-        figure, grid = plt.subplots(rows, columns, figsize=(width, height), dpi=150, squeeze=False)
-        axes = list(grid.flat)
-        for panel in axes[panels:]:
-            panel.axis("off")
-        try:
-            yield axes[:panels]
-            for panel in axes[:panels]:
-                panel.grid(axis="y", color=GRID)
-                panel.set_axisbelow(True)
-                panel.spines[["top", "right"]].set_visible(False)
-            figure.text(0.01, 1 - 0.07 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
-            figure.text(0.01, 1 - 0.42 / height, subtitle, ha="left", va="center", fontsize=9, color=GREY)
-            figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / height), w_pad=2.5)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Software": None})
-        finally:
-            plt.close(figure)

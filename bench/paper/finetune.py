@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.paper import defaults, figures, models, runner, summary, tables, training
+from bench.paper import figures, flags, models, runner, summary, tables, training
 from bench.paper.config import Config
 from bench.paper.data import Split, split
 from bench.paper.runner import Experiment, Named
@@ -30,16 +30,11 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--rhos", type=float, nargs="*", default=[0.01], help="SAM with these radii too (default: 0.01)")
     add("--checkpoint", type=Path, help="state_dict of the --model, to be fine-tuned on all classes of the --dataset")
-    add(
-        "--pretrain-size",
-        type=int,
-        default=12_000,
-        metavar="N",
-        help="images of the first model (default: %(default)s)",
-    )
+    size = "images of the first model (default: %(default)s)"
+    add("--pretrain-size", type=int, default=12_000, metavar="N", help=size)
     epochs = "epochs of the first model (default: %(default)s)"
     add("--pretrain-epochs", type=int, default=4, metavar="N", help=epochs)
-    add("--pretrain-lr", type=float, default=defaults.SMALL["lr"], help="its learning rate (default: %(default)s)")
+    add("--pretrain-lr", type=float, default=flags.SMALL["lr"], help="its learning rate (default: %(default)s)")
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
@@ -60,7 +55,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
 
 
 def half(dataset: data.Dataset, parity: int) -> data.Dataset:
-    """The images of the classes whose number is even (0) or odd (1); classes 2 k and 2 k + 1 become class k."""
+    """Return the images of the classes whose number is even (0) or odd (1); classes 2 k and 2 k + 1 become class k."""
 
     def chosen(images: data.Images) -> data.Images:
         kept = images.labels % 2 == parity
@@ -83,12 +78,12 @@ def execute(config: Config, context: training.Context) -> Row:
 
 
 def _pretrained(config: Config, context: training.Context) -> dict[str, Tensor]:
-    """Weights of the seed's first model; from the file, if there is one."""
+    """Return the weights of the seed's first model; from the file, if there is one."""
     first = replace(
         config,
         **config.extra["pretraining"],
         batch_size=64,
-        weight_decay=defaults.SMALL["weight_decay"],
+        weight_decay=flags.SMALL["weight_decay"],
         optimizer="sgd",
         options={},
         freeze_batchnorm=False,
@@ -103,11 +98,7 @@ def _pretrained(config: Config, context: training.Context) -> dict[str, Tensor]:
 
 
 def with_new_head(config: Config, images: Split, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, with those of the last layer random where it has another number of classes.
-
-    Raises:
-        ValueError: they are not of this network.
-    """
+    """Return the weights, with those of the last layer random where it has another number of classes."""
     torch.manual_seed(config.seed)
     channels, size = data.channelled(images.train.images[:1]).shape[1:3]
     fresh = models.make(config.model, channels=channels, classes=images.classes, size=size).state_dict()
@@ -119,21 +110,9 @@ def with_new_head(config: Config, images: Split, weights: dict[str, Tensor]) -> 
     return {n: weights[n] if weights[n].shape == value.shape else value for n, value in fresh.items()}
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
-    """Test error of each run, and the intervals."""
-    subtitle = f"{summary.task(rows[0])}; {len(summary.by(rows, 'seed'))} seeds, mean and 95 % interval"
-    errors = {label: [row["test_error"] for row in same] for (label,), same in summary.by(rows, "method").items()}
-    with figures.canvas("Fine-tuning with frozen statistics", subtitle, path, height=3.6) as (axes,):
-        figures.dots(axes, errors)
-        axes.set_xlabel("Test error (%)")
-
-
 def section(rows: Sequence[Row]) -> str:
-    """Ours, and the paper's."""
-    lines = []
-    for (label,), same in summary.by(rows, "method").items():
-        shown = [summary.of(same, name) for name in ("test_error", "train_error")]
-        lines.append([label, f"{summary.of(same, 'passes').mean:.0f}", *map(str, shown)])
+    """Write ours, and the paper's."""
+    lines = [[label, *summary.errors(same)] for (label,), same in summary.by(rows, "method").items()]
     ours = summary.table(["method", "passes", "test error, %", "training error, %"], lines)
     return f"{ours}\n\n{summary.caption(rows)}\n\n{_published()}"
 
@@ -144,7 +123,7 @@ def _published() -> str:
     lines = []
     for name in dict.fromkeys(dataset for dataset, _, _ in cells):
         found = [cells[(name, *kind)] for kind in kinds]
-        lines.append([name, *(f"{r['mean']}" if r["half"] is None else f"{r['mean']} ± {r['half']}" for r in found)])
+        lines.append([name, *map(tables.text, found)])
     return summary.table(["paper: test error, %", *(f"{model}, {method}" for model, method in kinds)], lines)
 
 
@@ -152,7 +131,7 @@ EXPERIMENT = Experiment(
     "finetune",
     __doc__,
     grid,
-    figure,
+    figures.errors("Fine-tuning with frozen statistics", 3.6),
     section,
     add_arguments=add_arguments,
     defaults={"train_size": 100, "epochs": 40, "batch_size": 25, "lr": 0.03, "weight_decay": 1e-5},
@@ -160,10 +139,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

@@ -48,7 +48,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
 
 
 def _methods(base: Config, rho: float, alpha: float) -> dict[str, Config]:
-    """By name. Bootstrapped ones are after those that they take their labels from."""
+    """Return the runs by name. Bootstrapped ones are after those that they take their labels from."""
     rho = rho / 2 if base.noise_rate >= LARGE_NOISE else rho
     mixed = replace(base, epochs=2 * base.epochs, mixup=alpha)
     sam = replace(base, optimizer="sam", options={"rho": rho})
@@ -57,7 +57,7 @@ def _methods(base: Config, rho: float, alpha: float) -> dict[str, Config]:
 
 
 def execute(config: Config, context: training.Context) -> Row:
-    """A run, with what its model thinks of its training labels kept for the bootstrapped one."""
+    """Train a run, with what its model thinks of its training labels kept for the bootstrapped one."""
     if not config.bootstrap:
         model = _first(config, context)
         return model["result"] | {"right_labels": model["right"]}
@@ -71,7 +71,7 @@ def execute(config: Config, context: training.Context) -> Row:
 
 
 def _first(config: Config, context: training.Context) -> Row:
-    """A finished run and the labels its model gives to the training images; from the file, if there is one."""
+    """Return a finished run and the labels its model gives to the training images; from the file, if there is one."""
     path = context.folder / f"{config.key}.labels.pt"
     if path.is_file():
         return torch.load(path, weights_only=True)
@@ -84,27 +84,19 @@ def _first(config: Config, context: training.Context) -> Row:
 
 
 def _agreement(labels: Tensor, others: Tensor) -> float:
-    """Percentage of equal labels."""
+    """Return the percentage of equal labels."""
     return 100 * float((labels == others).double().mean())
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Test error over the rate, a panel for each kind of noise; of a kind with one rate all runs."""
+    """Draw test error over the rate, a panel for each kind of noise; of a kind with one rate all runs."""
     kinds = summary.by(rows, "noise")
-    seeds = len(summary.by(rows, "seed"))
-    subtitle = f"{summary.task(rows[0])}; {seeds} seeds, mean and 95 % interval"
-    with figures.canvas("Wrong training labels", subtitle, path, panels=len(kinds)) as panels:
+    with figures.canvas("Wrong training labels", summary.subtitle(rows), path, panels=len(kinds)) as panels:
         for axes, ((noise,), same) in zip(panels, kinds.items(), strict=True):
             rates = sorted(rate for (rate,) in summary.by(same, "noise_rate"))
-            (_one_rate if len(rates) == 1 else _over_rates)(axes, same)
+            (figures.dots if len(rates) == 1 else _over_rates)(axes, same)
             which = f", {rates[0]:.0%}" if len(rates) == 1 else ""
             axes.set_title(f"{noise.capitalize()} noise{which}", loc="left", fontsize=11)
-
-
-def _one_rate(axes: Any, rows: Sequence[Row]) -> None:
-    methods = summary.by(rows, "method")
-    figures.dots(axes, {label: [row["test_error"] for row in same] for (label,), same in methods.items()})
-    axes.set_xlabel("Test error (%)")
 
 
 def _over_rates(axes: Any, rows: Sequence[Row]) -> None:
@@ -120,7 +112,7 @@ def _over_rates(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """A table for each kind of noise; beside symmetric noise the paper's figures."""
+    """Write a table for each kind of noise; beside symmetric noise the paper's figures."""
     published = {(row["method"], row["noise_rate"]): row["mean"] for row in tables.published("label_noise")}
     parts = [
         _accuracies(f"{noise} noise", same, published if noise == "symmetric" else {})
@@ -130,7 +122,7 @@ def section(rows: Sequence[Row]) -> str:
 
 
 def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, float], float]) -> str:
-    """A line per method, a column per rate."""
+    """Write a line per method, a column per rate."""
     rates = sorted(rate for (rate,) in summary.by(rows, "noise_rate"))
     cells = summary.by(rows, "method", "noise_rate")
     heads = [f"{title}: test accuracy, %"]
@@ -152,7 +144,7 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
 
 
 def _gained(sgd: Sequence[Row], sam: Sequence[Row]) -> list[float]:
-    """Points of accuracy for each seed that both have: images, noise and first weights are the same."""
+    """Return points of accuracy for each seed that both have: images, noise and first weights are the same."""
     errors = {row["seed"]: row["test_error"] for row in sgd}
     return [errors[row["seed"]] - row["test_error"] for row in sam if row["seed"] in errors]
 
@@ -169,10 +161,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

@@ -9,14 +9,15 @@ BatchNorm: with BatchNorm small groups would also be normalised by few images, w
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 
-from bench.paper import association, figures, noise, runner, summary
+from bench.paper import data, figures, runner, summary
 from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.paper.training import Training
@@ -25,6 +26,8 @@ from fused_sam import analysis
 
 RADII = (0.05, 0.2)  # to measure with; one step of the ascent, so that it is the gap that SAM sees in its step
 SHOWN = 0.2  # in the picture
+RESAMPLES = 400
+NEIGHBOURS = 3  # of scikit-learn's estimator, which needs more runs than that
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -38,7 +41,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
-    """SGD, which is SAM with rho = 0 for any m, and SAM for every m and rho."""
+    """Return SGD, which is SAM with rho = 0 for any m, and SAM for every m and rho."""
     if max(args.measured_m) > args.examples:
         raise ValueError(f"Invalid measured_m={args.measured_m}. Must be at most {args.examples}, the images for it.")
     model = base.model if args.batchnorm else f"{base.model}-groupnorm"
@@ -53,7 +56,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
 
 
 def observe(training: Training) -> Row:
-    """The gap, and the m-sharpness of the training loss of the network in evaluation mode."""
+    """Measure the gap, and the m-sharpness of the training loss of the network in evaluation mode."""
     config, images = training.config, training.images
     gap = noisy_test_error(training) - training.evaluate(images.train)[0]
     batch = training.examples(config.extra["examples"])
@@ -66,23 +69,21 @@ def observe(training: Training) -> Row:
 
 
 def noisy_test_error(training: Training) -> float:
-    """Percentage of the test images, their labels with the noise of the training labels, in a wrong class."""
+    """Return the percentage of test images in a wrong class, their labels with the noise of the training labels."""
     test, config = training.images.test, training.config
-    labels = noise.corrupted(test.labels, config, training.images.classes)
+    labels = data.corrupted(test.labels, config, training.images.classes)
     return training.evaluate(test._replace(labels=labels))[0]
 
 
 def measured(rows: Sequence[Row], rho: float, m: int) -> list[float]:
-    """The m-sharpness of every run."""
+    """Return the m-sharpness of every run."""
     return [next(x["sharpness"] for x in row["sharpness"] if (x["rho"], x["m"]) == (rho, m)) for row in rows]
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Error over rho for each m; the gap over the m-sharpness; what that predicts, for each m it is measured with."""
-    config = rows[0]["config"]
-    runs = len(rows)
-    about = f"{summary.task(rows[0])}, {config['noise_rate']:.0%} label noise"
-    subtitle = f"{about}; mean and 95 % interval of {len(summary.by(rows, 'seed'))} seeds, {runs} runs"
+    """Draw error over rho by m, the gap over the m-sharpness, and what that predicts by the m that is measured."""
+    noise_rate = f"{rows[0]['config']['noise_rate']:.0%} label noise"
+    subtitle = f"{summary.subtitle(rows, noise_rate)}, {len(rows)} runs"
     with figures.canvas("m-sharpness", subtitle, path, panels=3) as (errors, scatter, predictive):
         _errors(errors, rows)
         _scatter(scatter, rows)
@@ -90,36 +91,28 @@ def figure(rows: Sequence[Row], path: Path) -> None:
 
 
 def _colours(rows: Sequence[Row]) -> dict[int, str]:
-    """One for each m, in training and measured."""
+    """Return one for each m, in training and measured."""
     trained = {m for (m,) in summary.by(rows, "micro_batch") if m is not None}
     ms = sorted(trained.union(rows[0]["config"]["extra"]["m"]))
     named = figures.colours([str(m) for m in ms])
     return {m: named[str(m)] for m in ms}
 
 
-def _errors(axes: Any, rows: Sequence[Row]) -> None:
+def _sgd_and_sam(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     sam = [row for row in rows if row["config"]["options"]]
+    return [row for row in rows if row not in sam], sam
+
+
+def _errors(axes: Any, rows: Sequence[Row]) -> None:
+    sgd, sam = _sgd_and_sam(rows)
     colours = _colours(rows)
     for (m,), same in summary.by(sam, "micro_batch").items():
-        points = [(rho, summary.of(of)) for rho, of in _by_rho(same).items()]
+        points = [(rho, summary.of(of)) for rho, of in summary.by_option(same, "rho").items()]
         figures.line(axes, points, f"m={m}", colours[m])
-    plain = [row for row in rows if not row["config"]["options"]]
-    if plain:
-        axes.axhline(summary.of(plain).mean, color=figures.SGD, linestyle="--", linewidth=1.2, label="SGD")
-    rhos = sorted(_by_rho(sam))
-    axes.set_xscale("log")
-    axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
-    axes.minorticks_off()
-    axes.set_title("Test error (%) by m in training", loc="left", fontsize=11)
-    axes.set_xlabel("rho in training")
+    figures.level(axes, sgd)
+    figures.radii(axes, list(summary.by_option(sam, "rho")))
+    figures.describe(axes, "Test error (%) by m in training", "rho in training")
     axes.legend()
-
-
-def _by_rho(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    groups: dict[float, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["config"]["options"]["rho"], []).append(row)
-    return groups
 
 
 def _scatter(axes: Any, rows: Sequence[Row]) -> None:
@@ -129,62 +122,128 @@ def _scatter(axes: Any, rows: Sequence[Row]) -> None:
     for m in ms:
         axes.scatter(measured(rows, SHOWN, m), gaps, s=14, color=colours[m], alpha=0.8)
     axes.set_xscale("log")
-    axes.set_title("Generalisation gap (% points)", loc="left", fontsize=11)
-    axes.set_xlabel(f"m-sharpness with rho={SHOWN:g}; m: colours as on the right")
+    figures.describe(
+        axes, "Generalisation gap (% points)", f"m-sharpness with rho={SHOWN:g}; m: colours as on the right"
+    )
 
 
 def _predictive(axes: Any, rows: Sequence[Row]) -> None:
-    """Mutual information as bars, with what chance gives as a line across each; the rank correlation above."""
+    """Draw mutual information as bars, with what chance gives as a line across each; the rank correlation above."""
     ms = rows[0]["config"]["extra"]["m"]
     colours = _colours(rows)
     gaps = [row["gap"] for row in rows]
     for place, m in enumerate(ms):
-        found = association.mutual_information(measured(rows, SHOWN, m), gaps) if len(rows) >= 3 else None
-        if found is None:
+        if len(rows) <= NEIGHBOURS:
             continue
-        rank = association.spearman(measured(rows, SHOWN, m), gaps)
+        found = mutual_information(measured(rows, SHOWN, m), gaps)
+        rank = spearman(measured(rows, SHOWN, m), gaps)
         axes.bar(place, found.value, color=colours[m], width=0.6)
         axes.hlines(found.chance, place - 0.4, place + 0.4, color=figures.GREY, linestyle="--", linewidth=1.2)
         axes.annotate(f"{rank.value:+.2f}", (place, max(found.value, found.chance)), ha="center", va="bottom")
     axes.set_xticks(range(len(ms)), [str(m) for m in ms])
     axes.margins(y=0.15)
-    axes.set_title("Mutual information with the gap (nats)", loc="left", fontsize=11)
-    axes.set_xlabel("m measured; above: Spearman's rho; line: chance")
+    about = "m measured; above: Spearman's rho; line: chance"
+    figures.describe(axes, "Mutual information with the gap (nats)", about)
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Error and gap for each m and rho, then what the measurements predict."""
+    """Write error and gap for each m and rho, then what the measurements predict."""
     parts = [_table(rows, "test_error", "test error, %"), _table(rows, "gap", "generalisation gap, % points")]
-    if len(rows) >= 3:
+    if len(rows) > NEIGHBOURS:
         parts.append(_predictions(rows))
     return "\n\n".join([*parts, summary.caption(rows)])
 
 
 def _table(rows: Sequence[Row], name: str, title: str) -> str:
-    """A line per m, a column per rho."""
-    sam = [row for row in rows if row["config"]["options"]]
-    rhos = sorted(_by_rho(sam))
-    plain = [row for row in rows if not row["config"]["options"]]
+    """Write a line per m, a column per rho."""
+    sgd, sam = _sgd_and_sam(rows)
+    rhos = list(summary.by_option(sam, "rho"))
+    plain = str(summary.of(sgd, name)) if sgd else ""
     lines = []
     for (m,), same in summary.by(sam, "micro_batch").items():
-        cells = {rho: str(summary.of(of, name)) for rho, of in _by_rho(same).items()}
-        sgd = str(summary.of(plain, name)) if plain else ""
-        lines.append([f"m = {m}", sgd, *(cells.get(rho, "") for rho in rhos)])
+        cells = {rho: str(summary.of(of, name)) for rho, of in summary.by_option(same, "rho").items()}
+        lines.append([f"m = {m}", plain, *(cells.get(rho, "") for rho in rhos)])
     return summary.table([title, "SGD", *(f"rho = {rho:g}" for rho in rhos)], lines)
 
 
 def _predictions(rows: Sequence[Row]) -> str:
-    """A line per measurement."""
+    """Write a line per measurement."""
+    from scipy import stats
+
     gaps = [row["gap"] for row in rows]
     lines = []
     for rho in RADII:
         for m in rows[0]["config"]["extra"]["m"]:
             values = measured(rows, rho, m)
-            ranks = [str(association.spearman(values, gaps)), f"{association.kendall(values, gaps):+.2f}"]
-            information = association.mutual_information(values, gaps)
-            lines.append([f"m = {m}, rho = {rho:g}", *ranks, str(information or "")])
+            ranks = [str(spearman(values, gaps)), f"{stats.kendalltau(values, gaps).statistic:+.2f}"]
+            lines.append([f"m = {m}, rho = {rho:g}", *ranks, str(mutual_information(values, gaps))])
     heads = ["m-sharpness", "Spearman's rho with the gap", "Kendall's tau", "mutual information, nats (chance)"]
     return summary.table(heads, lines)
+
+
+# how well one figure of many runs predicts another
+
+
+class Estimate(NamedTuple):
+    """Holds a rank correlation with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+class Information(NamedTuple):
+    """Holds mutual information in nats, and what 95 % of estimates stay below when the two have nothing in common."""
+
+    value: float
+    chance: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.chance:.2f})"
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Return Spearman's rho of n >= 3 runs; percentiles over samples of as many runs, drawn with replacement."""
+    import numpy as np
+    from scipy import stats
+
+    x, y = np.asarray(x), np.asarray(y)
+    draws = np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))
+    # A sample of one run only, repeated, has no correlation.
+    samples = [(x[draw], y[draw]) for draw in draws if np.ptp(x[draw]) and np.ptp(y[draw])]
+    low, high = np.quantile([stats.spearmanr(*sample).statistic for sample in samples], [0.025, 0.975])
+    return Estimate(float(stats.spearmanr(x, y).statistic), float(low), float(high))
+
+
+def mutual_information(x: Sequence[float], y: Sequence[float]) -> Information:
+    """Return I(x; y) by the distances to nearest neighbours (Kraskov et al. 2004), after ranking.
+
+    Mutual information does not change when x or y is mapped monotonically; this estimate of it does, so both are
+    ranked first. A bootstrap repeats runs, which are then at distance 0 of each other and look like information. So
+    instead of an interval there is the estimate for shuffled ranks, which shows how much of the figure is chance.
+    """
+    from scipy import stats
+
+    return Information(_estimate(stats.rankdata(x), stats.rankdata(y)), _chance(len(x)))
+
+
+@functools.cache
+def _chance(runs: int) -> float:
+    """Return the 95th percentile of the estimate for ranks in random order."""
+    import numpy as np
+
+    generator, ranks = np.random.default_rng(0), np.arange(runs)
+    return float(np.quantile([_estimate(generator.permutation(ranks), ranks) for _ in range(RESAMPLES)], 0.95))
+
+
+def _estimate(x: Any, y: Any) -> float:
+    from sklearn.feature_selection import mutual_info_regression
+
+    found = mutual_info_regression(x[:, None], y, n_neighbors=NEIGHBOURS, discrete_features=False, random_state=0)
+    return float(found[0])
 
 
 EXPERIMENT = Experiment(
@@ -199,10 +258,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.paper.config import Config
+from bench.records import Row
 from fused_sam import FusedSAM, batchnorm
 
 LossOf: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of images and targets, at the weights of the moment
@@ -41,14 +43,14 @@ def stepper(name: str) -> Callable[[Factory], Factory]:
 
 
 def make(model: nn.Module, config: Config) -> Stepper:
-    """The stepper of a run."""
+    """Return the stepper of a run."""
     if config.optimizer not in STEPPERS:
         raise ValueError(f"Invalid optimizer={config.optimizer!r}. Must be one of {', '.join(sorted(STEPPERS))}.")
     return STEPPERS[config.optimizer](model, config)
 
 
 def base_options(config: Config, base: type[Optimizer]) -> dict[str, Any]:
-    """Arguments of the base optimizer."""
+    """Return arguments of the base optimizer."""
     shared = {"lr": config.lr, "weight_decay": config.weight_decay}
     if issubclass(base, torch.optim.SGD):
         return shared | {"momentum": config.momentum, "nesterov": config.nesterov}
@@ -104,7 +106,7 @@ class Sharp:
         return loss, passes
 
     def _passes(self) -> float:
-        """Of the next step. The product with the Hessian in the second-order term counts as a pass."""
+        """Return those of the next step. The product with the Hessian in the second-order term counts as a pass."""
         sam = self.optimizer
         if sam.direction == "momentum" or not sam.perturb_next:
             return 1.0
@@ -113,7 +115,7 @@ class Sharp:
 
 
 def _backward_with_graph(loss: Tensor) -> None:
-    """For the second-order term; FusedSAM breaks the cycle that torch warns of."""
+    """Take the gradient for the second-order term; FusedSAM breaks the cycle that torch warns of."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
         loss.backward(create_graph=True)
@@ -137,3 +139,50 @@ def _sam(model: nn.Module, config: Config) -> Stepper:
 @stepper("sam-adam")
 def _sam_adam(model: nn.Module, config: Config) -> Stepper:
     return Sharp(model, config, torch.optim.Adam)
+
+
+# SGD, SAM, and the ways to make SAM cheaper, by the names that tables and pictures use
+
+
+@dataclass(frozen=True)
+class Method:
+    """Says how a method makes its steps.
+
+    Args:
+        optimizer: a name in methods.STEPPERS.
+        options: of FusedSAM, besides rho.
+        ascent: the part of each batch that e is made from.
+    """
+
+    optimizer: str = "sam"
+    options: dict[str, Any] = field(default_factory=dict)
+    ascent: float | None = None
+
+    def configure(self, base: Config, rho: float) -> Config:
+        """Return a run with this method and radius, which SGD does without."""
+        if self.optimizer == "sgd":
+            return base
+        return replace(base, optimizer=self.optimizer, options={"rho": rho} | self.options, ascent=self.ascent)
+
+
+METHODS = {
+    "SGD": Method("sgd"),
+    "SAM": Method(),
+    "SAM, e from a quarter": Method(ascent=0.25),
+    "SAM, every 2nd step": Method(options={"interval": 2}),
+    "SAM, every 5th step": Method(options={"interval": 5}),
+    "LookSAM, every 5th step": Method(options={"interval": 5, "looksam_alpha": 0.7}),
+    "MSAM": Method(options={"direction": "momentum"}),
+}
+
+
+def name_of(row: Row) -> str:
+    """Return the method of a row, whatever its radius."""
+    config = row["config"]
+    # Rows from before looksam_alpha had this name call it reuse.
+    renamed = {"looksam_alpha" if name == "reuse" else name: value for name, value in config["options"].items()}
+    options = {name: value for name, value in renamed.items() if name != "rho"}
+    for name, method in METHODS.items():
+        if (config["optimizer"], options, config["ascent"]) == (method.optimizer, method.options, method.ascent):
+            return name
+    raise ValueError(f"Invalid row with optimizer={config['optimizer']!r}, {options=}. Must be of methods.METHODS.")

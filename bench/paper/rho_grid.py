@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.paper import figures, runner, savings, summary, tables
+from bench.paper import figures, methods, runner, summary, tables
 from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.paper.training import Training
@@ -29,7 +29,7 @@ PAPER_VALIDATION, VALIDATION = 0.1, 0.5
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    kinds = [name for name in savings.METHODS if name != "SGD"]
+    kinds = [name for name in methods.METHODS if name != "SGD"]
     whose = f"whose radius is chosen: {'; '.join(kinds)} (default: %(default)s)"
     add("--method", choices=kinds, default="SAM", metavar="NAME", help=whose)
     add("--rhos", type=float, nargs="+", default=list(RHOS), metavar="RHO", help="radii to try (default: the paper's)")
@@ -40,52 +40,36 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
-    """SGD, and the method with every radius, for every rate of noise."""
-    method = savings.METHODS[args.method]
+    """Return SGD, and the method with every radius, for every rate of noise."""
+    method = methods.METHODS[args.method]
     usual = PAPER_VALIDATION if args.paper else VALIDATION
     held_out = usual if args.validation is None else args.validation
     runs = []
     for rate in args.noise_rates:
         task = replace(base, validation=held_out, noise_rate=rate)
-        runs.append((f"SGD, {_task(rate)}", task))
+        runs.append((f"SGD, {summary.labels(rate)}", task))
         for rho in args.rhos:
-            runs.append((f"{args.method} rho={rho:g}, {_task(rate)}", method.configure(task, rho)))
+            runs.append((f"{args.method} rho={rho:g}, {summary.labels(rate)}", method.configure(task, rho)))
     return runs
 
 
 def observe(training: Training) -> Row:
-    """The error on the test set."""
+    """Measure the error on the test set."""
     return {"unseen_error": training.evaluate(training.images.unseen)[0]}
 
 
-def rho_of(row: Row) -> float:
-    """0 for SGD."""
-    return row["config"]["options"].get("rho", 0.0)
+def by_rho(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    """Group the rows of one task and method by radius, which is 0 for SGD."""
+    return summary.by_option(rows, "rho", 0.0)
 
 
 def chosen(rows: Sequence[Row]) -> float:
-    """The radius with the lowest mean error on the images held out; the smaller of two that are alike.
-
-    Args:
-        rows: of one task and method; those of SGD do not count.
-    """
-    means = {rho: summary.of(same).mean for rho, same in _by_rho(rows).items() if rho}
-    return min(means, key=lambda rho: (means[rho], rho))
-
-
-def _by_rho(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    groups: dict[float, list[Row]] = {}
-    for row in sorted(rows, key=rho_of):
-        groups.setdefault(rho_of(row), []).append(row)
-    return groups
-
-
-def _task(rate: float) -> str:
-    return f"{rate:.0%} label noise" if rate else "clean labels"
+    """Return the radius that is chosen for one task and method; the rows of SGD do not count."""
+    return summary.chosen({rho: same for rho, same in by_rho(rows).items() if rho})
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """A panel for each rate of noise: both errors over rho, and those of SGD."""
+    """Draw a panel for each rate of noise: both errors over rho, and those of SGD."""
     tasks = summary.by(rows, "noise_rate")
     config, seeds = rows[0]["config"], len({row["seed"] for row in rows})
     held_out = round(config["validation"] * config["train_size"])
@@ -94,45 +78,25 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     with figures.canvas("Choosing rho on images held out", about, path, panels=len(tasks)) as panels:
         for axes, ((rate,), same) in zip(panels, tasks.items(), strict=True):
             _panel(axes, same)
-            axes.set_title(f"{_task(rate)}, rho = {chosen(same):g} chosen", loc="left", fontsize=11)
+            figures.describe(axes, f"{summary.labels(rate)}, rho = {chosen(same):g} chosen", "rho")
 
 
 def _panel(axes: Any, rows: Sequence[Row]) -> None:
-    groups = _by_rho(rows)
-    rhos = [rho for rho in groups if rho]
-    best = chosen(rows)
+    groups, best = by_rho(rows), chosen(rows)
+    sgd = groups.pop(0.0, [])
     looks = (("test_error", "held out", figures.SAM, "-", 0.98), ("unseen_error", "test set", figures.GREY, "--", 1.02))
-    for name, label, colour, dashes, beside in looks:
-        spreads = [summary.of(groups[rho], name) for rho in rhos]
-        axes.errorbar(
-            [beside * rho for rho in rhos],
-            [spread.mean for spread in spreads],
-            yerr=[spread.half for spread in spreads],
-            color=colour,
-            linestyle=dashes,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linewidth=1.6,
-            label=label,
-        )
-        if name == "test_error":
-            mark = spreads[rhos.index(best)].mean
-            axes.plot([beside * best], [mark], "o", color=colour, markersize=11, fillstyle="none")
-        if 0.0 in groups:
-            level = summary.of(groups[0.0], name).mean
-            axes.axhline(level, color=figures.SGD, linestyle=dashes, linewidth=1.2, label=f"SGD, {label}")
-    axes.set_xscale("log")
-    axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
-    axes.minorticks_off()
-    axes.set_xlabel("rho")
+    for name, label, colour, style, beside in looks:
+        points = [(beside * rho, summary.of(same, name)) for rho, same in groups.items()]
+        figures.line(axes, points, label, colour, style, beside * best if name == "test_error" else None)
+        figures.level(axes, sgd, name, f"SGD, {label}", style)
+    figures.radii(axes, list(groups))
     axes.set_ylabel("error, %")
     axes.legend(fontsize=8)
 
 
 def section(rows: Sequence[Row]) -> str:
-    """A line for each radius of SAM, the chosen one in bold, beside the paper's; then what other methods choose."""
-    sam = [row for row in rows if savings.name_of(row) in ("SGD", "SAM")]
+    """Write a line for each radius of SAM, the chosen one in bold, beside the paper's; then other methods' choices."""
+    sam = [row for row in rows if methods.name_of(row) in ("SGD", "SAM")]
     blocks = [_all_radii(sam)]
     others = [row for row in rows if row not in sam]
     if others:
@@ -145,34 +109,30 @@ def _all_radii(rows: Sequence[Row]) -> str:
     paper = {(row["noise_rate"], row["rho"]): row["mean"] for row in tables.published("rho_grid")}
     heads, columns = ["rho"], []
     for (rate,), same in summary.by(rows, "noise_rate").items():
-        groups = _by_rho(same)
-        best = chosen(same)
-        heads += [f"{_task(rate)}: held out, %", "test set, %"]
+        groups, best = by_rho(same), chosen(same)
+        heads += [f"{summary.labels(rate)}: held out, %", "test set, %"]
         for name in ("test_error", "unseen_error"):
-            columns.append({rho: _cell(summary.of(of, name), rho == best) for rho, of in groups.items()})
+            cells = {rho: str(summary.of(of, name)) for rho, of in groups.items()}
+            columns.append(cells | {best: f"**{cells[best]}**"})
         theirs = {rho: f"{mean:.1f}" for (noise, rho), mean in paper.items() if noise == rate}
         if theirs:
             heads.append("paper, %")
             columns.append(theirs)
-    rhos = sorted({rho_of(row) for row in rows})
-    lines = [[f"{rho:g}" if rho else "0 (SGD)", *(column.get(rho, "") for column in columns)] for rho in rhos]
+    lines = [[f"{rho:g}" if rho else "0 (SGD)", *(column.get(rho, "") for column in columns)] for rho in by_rho(rows)]
     return summary.table(heads, lines)
 
 
 def _choices(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for (rate,), task in summary.by(rows, "noise_rate").items():
-        for method in savings.METHODS:
-            own = [row for row in task if savings.name_of(row) == method]
+        for method in methods.METHODS:
+            own = [row for row in task if methods.name_of(row) == method]
             if own:
-                groups, best = _by_rho(own), chosen(own)
+                groups, best = by_rho(own), chosen(own)
                 spreads = [str(summary.of(groups[best], name)) for name in ("test_error", "unseen_error")]
-                lines.append([method, _task(rate), ", ".join(f"{rho:g}" for rho in groups), f"{best:g}", *spreads])
+                radii = ", ".join(f"{rho:g}" for rho in groups)
+                lines.append([method, summary.labels(rate), radii, f"{best:g}", *spreads])
     return lines
-
-
-def _cell(spread: summary.Interval, bold: bool) -> str:
-    return f"**{spread}**" if bold else str(spread)
 
 
 EXPERIMENT = Experiment(
@@ -187,10 +147,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

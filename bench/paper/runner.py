@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,19 +17,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import bench.paper
 import fused_sam
 from bench import records
 from bench.paper import data, flags, summary, training
 from bench.paper.config import Config
 from bench.records import Row
-from bench.training.run import chosen_backend
+from bench.training.run import chosen_backend, complain
 
+NOTHING_YET = "No run has been recorded yet."
+PICTURES = Path("../bench/results")  # as docs/paper.md sees it
 Named: TypeAlias = tuple[str, Config]  # the method as tables name it, and its run
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment module declares."""
+    """Holds what an experiment module declares."""
 
     name: str
     description: str
@@ -40,7 +46,7 @@ class Experiment:
     observe_during: training.Observer | None = None
 
     def file(self, folder: Path, suffix: str) -> Path:
-        """Of rows or of the picture."""
+        """Return the path of the rows or of the picture."""
         return folder / f"paper_{self.name}.{suffix}"
 
 
@@ -57,8 +63,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         context.observe, context.observe_during = experiment.observe, experiment.observe_during
         failed = _run_missing(experiment, runs, context, args, console)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
-        return 1
+        return complain(error)
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on.")
         return 130
@@ -71,7 +76,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
 
 
 def _known(experiment: Experiment, folder: Path, runs: Sequence[Named]) -> dict[int, Row]:
-    """Rows of these runs that are in the file, by the place of their run."""
+    """Return the rows of these runs that are in the file, by the place of their run."""
     path = experiment.file(folder, "jsonl")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = {row["key"]: row for row in map(json.loads, lines)}
@@ -86,7 +91,7 @@ def _run_missing(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    """Run, and append a row for each; the number of runs whose loss was not finite."""
+    """Run, and append a row for each; return the number of runs whose loss was not finite."""
     known = _known(experiment, args.results, runs)
     missing = [named for place, named in enumerate(runs) if place not in known]
     console.print(f"{experiment.name}: {len(runs)} runs, {len(known)} of them already in {args.results}")
@@ -114,7 +119,7 @@ def _run_missing(
 
 @contextmanager
 def _progress(context: training.Context, console: Console, runs: int) -> Iterator[Callable[[str, Config], None]]:
-    """Bars of runs and of epochs; yields what is called before each run."""
+    """Show bars of runs and of epochs; yield what is called before each run."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         whole, current = progress.add_task("runs", total=runs), progress.add_task("epochs", total=1)
@@ -132,7 +137,7 @@ def _progress(context: training.Context, console: Console, runs: int) -> Iterato
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
-    """For the terminal: a line for each method, and for each of the settings that it ran with."""
+    """Return a table for the terminal: a line for each method, and for each of the settings that it ran with."""
     out = Table(title=title, title_justify="left")
     out.add_column("method")
     out.add_column("with", no_wrap=True)
@@ -147,6 +152,26 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _varied(rows: Sequence[Row]) -> list[str]:
-    """Plain values of the configuration, besides the seed, in which these rows differ."""
+    """Return the names of plain values of the configuration, besides the seed, in which these rows differ."""
     plain = [name for name, value in rows[0]["config"].items() if not isinstance(value, dict) and name != "seed"]
     return [name for name in plain if len({row["config"].get(name) for row in rows}) > 1]
+
+
+def experiments() -> list[Experiment]:
+    """Return those of all modules of this folder that have an EXPERIMENT."""
+    names = (module.name for module in pkgutil.iter_modules(bench.paper.__path__))
+    modules = (importlib.import_module(f"bench.paper.{name}") for name in names)
+    return [module.EXPERIMENT for module in modules if hasattr(module, "EXPERIMENT")]
+
+
+def blocks() -> dict[str, Callable[[Sequence[Row]], str]]:
+    """Return what writes each block of docs/paper.md, <!-- paper:NAME:start -->, from all rows."""
+    return {f"paper:{experiment.name}": functools.partial(_block, experiment) for experiment in experiments()}
+
+
+def _block(experiment: Experiment, rows: Sequence[Row]) -> str:
+    own = [row for row in rows if row["kind"] == "paper" and row["experiment"] == experiment.name]
+    if not own:
+        return NOTHING_YET
+    subject = experiment.description.splitlines()[0].partition(":")[0].rstrip(".")
+    return f"{experiment.section(own)}\n\n![{subject}]({experiment.file(PICTURES, 'png').as_posix()})"

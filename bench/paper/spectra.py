@@ -40,7 +40,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
-    """SGD and SAM of as many epochs."""
+    """Return SGD and SAM of as many epochs."""
     sizes = {"examples": args.examples, "probes": args.probes, "lanczos_steps": args.lanczos_steps}
     model = base.model if args.batchnorm else f"{base.model}-groupnorm"
     base = replace(base, model=model, measurements=args.measurements, extra=sizes)
@@ -48,7 +48,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
 
 
 def observe_during(training: Training) -> Row:
-    """Eigenvalues and density on training images."""
+    """Measure eigenvalues and density on training images."""
     sizes = training.config.extra
     x, y = training.examples(sizes["examples"])
     hessian = analysis.Hessian(training.model.eval(), F.cross_entropy, (x, y))
@@ -64,69 +64,61 @@ def observe_during(training: Training) -> Row:
 
 
 def observe(training: Training) -> Row:
-    """Eigenvalues on images that were not trained on."""
+    """Measure eigenvalues on images that were not trained on."""
     batch = training.examples(training.config.extra["examples"], "unseen")
     hessian = analysis.Hessian(training.model.eval(), F.cross_entropy, batch)
     return {"unseen_loss": training.evaluate(training.images.unseen)[1], "unseen_eigenvalues": _eigenvalues(hessian)}
 
 
 def _eigenvalues(hessian: analysis.Hessian) -> list[float]:
-    """The largest, those first."""
+    """Return the largest, those first."""
     return analysis.eigenvalues(hessian, LARGEST, tol=1e-3).values.tolist()
 
 
-def _points(rows: Sequence[Row], label: str) -> dict[int, list[Row]]:
-    """The points of the histories of one method, by epoch."""
-    found: dict[int, list[Row]] = {}
-    for row in rows:
-        if row["method"] == label:
-            for point in row["history"]:
-                found.setdefault(point["epoch"], []).append(point)
+def _by_epoch(rows: Sequence[Row]) -> dict[str, dict[int, list[Row]]]:
+    """Group the points of the histories by method and epoch."""
+    found = {}
+    for (label,), same in summary.by(rows, "method").items():
+        points = summary.by([point for row in same for point in row["history"]], "epoch")
+        found[label] = {epoch: at for (epoch,), at in points.items()}
     return found
 
 
-def _figures_of(points: Sequence[Row]) -> tuple[summary.Interval, ...]:
-    """Training loss, lambda_1 and lambda_1 / lambda_5."""
-    values = [point["eigenvalues"] for point in points]
-    return (
-        summary.of(points, "loss"),
-        summary.interval([found[0] for found in values]),
-        summary.interval([found[0] / found[-1] for found in values]),
-    )
+def _curvature(eigenvalues: Sequence[Sequence[float]]) -> list[summary.Interval]:
+    """Return lambda_1 and lambda_1 / lambda_5."""
+    ratios = [found[0] / found[-1] for found in eigenvalues]
+    return [summary.interval([found[0] for found in eigenvalues]), summary.interval(ratios)]
+
+
+def _figures_of(points: Sequence[Row]) -> list[summary.Interval]:
+    """Return training loss, lambda_1 and lambda_1 / lambda_5."""
+    return [summary.of(points, "loss"), *_curvature([point["eigenvalues"] for point in points])]
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Loss, lambda_1 and its ratio over the epochs; below, the densities at the first, a middle and the last."""
-    config = rows[0]["config"]
-    labels = [label for (label,) in summary.by(rows, "method")]
-    about = f"{summary.task(rows[0])}; Hessian of {config['extra']['examples']} training images"
-    subtitle = f"{about}; mean and 95 % interval of {len(summary.by(rows, 'seed'))} seeds"
-    points = {label: _points(rows, label) for label in labels}
-    colours = figures.colours(labels)
-    epochs = sorted(points[labels[0]])
+    """Draw loss, lambda_1 and its ratio over the epochs; below, the densities at the first, a middle and the last."""
+    subtitle = summary.subtitle(rows, f"Hessian of {rows[0]['config']['extra']['examples']} training images")
+    points = _by_epoch(rows)
+    colours = figures.colours(list(points))
+    epochs = sorted(next(iter(points.values())))
     with figures.canvas("Hessian spectra during training", subtitle, path, panels=6, rows=2, height=7.4) as panels:
         names = ("Training loss on the measured images", "$\\lambda_1$", "$\\lambda_1 / \\lambda_5$")
         for axes, name, place in zip(panels, names, range(3)):
-            for label in labels:
-                line = [(epoch, _figures_of(same)[place]) for epoch, same in points[label].items()]
+            for label, own in points.items():
+                line = [(epoch, _figures_of(same)[place]) for epoch, same in own.items()]
                 figures.line(axes, line, label, colours[label])
             axes.set_xticks(epochs)
             axes.set_ylim(bottom=0)
-            axes.set_title(name, loc="left", fontsize=11)
-            axes.set_xlabel("Epoch")
+            figures.describe(axes, name, "Epoch")
         panels[0].legend()
-        for axes, epoch in zip(panels[3:], _spaced(epochs)):
-            _densities(axes, {label: points[label].get(epoch, []) for label in labels}, colours)
-            axes.set_title(f"Epoch {epoch}: density of eigenvalues", loc="left", fontsize=11)
-
-
-def _spaced(epochs: Sequence[int]) -> list[int]:
-    """The first, a middle and the last, without repetition."""
-    return sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})
+        for axes, epoch in zip(panels[3:], sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})):
+            _densities(axes, {label: own.get(epoch, []) for label, own in points.items()}, colours)
+            about = "$\\lambda$; marks below: $\\lambda_1$ of each seed"
+            figures.describe(axes, f"Epoch {epoch}: density of eigenvalues", about)
 
 
 def _densities(axes: Any, points: dict[str, list[Row]], colours: dict[str, str]) -> None:
-    """Gaussians around the nodes of all seeds, on a logarithmic scale; lambda_1 of each seed as a mark below."""
+    """Draw Gaussians around the nodes of all seeds, on a logarithmic scale; lambda_1 of each seed as a mark below."""
     nodes = {label: torch.tensor([x for point in same for x in point["nodes"]]) for label, same in points.items()}
     low = min(float(found.min()) for found in nodes.values() if len(found))
     high = max(point["eigenvalues"][0] for same in points.values() for point in same)
@@ -139,38 +131,25 @@ def _densities(axes: Any, points: dict[str, list[Row]], colours: dict[str, str])
         density = torch.exp(-(((grid[:, None] - nodes[label]) / width) ** 2) / 2) @ weights
         axes.plot(grid, density / (width * math.sqrt(2 * math.pi)), color=colours[label], linewidth=1.6)
         largest = [point["eigenvalues"][0] for point in same]
-        axes.plot(largest, [0.03] * len(same), "|", color=colours[label], markersize=10, transform=_across(axes))
+        place = axes.get_xaxis_transform()  # x in data, y in parts of the height
+        axes.plot(largest, [0.03] * len(same), "|", color=colours[label], markersize=10, transform=place)
     axes.set_yscale("log")
     axes.set_ylim(bottom=1e-6)
-    axes.set_xlabel("$\\lambda$; marks below: $\\lambda_1$ of each seed")
-
-
-def _across(axes: Any) -> Any:
-    """x in data, y in parts of the height."""
-    return axes.get_xaxis_transform()
 
 
 def section(rows: Sequence[Row]) -> str:
-    """A line per epoch, and one for images that were not trained on; then the paper's."""
-    labels = [label for (label,) in summary.by(rows, "method")]
-    points = {label: _points(rows, label) for label in labels}
+    """Write a line per epoch, and one for images that were not trained on; then the paper's."""
+    points = _by_epoch(rows)
     lines = []
-    for epoch in sorted(points[labels[0]]):
-        cells = [[str(one) for one in _figures_of(points[label].get(epoch, []))] for label in labels]
-        lines.append([f"epoch {epoch}", *(cell for group in cells for cell in group)])
-    lines.append(["at the end, on unseen images", *(cell for label in labels for cell in _unseen(rows, label))])
+    for epoch in sorted(next(iter(points.values()))):
+        lines.append([f"epoch {epoch}", *(str(one) for own in points.values() for one in _figures_of(own[epoch]))])
+    unseen = ["at the end, on unseen images"]
+    for same in summary.by(rows, "method").values():
+        unseen.append(str(summary.of(same, "unseen_loss")))
+        unseen += map(str, _curvature([row["unseen_eigenvalues"] for row in same]))
     columns = ("loss", "λ₁", "λ₁ / λ₅")
-    ours = summary.table(["ours", *(f"{label}: {name}" for label in labels for name in columns)], lines)
+    ours = summary.table(["ours", *(f"{label}: {name}" for label in points for name in columns)], [*lines, unseen])
     return "\n\n".join([ours, _paper(), summary.caption(rows)])
-
-
-def _unseen(rows: Sequence[Row], label: str) -> list[str]:
-    """Loss of all, eigenvalues of some."""
-    own = [row for row in rows if row["method"] == label]
-    values = [row["unseen_eigenvalues"] for row in own]
-    largest = summary.interval([found[0] for found in values])
-    ratio = summary.interval([found[0] / found[-1] for found in values])
-    return [str(summary.of(own, "unseen_loss")), str(largest), str(ratio)]
 
 
 def _paper() -> str:
@@ -198,10 +177,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bench.records import Row
 from bench.tables import caption as _machine
-from bench.tables import table
-
-__all__ = ["Interval", "by", "caption", "interval", "of", "table", "task"]
+from bench.tables import table as table
 
 
 class Interval(NamedTuple):
@@ -25,12 +23,12 @@ class Interval(NamedTuple):
         return self.text(2)
 
     def text(self, digits: int) -> str:
-        """The mean, and the interval if there is one, with so many digits behind the point."""
+        """Write the mean, and the interval if there is one, with so many digits behind the point."""
         return f"{self.mean:.{digits}f}" + ("" if self.count < 2 else f" ± {self.half:.{digits}f}")
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of at least one value, taken as independent and normal: mean ± t s / sqrt(n), t of Student's, n - 1 degrees."""
+    """Return mean ± t s / sqrt(n), t of Student's with n - 1 degrees, of n > 0 independent and normal values."""
     if not values:
         raise ValueError(f"Invalid {values=}. Must hold at least one.")
     count, mean = len(values), statistics.fmean(values)
@@ -43,20 +41,48 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows grouped by values of theirs, or of their configuration; groups in the order of their first row."""
+    """Group rows by values of theirs, or of their configuration, in the order of the first row of each group."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[n] if n in row else row["config"][n] for n in names), []).append(row)
     return groups
 
 
+def by_option(rows: Iterable[Row], name: str, unused: Any = None) -> dict[Any, list[Row]]:
+    """Group rows by an option of their optimizer, in the order of its values; `unused` is that of a run without it."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["config"]["options"].get(name, unused), []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def chosen(groups: Mapping[float, Sequence[Row]]) -> float:
+    """Return the radius with the lowest mean error on the images held out; the smaller of two that are alike."""
+    return min(groups, key=lambda rho: (of(groups[rho]).mean, rho))
+
+
 def of(rows: Iterable[Row], name: str = "test_error") -> Interval:
-    """The interval of one figure."""
+    """Return the interval of one figure."""
     return interval([row[name] for row in rows])
 
 
+def errors(rows: Sequence[Row]) -> list[str]:
+    """Return the cells of a table for the passes of some runs, and for their errors on test and training images."""
+    return [f"{of(rows, 'passes').mean:.0f}", str(of(rows)), str(of(rows, "train_error"))]
+
+
+def labels(rate: float) -> str:
+    """Say how many labels are wrong."""
+    return f"{rate:.0%} label noise" if rate else "clean labels"
+
+
+def subtitle(rows: Sequence[Row], *more: str) -> str:
+    """Say under a picture's title what was trained and what is drawn."""
+    return f"{', '.join([task(rows[0]), *more])}; mean and 95 % interval of {len(by(rows, 'seed'))} seeds"
+
+
 def task(row: Row) -> str:
-    """Data, network and length of a run, in words."""
+    """Name data, network and length of a run."""
     config = row["config"]
     tested = f", {config['test_size']:,} of the test images" if config.get("test_size") else ""
     batch = f"batches of {config['batch_size']}"
@@ -64,7 +90,7 @@ def task(row: Row) -> str:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """What stands under a table: the data and network of all rows, and the machine."""
+    """Return what stands under a table: the data and network of all rows, and the machine."""
     tasks = "; ".join(dict.fromkeys(task(row) for row in rows))
     seeds = len(by(rows, "seed"))
     return f"{tasks}. Mean and 95 % interval over {seeds} seed{'s' if seeds > 1 else ''}.\n\n{_machine(rows)}"

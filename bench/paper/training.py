@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bench.paper import augment, methods, mixup, models
+from bench.paper import methods, models
 from bench.paper.config import Config
-from bench.paper.data import Split, split
+from bench.paper.data import Split, augmentation, mix, split
 from bench.records import Row
 from bench.training import checkpoint, data
 from bench.training.run import cosine, mean_of_finite
 
 CHECKPOINT_SECONDS = 60.0
+COUNTS = ("epoch", "seconds", "passes", "history")
 Observer = Callable[["Training"], Row]
 
 
@@ -48,7 +49,7 @@ class Training:
             flip=images.flip,
             seed=config.seed,
             device=self.device,
-            augmentation=augment.make(config.augment, images.train.images.shape[-1]),
+            augmentation=augmentation(config.augment, images.train.images.shape[-1]),
         )
         torch.manual_seed(config.seed)
         channels, size = data.channelled(images.train.images[:1]).shape[1:3]
@@ -69,15 +70,15 @@ class Training:
         return self.stepper.optimizer
 
     def inputs(self, images: Tensor) -> Tensor:
-        """[B, H, W] or [B, C, H, W] uint8 as the model sees them when it is tested."""
+        """Return [B, H, W] or [B, C, H, W] uint8 as the model sees them when it is tested."""
         return data.normalise(images.to(self.device), self.batches.mean, self.batches.std)
 
     def loss_of(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy; targets are classes, or their probabilities."""
+        """Return the mean cross-entropy; targets are classes, or their probabilities."""
         return F.cross_entropy(self.model(images), targets, label_smoothing=self.config.label_smoothing)
 
     def train_epoch(self) -> float:
-        """One epoch; the mean training loss, and the state of the clock and of the count of passes, go on."""
+        """Train an epoch; return the mean training loss."""
         self._training_mode()
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
         start, losses = self._clock(), []
@@ -86,7 +87,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * cosine(progress)
             if self.config.mixup:
-                images, targets = mixup.mix(images, targets, self.config.mixup, self.images.classes, generator)
+                images, targets = mix(images, targets, self.config.mixup, self.images.classes, generator)
             loss, passes = self.stepper.step(self.loss_of, images, targets)
             self.passes += passes / len(self.batches)
             losses.append(loss)
@@ -94,7 +95,7 @@ class Training:
         self.optimizer.zero_grad()
         self.seconds += self._clock() - start
         self.epoch += 1
-        return mean_of_finite(values, f"epoch {self.epoch}")
+        return mean_of_finite(values, self.epoch)
 
     def _training_mode(self) -> None:
         self.model.train()
@@ -103,11 +104,11 @@ class Training:
                 module.eval()
 
     def _clock(self) -> float:
-        """Seconds: of the processor on a CPU, where other jobs do not count; of the wall on a device."""
+        """Return seconds: of the processor on a CPU, where other jobs do not count; of the wall on a device."""
         return time.process_time() if self.device.type == "cpu" else time.perf_counter()
 
     def advance(self, observe: Observer | None = None) -> None:
-        """One epoch, and a point of the history where one is due."""
+        """Train an epoch, and add a point of the history where one is due."""
         loss = self.train_epoch()
         points, epochs = min(self.config.measurements, self.config.epochs), self.config.epochs
         if self.epoch * points // epochs > (self.epoch - 1) * points // epochs:
@@ -117,23 +118,23 @@ class Training:
 
     @torch.no_grad()
     def logits(self, images: Tensor, batch_size: int = 500) -> Tensor:
-        """Of the model in evaluation mode, [N, classes]."""
+        """Return those of the model in evaluation mode, [N, classes]."""
         self.model.eval()
         return torch.cat([self.model(self.inputs(part)) for part in images.split(batch_size)])
 
     def evaluate(self, images: data.Images) -> tuple[float, float]:
-        """Percentage of images that are put into a wrong class, and their mean loss; without augmentation."""
+        """Return the percentage of images in a wrong class, and their mean loss; without augmentation."""
         logits, labels = self.logits(images.images), images.labels.to(self.device)
         wrong = int((logits.argmax(dim=1) != labels).sum())
         return 100 * wrong / len(labels), float(F.cross_entropy(logits, labels))
 
     def examples(self, count: int, part: str = "train") -> tuple[Tensor, Tensor]:
-        """The first images of "train", "test" or "unseen" as the model sees them, and their labels as given."""
+        """Return the first images of "train", "test" or "unseen" as the model sees them, and their labels as given."""
         images, labels = getattr(self.images, part)
         return self.inputs(images[:count]), labels[:count].to(self.device)
 
     def result(self) -> Row:
-        """What every row says of a finished run; training figures are of the labels as given, without augmentation."""
+        """Return what every row says of a finished run; training figures: of labels as given, without augmentation."""
         error, loss = self.evaluate(self.images.train)
         return {
             "test_error": self.history[-1]["test_error"],
@@ -145,21 +146,12 @@ class Training:
         }
 
     def state_dict(self) -> Row:
-        """Everything a continued run needs; batches follow from the seed and the epoch."""
-        kept = {name: getattr(self, name) for name in ("epoch", "seconds", "passes", "history")}
-        return kept | {
-            "config": asdict(self.config),
-            "random": checkpoint.random_state(self.device),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """Return everything a continued run needs; batches follow from the seed and the epoch."""
+        return checkpoint.state_of(self, COUNTS) | {"random": checkpoint.random_state(self.device)}
 
     def load_state_dict(self, state: Row) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(self, state, COUNTS)
         checkpoint.set_random_state(state["random"], self.device)
-        for name in ("epoch", "seconds", "passes", "history"):
-            setattr(self, name, state[name])
 
 
 @dataclass
@@ -173,18 +165,14 @@ class Context:
     observe_during: Observer | None = None  # at each point of the history, which they enter
 
     def split(self, config: Config) -> Split:
-        """The images of a run."""
+        """Return the images of a run."""
         return split(self.dataset, config)
 
 
 def train(
     config: Config, context: Context, *, images: Split | None = None, weights: dict[str, Tensor] | None = None
 ) -> Training:
-    """A finished run; one that was interrupted goes on from its checkpoint, to the same bits.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
+    """Return a finished run; one that was interrupted goes on from its checkpoint, to the same bits."""
     training = Training(config, images or context.split(config), weights)
     path = context.folder / f"{config.key}.pt"
     if path.is_file():
@@ -201,6 +189,6 @@ def train(
 
 
 def execute(config: Config, context: Context) -> Row:
-    """Train, and say what came out."""
+    """Train, and return what came out."""
     training = train(config, context)
     return training.result() | (context.observe(training) if context.observe else {})

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from bench.paper import figures, methods, runner, second_order, summary, tables
+from bench.paper import figures, methods, runner, summary, tables
 from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.paper.training import Training
 from bench.records import Row
-from fused_sam import FusedSAM, analysis
+from fused_sam import FusedSAM, analysis, batchnorm
 
 NORMS = {"sam": "p = 2", "sam-inf": "p = inf", "random": "random direction"}
 STEPS = (1, 2, 3, 5)  # with which the sharpness is measured, on so many batches:
@@ -33,7 +34,7 @@ BATCHES = 4
 
 @methods.stepper("sam-inf")
 def _largest(model: nn.Module, config: Config) -> methods.Stepper:
-    """SAM with p = inf, which plain JSON has no number for."""
+    """Return SAM with p = inf, which plain JSON has no number for."""
     return methods.Sharp(model, replace(config, options={**config.options, "p": math.inf}), torch.optim.SGD)
 
 
@@ -46,7 +47,7 @@ class RandomDirection:
         self._params = list(model.parameters())
 
     def step(self, loss_of: methods.LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """The loss is that at w + e: there is none at w."""
+        """Train on a batch; the loss is that at w + e: there is none at w."""
         losses = []
 
         def draw() -> None:
@@ -74,7 +75,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
-    """SGD, every norm with its radii, the numbers of steps, and the second-order term."""
+    """Return SGD, every norm with its radii, the numbers of steps, and the second-order term."""
     base = replace(base, noise_rate=args.noise_rate, validation=args.validation)
     compared = replace(base, optimizer="sam", measurements=args.cosines, extra={"rho": args.rho})
     runs = [("SGD", base)]
@@ -91,7 +92,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
 
 
 def observe(training: Training) -> Row:
-    """The error on the test set; and, with --rho, the rise of the loss of a batch that 1, 2, ... steps find."""
+    """Measure the error on the test set; and, with --rho, the rise of the loss of a batch that 1, 2, ... steps find."""
     found: Row = {"unseen_error": training.evaluate(training.images.unseen)[0]}
     rho, size = training.config.extra.get("rho"), training.config.batch_size
     if rho is not None:
@@ -103,85 +104,104 @@ def observe(training: Training) -> Row:
 
 
 def observe_during(training: Training) -> Row:
-    """The cosine of SAM's gradient with and without the second-order term."""
+    """Measure the cosine of SAM's gradient with and without the second-order term."""
     rho = training.config.extra.get("rho")
     if rho is None:
         return {}
     x, y = training.examples(training.config.batch_size)
-    return {"cosine": second_order.cosine(training.model.train(), x, y, rho)}
+    return {"cosine": cosine(training.model.train(), x, y, rho)}
+
+
+def cosine(
+    model: nn.Module,
+    x: Tensor,  # [B, ...]
+    y: Tensor,  # [B]
+    rho: float,
+) -> float:
+    """Return the cosine of v = grad L(w + e) and of the gradient of w -> L(w + e(w)), for p = 2:
+
+        v + (de/dw)^T v = v + rho / ||g|| H (v - u (u . v)),    u = g / ||g||,  e = rho u,
+
+    with g and H the gradient and the Hessian of the mean cross-entropy at w. The model runs in the mode it is in;
+    nothing of it is changed.
+    """
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    with batchnorm.frozen_statistics(model):
+        gradients = _gradient(model, params, x, y)
+        g = _flat(gradients)
+        moved = {name: p + rho / g.norm() * gradients[name] for name, p in params.items()}
+        v = _flat(_gradient(model, moved, x, y))
+    u = g / g.norm()
+    # Of one batch, in the order of the parameters.
+    product = analysis.Hessian(model, F.cross_entropy, (x, y)).hvp(v - u * (u @ v))
+    return float(F.cosine_similarity(v.double(), v.double() + rho / g.norm() * product, dim=0))
+
+
+def _gradient(model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    loss = F.cross_entropy(functional_call(model, leaves, (x,)), y)
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def _flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients.values()])
 
 
 def norms(rows: Sequence[Row]) -> dict[str, dict[float, list[Row]]]:
-    """The rows of each norm by radius: those of one step and without the second-order term."""
-    groups: dict[str, dict[float, list[Row]]] = {label: {} for label in NORMS.values()}
-    for row in rows:
-        name, options = row["config"]["optimizer"], row["config"]["options"]
-        if name in NORMS and set(options) == {"rho"}:
-            groups[NORMS[name]].setdefault(options["rho"], []).append(row)
-    return {label: dict(sorted(group.items())) for label, group in groups.items() if group}
-
-
-def chosen(group: dict[float, list[Row]]) -> float:
-    """The radius with the lowest mean error on the images held out; the smaller of two that are alike."""
-    return min(group, key=lambda rho: (summary.of(group[rho]).mean, rho))
+    """Group the rows of each norm by radius: those of one step and without the second-order term."""
+    groups = {}
+    for name, label in NORMS.items():
+        own = [row for row in rows if row["config"]["optimizer"] == name and set(row["config"]["options"]) == {"rho"}]
+        groups[label] = summary.by_option(own, "rho")
+    return {label: group for label, group in groups.items() if group}
 
 
 def inner(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """The rows of each number of ascent steps, all with the same radius."""
+    """Group the rows with the same radius by the number of ascent steps."""
     compared = [row for row in rows if row["config"]["extra"] and "second_order" not in row["config"]["options"]]
-    groups: dict[int, list[Row]] = {}
-    for row in sorted(compared, key=lambda row: row["config"]["options"].get("ascent_steps", 1)):
-        groups.setdefault(row["config"]["options"].get("ascent_steps", 1), []).append(row)
-    return groups
+    return summary.by_option(compared, "ascent_steps", 1)
 
 
 def orders(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows that were trained without and with the second-order term, all with the same radius."""
+    """Return the rows that were trained without and with the second-order term, all with the same radius."""
     second = [row for row in rows if "second_order" in row["config"]["options"]]
     return {"without the term": inner(rows).get(1, []), "with the term": second}
 
 
+def sgd(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without a perturbation."""
+    return [row for row in rows if row["config"]["optimizer"] == "sgd"]
+
+
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Test error over the radius for each norm; over the number of steps; the cosine of the gradients in training."""
-    config = rows[0]["config"]
-    about = f"{summary.task(rows[0])}, {config['noise_rate']:.0%} label noise"
-    subtitle = f"{about}; mean and 95 % interval of {len(summary.by(rows, 'seed'))} seeds"
+    """Draw test error over the radius by norm, and over the steps; and the cosine of the gradients in training."""
+    subtitle = summary.subtitle(rows, f"{rows[0]['config']['noise_rate']:.0%} label noise")
     with figures.canvas("Variants of the inner maximisation", subtitle, path, panels=3) as panels:
         _norms(panels[0], rows)
         _inner(panels[1], rows)
         _cosines(panels[2], rows)
+        for axes in panels:
+            axes.legend()
 
 
 def _norms(axes: Any, rows: Sequence[Row]) -> None:
     groups = norms(rows)
     colours = figures.colours(list(groups)) | {NORMS["sam"]: figures.SAM}
     for label, group in groups.items():
-        spreads = {rho: summary.of(same, "unseen_error") for rho, same in group.items()}
-        figures.line(axes, list(spreads.items()), label, colours[label])
-        best = chosen(group)
-        axes.plot([best], [spreads[best].mean], "o", color=colours[label], markersize=11, fillstyle="none")
-    _sgd(axes, rows)
+        points = [(rho, summary.of(same, "unseen_error")) for rho, same in group.items()]
+        figures.line(axes, points, label, colours[label], ring=summary.chosen(group))
+    figures.level(axes, sgd(rows), "unseen_error")
     axes.set_xscale("log")
-    axes.set_title("Test error (%) by norm", loc="left", fontsize=11)
-    axes.set_xlabel("rho; rings: chosen on images held out")
-    axes.legend()
+    figures.describe(axes, "Test error (%) by norm", "rho; rings: chosen on images held out")
 
 
 def _inner(axes: Any, rows: Sequence[Row]) -> None:
-    points = [(steps, summary.of(same, "unseen_error")) for steps, same in inner(rows).items()]
+    groups = inner(rows)
+    points = [(steps, summary.of(same, "unseen_error")) for steps, same in groups.items()]
     figures.line(axes, points, "SAM", figures.SAM)
-    _sgd(axes, rows)
-    axes.set_xticks([steps for steps, _ in points])
-    axes.set_title("Test error (%) by ascent steps", loc="left", fontsize=11)
-    axes.set_xlabel("ascent steps")
-    axes.legend()
-
-
-def _sgd(axes: Any, rows: Sequence[Row]) -> None:
-    plain = [row for row in rows if row["config"]["optimizer"] == "sgd"]
-    if plain:
-        error = summary.of(plain, "unseen_error").mean
-        axes.axhline(error, color=figures.SGD, linestyle="--", linewidth=1.2, label="SGD")
+    figures.level(axes, sgd(rows), "unseen_error")
+    axes.set_xticks(list(groups))
+    figures.describe(axes, "Test error (%) by ascent steps", "ascent steps")
 
 
 def _cosines(axes: Any, rows: Sequence[Row]) -> None:
@@ -192,30 +212,28 @@ def _cosines(axes: Any, rows: Sequence[Row]) -> None:
         line = [(epoch, summary.of(group, "cosine")) for (epoch,), group in points.items()]
         if line:
             figures.line(axes, line, f"trained {label}", colours[label])
-    axes.set_title("Cosine of the two gradients", loc="left", fontsize=11)
-    axes.set_xlabel("epoch")
-    axes.legend()
+    figures.describe(axes, "Cosine of the two gradients", "epoch")
 
 
 def section(rows: Sequence[Row]) -> str:
-    """A table for each of the three questions."""
+    """Write a table for each of the three questions."""
     return "\n\n".join([_norm_table(rows), _inner_table(rows), _order_table(rows), summary.caption(rows)])
 
 
 def _norm_table(rows: Sequence[Row]) -> str:
-    """A line for each norm and radius, the chosen ones in bold."""
+    """Write a line for each norm and radius, the chosen ones in bold."""
     names = ("test_error", "unseen_error")
-    plain = [row for row in rows if row["config"]["optimizer"] == "sgd"]
+    plain = sgd(rows)
     lines = [["none (SGD)", "", *(str(summary.of(plain, name)) for name in names)]] if plain else []
     for label, group in norms(rows).items():
         for rho, same in group.items():
             cells = [str(summary.of(same, name)) for name in names]
-            lines.append([label, f"{rho:g}", *(f"**{x}**" if rho == chosen(group) else x for x in cells)])
+            lines.append([label, f"{rho:g}", *(f"**{x}**" if rho == summary.chosen(group) else x for x in cells)])
     return summary.table(["perturbation", "rho", "held out: error, %", "test error, %"], lines)
 
 
 def _inner_table(rows: Sequence[Row]) -> str:
-    """A line for each number of steps, beside the paper's."""
+    """Write a line for each number of steps, beside the paper's."""
     paper = {
         (row["ascent_steps"], row["metric"]): row["mean"]
         for row in tables.published("inner_steps")
@@ -232,7 +250,7 @@ def _inner_table(rows: Sequence[Row]) -> str:
 
 
 def _order_table(rows: Sequence[Row]) -> str:
-    """A line for training without and with the term."""
+    """Write a line for training without and with the term."""
     lines = []
     for label, same in orders(rows).items():
         if not same:
@@ -257,10 +275,5 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    return runner.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(runner.main(EXPERIMENT))

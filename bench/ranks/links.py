@@ -20,7 +20,7 @@ QUEUE_BYTES = 8 << 20
 
 
 def why_not() -> str | None:
-    """What is missing, if anything."""
+    """Return what is missing, if anything."""
     if os.geteuid():
         return "network namespaces need root"
     missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
@@ -29,11 +29,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def links(count: int, megabits: float) -> Iterator[list[str]]:
-    """The names of ``count`` namespaces, each with an address in one network and a link of that rate each way.
-
-    Raises:
-        RuntimeError: where they cannot be made, with what the command said.
-    """
+    """Yield the names of ``count`` namespaces, each with an address in one network and a link of that rate each way."""
     if reason := why_not():
         raise RuntimeError(f"No limited links: {reason}.")
     prefix = f"fused-sam-{os.getpid()}"
@@ -60,12 +56,12 @@ def links(count: int, megabits: float) -> Iterator[list[str]]:
 
 
 def inside(name: str, *command: str) -> list[str]:
-    """A command in a namespace."""
+    """Return a command in a namespace."""
     return ["ip", "netns", "exec", name, *command]
 
 
 def sent_bytes() -> int:
-    """What this namespace has sent so far."""
+    """Return what this namespace has sent so far."""
     return int(Path(f"/sys/class/net/{DEVICE}/statistics/tx_bytes").read_text(encoding="ascii"))
 
 

@@ -21,13 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from bench import records
 from bench.ranks import links
+from bench.ranks.steps import OPTIONS, Batch, Step, eager, ours
 from bench.records import Spread
-from bench.speed.rivals import EagerSAM
 from bench.training.models import WideResNet, parameter_count
 from fused_sam import FusedSAM
 from fused_sam.distributed import data_parallel
@@ -40,79 +39,35 @@ WARM_UP = 2
 MODEL = "WRN-16-4"
 BATCH = 16
 BUCKET_MB = 1.0
-OPTIONS = {"rho": 0.05, "lr": 0.01, "momentum": 0.9}
 SILENT = "no communication"
 LATE = "all-reduce after backward"
-Batch = tuple[Tensor, Tensor]
-Step = Callable[[Batch], None]
-
-
-def _backward(model: nn.Module, batch: Batch) -> Tensor:
-    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
-    loss.backward()
-    return loss
-
-
-def _ours(net: nn.Module, ddp: bool = False, late: bool = False, **options: Any) -> Step:
-    opt = FusedSAM(net.parameters(), **OPTIONS)
-    model = DistributedDataParallel(net, bucket_cap_mb=BUCKET_MB) if ddp else net
-    handle = data_parallel(model, opt, bucket_cap_mb=BUCKET_MB, **options)
-
-    def step(batch: Batch) -> None:
-        def closure() -> Tensor:
-            if not late:
-                return _backward(model, batch)
-            with handle.no_sync():
-                return _backward(model, batch)
-
-        opt.step(closure)
-
-    return step
 
 
 def _alone() -> Any:
-    """A group of this rank."""
+    """Return a group of this rank."""
     return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
-def _silent(net: nn.Module) -> Step:
-    """The same, buckets included, with a group of one rank."""
-    return _ours(net, process_group=_alone())
-
-
-def _eager(net: nn.Module) -> Step:
-    """Both gradients averaged during backward."""
-    model = DistributedDataParallel(net, bucket_cap_mb=BUCKET_MB)
-    opt = EagerSAM(net.parameters(), **OPTIONS)
-
-    def step(batch: Batch) -> None:
-        _backward(model, batch)
-        opt.first_step(zero_grad=True)
-        _backward(model, batch)
-        opt.second_step(zero_grad=True)
-
-    return step
-
-
 VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
-    SILENT: _silent,
-    "FusedSAM": _ours,
-    LATE: lambda net: _ours(net, late=True),
-    "FusedSAM, shard_state": lambda net: _ours(net, shard_state=True),
-    "DDP, FusedSAM": lambda net: _ours(net, ddp=True),
-    "DDP, eager SAM": _eager,
+    # Buckets and all, with a group of one rank.
+    SILENT: lambda net: ours(net, BUCKET_MB, process_group=_alone()),
+    "FusedSAM": lambda net: ours(net, BUCKET_MB),
+    LATE: lambda net: ours(net, BUCKET_MB, late=True),
+    "FusedSAM, shard_state": lambda net: ours(net, BUCKET_MB, shard_state=True),
+    "DDP, FusedSAM": lambda net: ours(net, BUCKET_MB, ddp=True),
+    "DDP, eager SAM": lambda net: eager(net, BUCKET_MB),
 }
 
 
 def _slowest(seconds: float) -> float:
-    """Over the ranks; the clock has stopped."""
+    """Return the most of all ranks; the clock has stopped."""
     time_ = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(time_, op=dist.ReduceOp.MAX)
     return float(time_)
 
 
 def stages(net: nn.Module, batch: Batch, steps: int) -> dict[str, float]:
-    """Median seconds, on this rank, of the parts of a step without communication that say what can be hidden.
+    """Return median seconds, on this rank, of the parts of a step without communication that say what can be hidden.
 
     One backward; all of the optimizer; of that, the base step with the way back to w; and a collective of one number
     over all ranks.
@@ -142,11 +97,11 @@ def stages(net: nn.Module, batch: Batch, steps: int) -> dict[str, float]:
         begin = time.perf_counter()
         dist.all_reduce(torch.zeros(1))
         since(begin, "smallest_s")
-    return {part: Spread.of(seconds).rounded()["median"] for part, seconds in parts.items()}
+    return {part: records.median(seconds) for part, seconds in parts.items()}
 
 
 def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
-    """Seconds of a step in each round, and bytes that this rank sends in one, by variant; parameters and `stages`."""
+    """Return seconds of a step in each round and bytes sent in one, by variant; and parameters and `stages`."""
     torch.manual_seed(dist.get_rank())
     batch = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
     made = {}
@@ -154,7 +109,7 @@ def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, 
         torch.manual_seed(0)
         made[name] = make(WideResNet(2, 4))
         for _ in range(WARM_UP):
-            made[name](batch)
+            made[name]([batch])
     times: dict[str, list[float]] = {name: [] for name in made}
     sent = dict.fromkeys(made, 0)
     order = random.Random(0)
@@ -163,7 +118,7 @@ def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, 
             dist.barrier()
             before, start = links.sent_bytes(), time.perf_counter()
             for _ in range(steps):
-                made[name](batch)
+                made[name]([batch])
             seconds = time.perf_counter() - start
             sent[name] += links.sent_bytes() - before
             times[name].append(_slowest(seconds) / steps)
@@ -173,7 +128,7 @@ def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, 
 
 
 def _work(options: argparse.Namespace) -> None:
-    """One rank."""
+    """Measure on one rank."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = links.DEVICE
     dist.init_process_group("gloo", f"file://{options.store}", world_size=options.ranks, rank=options.rank)
@@ -187,15 +142,14 @@ def _work(options: argparse.Namespace) -> None:
 def rows(
     options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float], subject: dict[str, float]
 ) -> list[records.Row]:
-    """One for each variant, with its times over those in the same rounds without communication, and after backward."""
+    """Return one for each variant, its times over those in the same rounds without communication and after backward."""
     common = {
         **{"model": MODEL, "batch": BATCH, **subject, "bucket_mb": BUCKET_MB},
         **{"ranks": options.ranks, "megabits": options.megabits, "rounds": options.rounds, "steps": options.steps},
     }
     made = []
     for name, seconds in times.items():
-        spread = Spread.of(seconds).rounded()
-        row = {"variant": name, "median_s": spread["median"], "p20_s": spread["p20"], "p80_s": spread["p80"]}
+        row = {"variant": name} | Spread.of(seconds).seconds()
         row["sent_bytes"] = round(sent[name])
         row["ratio_to_silent"] = Spread.of([a / b for a, b in zip(seconds, times[SILENT])]).rounded()
         row["ratio_to_late"] = Spread.of([a / b for a, b in zip(seconds, times[LATE])]).rounded()
@@ -204,7 +158,7 @@ def rows(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m bench.ranks.overlap", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--ranks", type=int, default=RANKS, help=f"processes (default: {RANKS})")

@@ -24,17 +24,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
 from bench import records
-from bench.gpu.models import MODELS
 from bench.ranks.overlap import LATE, SILENT
 from bench.records import Row
 from bench.speed.rivals import OURS
+from bench.speed.shapes import GPU_SETS, parameter_count
 from bench.tables import latest, table
-from bench.training.models import parameter_count
 
 RANKS = (8, 64, 256, 1024)
 BYTES = 4  # of a gradient
@@ -56,12 +54,12 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Of all gradients."""
+        """Return the bytes of all gradients."""
         return self.parameters * BYTES
 
     @property
     def buckets(self) -> int:
-        """In how many parts they are sent."""
+        """Return in how many parts they are sent."""
         return max(1, math.ceil(self.nbytes / self.bucket_bytes))
 
 
@@ -75,7 +73,7 @@ class Cluster:
     message: float
 
     def all_reduce(self, job: Job, ranks: int) -> float:
-        """Seconds of the averaging of all gradients of a pass."""
+        """Return the seconds of the averaging of all gradients of a pass."""
         inside = min(ranks, self.per_machine)
         machines = math.ceil(ranks / inside)
         sent = 2 * (inside - 1) / inside * job.nbytes / self.inside
@@ -84,34 +82,34 @@ class Cluster:
 
 
 def exposed(job: Job, communication: float, hidden_by: float) -> float:
-    """Seconds of it that a backward of so many seconds does not hide."""
+    """Return the seconds of it that a backward of so many seconds does not hide."""
     return max(communication / job.buckets, communication - (1 - 1 / job.buckets) * hidden_by)
 
 
 def ours(job: Job, cluster: Cluster, ranks: int) -> float:
-    """Each rank has its own e: the second gradients are averaged."""
+    """Return seconds where each rank has its own e: the second gradients are averaged."""
     return job.seconds + exposed(job, cluster.all_reduce(job, ranks), job.backward)
 
 
 def both(job: Job, cluster: Cluster, ranks: int) -> float:
-    """Gradients of both passes are averaged: an eager SAM in DistributedDataParallel, or "world"."""
+    """Return seconds where both gradients are averaged: an eager SAM in DistributedDataParallel, or "world"."""
     return job.seconds + 2 * exposed(job, cluster.all_reduce(job, ranks), job.backward)
 
 
 def by_machine(job: Job, cluster: Cluster, ranks: int) -> float:
-    """The ranks of a machine share one e."""
+    """Return seconds where the ranks of a machine share one e."""
     first = cluster.all_reduce(job, min(ranks, cluster.per_machine))
     return ours(job, cluster, ranks) + exposed(job, first, job.backward)
 
 
 def sharded(job: Job, cluster: Cluster, ranks: int) -> float:
-    """The reduce-scatter is hidden as far as it goes, the gathering of the weights not; a rank updates its share."""
+    """Return seconds where backward hides the reduce-scatter, nothing the gathering, and a rank updates its share."""
     half = cluster.all_reduce(job, ranks) / 2
     return job.seconds + exposed(job, half, job.backward) + half - job.update * (1 - 1 / ranks)
 
 
 def late(job: Job, cluster: Cluster, ranks: int) -> float:
-    """Nothing is hidden."""
+    """Return seconds where nothing is hidden."""
     return job.seconds + cluster.all_reduce(job, ranks)
 
 
@@ -127,7 +125,7 @@ MEASURED: dict[str, Model] = {"FusedSAM": ours, LATE: late, "DDP, FusedSAM": our
 
 
 def measured_jobs(rows: Sequence[Row]) -> list[tuple[Job, Cluster]]:
-    """Every job that has been timed, and the links it had; a GPU's are those stated above."""
+    """Return every job that has been timed, and the links it had; a GPU's are those stated above."""
     jobs = []
     for row in rows:
         if row["kind"] == "overlap" and row["variant"] == SILENT and "backward_s" in row:
@@ -141,14 +139,13 @@ def measured_jobs(rows: Sequence[Row]) -> list[tuple[Job, Cluster]]:
             name = f"{row['model']}, batches of {row['batch']}, {row['machine']['gpu']}"
             # Both are of two passes; of the optimizer's time the second has more than half.
             times = row["median_s"], row["backward_s"] / 2, row["optimizer_s"] / 2
-            with torch.device("meta"):
-                parameters = parameter_count(MODELS[row["model"]]())
+            parameters = parameter_count(GPU_SETS[row["model"]]())
             jobs.append((Job(name, *times, parameters, BUCKET_BYTES), Cluster(PER_MACHINE, INSIDE, BETWEEN, MESSAGE)))
     return jobs
 
 
 def projection(job: Job, cluster: Cluster, ranks: Sequence[int]) -> str:
-    """A table of seconds without communication over seconds with it, by variant and number of ranks, and its job."""
+    """Write a table of seconds without communication over those with it, by variant and number of ranks; its job."""
     lines = []
     for name, model in SHOWN.items():
         if model is not by_machine or cluster.per_machine > 1:
@@ -161,29 +158,31 @@ def projection(job: Job, cluster: Cluster, ranks: Sequence[int]) -> str:
 
 
 def validation(rows: Sequence[Row]) -> str:
-    """A table: what the formula says of the steps that were measured, beside them."""
+    """Write a table: what the formula says of the steps that were measured, beside them."""
     jobs = {(row["ranks"], row["megabits"]): made for row in rows for made in measured_jobs([row]) if "ranks" in row}
     lines = []
     for row in rows:
         if row["kind"] != "overlap" or row["variant"] not in MEASURED or (row["ranks"], row["megabits"]) not in jobs:
             continue
         job, cluster = jobs[row["ranks"], row["megabits"]]
-        said = MEASURED[row["variant"]](job, cluster, row["ranks"])
+        computed = MEASURED[row["variant"]](job, cluster, row["ranks"])
         seen = row["ratio_to_silent"]
         spread = f"{seen['median']:.2f} ({seen['p20']:.2f} to {seen['p80']:.2f})"
-        lines.append([f"{row['ranks']}", f"{row['megabits']:g}", row["variant"], f"{said / job.seconds:.2f}", spread])
+        lines.append(
+            [f"{row['ranks']}", f"{row['megabits']:g}", row["variant"], f"{computed / job.seconds:.2f}", spread]
+        )
     heads = ["ranks", "link, Mbit/s", "a step of", "formula: x no communication", "measured"]
     return table(heads, lines) if lines else ""
 
 
 def block(rows: Sequence[Row]) -> str:
-    """For docs/distributed.md: how far the formula is from what was measured, then what it says of more ranks."""
+    """Write for docs/distributed.md how far the formula is from what was measured, then what it says of more ranks."""
     jobs = measured_jobs(rows)
     return "\n\n".join(filter(None, [validation(rows), *(projection(*job, RANKS) for job in jobs)]))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m bench.ranks.scaling", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--ranks", nargs="+", type=int, default=list(RANKS), help="default: " + " ".join(map(str, RANKS)))

@@ -9,6 +9,7 @@ program.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import multiprocessing
@@ -18,17 +19,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from bench.records import RESULTS as RESULTS
-from bench.records import ROOT as ROOT
-from bench.records import Spread, last_level_cache
-from bench.records import machine as machine
-from bench.records import today as today
-from bench.records import write_rows as write_rows
+from bench import records
+from bench.records import Row, Spread, last_level_cache
 from bench.speed.rivals import OURS, TwoPass, find
 from bench.speed.shapes import Shape, parameter_count
 
@@ -44,8 +43,36 @@ STEPS_PER_VISIT = 2
 PRELOAD = ["torch._dynamo", "fused_sam", "pytorch_optimizer", "bench.speed.harness"]
 
 
+def parser(name: str, doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Return a parser of bench.speed.NAME with the options that all have; `rounds`: the default, 0 for one by set."""
+    made = argparse.ArgumentParser(prog=f"python -m bench.speed.{name}", description=doc.splitlines()[0])
+    file = records.RESULTS / f"cpu_{name.partition('_')[0]}.jsonl"
+    made.add_argument("--out", type=Path, default=file, help="file to append to")
+    made.add_argument("--dry-run", action="store_true", help="write no rows")
+    if rounds is not None:
+        usual = f"default: {rounds or 'by set, fewer for large ones'}"
+        made.add_argument("--rounds", type=int, default=rounds or None, help=usual)
+    return made
+
+
+def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; refuse rounds that are none."""
+    options = made.parse_args(arguments)
+    if getattr(options, "rounds", None) is not None and options.rounds < 1:
+        made.error("--rounds must be >= 1")
+    return options
+
+
+def finish(rows: Sequence[Row], options: argparse.Namespace, console: Console, describe: Callable[[Row], str]) -> None:
+    """Print the rows, and append them to the file."""
+    for row in rows:
+        console.print(describe(row))
+    if not options.dry_run:
+        records.write_rows(rows, options.out)
+
+
 class Task(NamedTuple):
-    """What one process measures: `repeats` steps a visit; the mean of all but the first fifth counts."""
+    """Says what one process measures: `repeats` steps a visit; the mean of all but the first fifth counts."""
 
     variant: str
     shapes: Sequence[Shape]
@@ -54,7 +81,7 @@ class Task(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One step, or the mean of some: seconds of the two halves, and pages that the system had to hand out."""
+    """Holds one step, or the mean of some: seconds of the two halves, and pages that the system had to hand out."""
 
     first_s: float
     second_s: float
@@ -62,7 +89,7 @@ class Sample(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Return those of the whole step."""
         return self.first_s + self.second_s
 
 
@@ -75,11 +102,11 @@ class Values:
         self.views = [block[: parameter_count([shape])].view(shape) for shape in shapes]
 
     def make(self, index: int) -> Tensor:
-        """A fresh copy of the tensor for parameter `index`."""
+        """Return a fresh copy of the tensor for parameter `index`."""
         return self.views[index].clone()
 
     def make_all(self) -> list[Tensor]:
-        """Fresh copies of all tensors, in one operation: a device would wait for a loop of them."""
+        """Return fresh copies of all tensors, in one operation: a device would wait for a loop of them."""
         return list(torch._foreach_mul(self.views, 1.0))
 
 
@@ -102,7 +129,7 @@ class Subject:
             self.params[i].grad = self.grads.make(i)
 
     def run(self) -> Sample:
-        """One step; both halves end with zero_grad(), so they also free the gradients."""
+        """Make one step; both halves end with zero_grad(), so they also free the gradients."""
         first_s, first_faults = self._half(self.optimizer.first_step)
         second_s, second_faults = self._half(self.optimizer.second_step)
         return Sample(first_s, second_s, first_faults + second_faults)
@@ -145,7 +172,7 @@ def _minor_faults() -> int:
 
 
 def has_floor(shapes: Sequence[Shape], dtype: torch.dtype) -> bool:
-    """Whether weights, gradients and momentum exceed the last-level cache; within it memory sets no floor."""
+    """Return whether weights, gradients and momentum exceed the last-level cache; within it memory sets no floor."""
     return 3 * parameter_count(list(shapes)) * dtype.itemsize > last_level_cache()
 
 
@@ -160,16 +187,12 @@ class Worker:
         there.close()
 
     def ask(self, threads: int) -> Sample:
-        """One step on that many threads."""
+        """Return one step on that many threads."""
         self.pipe.send(threads)
         return self.answer()
 
     def answer(self) -> Any:
-        """The sample asked for; None, once, when the process is ready.
-
-        Raises:
-            RuntimeError: the variant raised, or its process died.
-        """
+        """Return the sample asked for; None, once, when the process is ready."""
         try:
             answer = self.pipe.recv()
         except EOFError:
@@ -208,7 +231,7 @@ def _serve(pipe: Connection, task: Task) -> None:
 def measure(
     tasks: Sequence[Task], rounds: int, threads: Sequence[int], tick: Callable[[], None] = lambda: None
 ) -> dict[int, dict[str, list[Sample]]]:
-    """Samples of every variant by thread count, the i-th of each from the same round.
+    """Return samples of every variant by thread count, the i-th of each from the same round.
 
     `tick` is called after every round, the warm-up's included.
     """
@@ -242,12 +265,12 @@ def _mean(samples: list[Sample]) -> Sample:
 
 
 def ratio(slow: Sequence[Sample], fast: Sequence[Sample]) -> Spread:
-    """How many times as long `slow` took as `fast`, round by round."""
+    """Return how many times as long `slow` took as `fast`, round by round."""
     return Spread.of([a.seconds / b.seconds for a, b in zip(slow, fast, strict=True)])
 
 
 def ratios_to_rivals(samples: dict[str, list[Sample]]) -> dict[str, dict[str, float]]:
-    """How many times as long as FusedSAM each of the others took."""
+    """Return how many times as long as FusedSAM each of the others took."""
     if OURS not in samples:
         return {}
     others = (name for name in samples if name not in (OURS, FLOOR))

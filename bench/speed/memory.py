@@ -10,7 +10,6 @@ which also counts what the heap keeps: a check, no more.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import multiprocessing
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from bench import records
 from bench.speed import rivals
+from bench.speed.harness import finish, parse, parser
 from bench.speed.rivals import VARIANTS, TwoPass
 
 CHANNELS, LAYERS, SIZE, BATCH = 512, 6, 8, 4
@@ -31,16 +31,8 @@ WARM_UP_STEPS = 2
 LABEL = "measured step"
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=records.RESULTS / "cpu_memory.jsonl", help="file to append to")
-    parser.add_argument("--dry-run", action="store_true", help="write no rows")
-    return parser.parse_args(arguments)
-
-
 def build_model() -> nn.Module:
-    """57 MB of convolutions whose activations are small: the parameters decide the peak."""
+    """Return 57 MB of convolutions whose activations are small: the parameters decide the peak."""
     layers: list[nn.Module] = []
     for _ in range(LAYERS):
         layers += [nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU(inplace=True)]
@@ -59,7 +51,7 @@ class Step:
 
     @property
     def params(self) -> list[Tensor]:
-        """Of the model."""
+        """Return those of the model."""
         return list(self.model.parameters())
 
     def build(self) -> None:
@@ -67,11 +59,11 @@ class Step:
         self.optimizer = VARIANTS[self.name].build(self.params)
 
     def backward(self) -> None:
-        """A forward and a backward pass."""
+        """Make a forward and a backward pass."""
         self.model(self.input).square().mean().backward()
 
     def run(self) -> None:
-        """Both passes; no gradient is left."""
+        """Make both passes; no gradient is left."""
         assert self.optimizer is not None
         if self.name != rivals.SCALE:
             self.backward()
@@ -81,7 +73,7 @@ class Step:
 
 
 def train(name: str) -> Step:
-    """Model, optimizer and a few steps; the last one under the profiler's label."""
+    """Make model, optimizer and a few steps; the last one under the profiler's label."""
     step = Step(name)
     step.build()
     for _ in range(WARM_UP_STEPS):
@@ -92,7 +84,7 @@ def train(name: str) -> Step:
 
 
 def allocated(name: str) -> dict[str, int]:
-    """Bytes of torch's allocator: of parameters, kept beyond them and momentum, the last step's peak."""
+    """Return bytes of torch's allocator: of parameters, kept beyond them and momentum, the last step's peak."""
     torch.set_num_threads(1)
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
@@ -110,7 +102,7 @@ def allocated(name: str) -> dict[str, int]:
 
 
 def resident(name: str) -> int | None:
-    """Growth of resident memory at its highest; None where the system does not tell."""
+    """Return the growth of resident memory at its highest; None where the system does not tell."""
     torch.set_num_threads(1)
     try:
         before = _status("VmRSS")
@@ -136,7 +128,7 @@ def in_process(function: Callable[[str], Any], name: str) -> Any:
 
 
 def rows() -> list[records.Row]:
-    """One row per variant, with its peaks over those of plain SGD."""
+    """Return one row per variant, with its peaks over those of plain SGD."""
     made = []
     for name in rivals.available(torch.float32):
         peak = {"peak_resident_bytes": in_process(resident, name)}
@@ -151,18 +143,20 @@ def rows() -> list[records.Row]:
     return [records.header("memory") | common | row for row in made]
 
 
-def main() -> int:
+def describe(row: records.Row) -> str:
+    """Return one line for the terminal."""
+    names = ("peak_over_sgd_bytes", "peak_resident_over_sgd_bytes", "persistent_extra_bytes")
+    cells = (f"{row[name] / 1e6:9.1f}" if row[name] is not None else "        -" for name in names)
+    return f"{row['variant']:26}{''.join(cells)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, append."""
-    options = parse_arguments()
+    options = parse(parser("memory", __doc__), arguments)
     made = rows()
     console = Console(highlight=False, soft_wrap=True)
-    names = ("peak_over_sgd_bytes", "peak_resident_over_sgd_bytes", "persistent_extra_bytes")
     console.print("MB: peak over SGD's; resident peak over SGD's; kept beyond parameters and momentum")
-    for row in made:
-        cells = (f"{row[name] / 1e6:9.1f}" if row[name] is not None else "        -" for name in names)
-        console.print(f"{row['variant']:26}{''.join(cells)}")
-    if not options.dry_run:
-        records.write_rows(made, options.out)
+    finish(made, options, console, describe)
     return 0
 
 

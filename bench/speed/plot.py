@@ -1,78 +1,92 @@
-"""The picture of the step times: a panel per parameter set, a bar per variant."""
+"""Pictures of times: a panel per parameter set, a bar per variant."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.figures import INK, canvas
 from bench.records import Row
 from bench.speed.harness import FLOOR
 from bench.speed.rivals import OURS, SCALE, VARIANTS
 from bench.speed.shapes import SETS, TITLES, parameter_count
 
 COLOURS = {OURS: "#1f5fa8", SCALE: "#dddddd"}
-RIVAL, INK = "#a9a9a9", "#333333"
+RIVAL = "#a9a9a9"
+COLUMNS = 2
+INCHES_PER_BAR, INCHES_PER_PANEL, INCHES_OF_TITLE = 0.22, 0.75, 0.6
+
+Panel = Callable[[Any, Sequence[Row]], None]
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
     """Draw fp32 at the smallest thread count measured; False, and no file, where there are no such rows."""
     steps = [row for row in rows if row["kind"] == "step" and row["dtype"] == "fp32"]
-    if not steps:
+    threads = min((row["threads"] for row in steps), default=0)
+    panels = {}
+    for name, make in SETS.items():
+        own = [row for row in steps if (row["threads"], row["set"]) == (threads, name)]
+        size = f"{parameter_count(make()) / 1e6:.3g} M in {len(make())} tensors"
+        panels[f"{TITLES[name]}: {size}"] = own
+    words = f"Optimizer side of a SAM step, fp32, {threads} thread{'s' if threads > 1 else ''}: milliseconds"
+    about = "Median, 20th to 80th percentile; dashed: a copy of as many bytes as FusedSAM moves"
+    return draw_panels(panels, _panel, words, about, path)
+
+
+def draw_panels(panels: dict[str, Sequence[Row]], panel: Panel, words: str, about: str, path: Path) -> bool:
+    """Draw a panel for each name with rows, its bars from the top; False, and no file, where there are none."""
+    panels = {name: rows for name, rows in panels.items() if rows}
+    if not panels:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    threads = min(row["threads"] for row in steps)
-    steps = [row for row in steps if row["threads"] == threads]
-    sets = [name for name in SETS if any(row["set"] == name for row in steps)]
-    with plt.rc_context({"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}):
-        height = 2.6 * ((len(sets) + 1) // 2) + 0.8
-        figure, grid = plt.subplots((len(sets) + 1) // 2, 2, figsize=(10.5, height), dpi=150, squeeze=False)
-        for panel, name in zip(grid.flat, sets, strict=False):
-            _panel(panel, name, [row for row in steps if row["set"] == name])
-        for panel in grid.flat[len(sets) :]:
-            panel.axis("off")
-        text = f"Optimizer side of a SAM step, fp32, {threads} thread{'s' if threads > 1 else ''}: milliseconds"
-        figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        legend = "Median, 20th to 80th percentile; dashed: a copy of as many bytes as FusedSAM moves"
-        figure.text(0.01, 0.93, legend, ha="left", va="center", color="#666666")
-        figure.tight_layout(rect=(0, 0, 1, 0.92), w_pad=2.0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+    lines = -(-len(panels) // COLUMNS)
+    most = max(len({row["variant"] for row in rows}) for rows in panels.values())
+    height = lines * (most * INCHES_PER_BAR + INCHES_PER_PANEL) + INCHES_OF_TITLE
+    # Two columns even for one panel: the second stays empty.
+    shape = {"panels": COLUMNS * lines, "rows": lines, "width": 11.5, "height": height, "grid": False}
+    with canvas(words, about, path, **shape) as axes:
+        for place, (name, rows) in zip(axes, panels.items(), strict=False):
+            panel(place, rows)
+            place.set_title(name, loc="left", fontsize=10)
+            place.invert_yaxis()
+            place.tick_params(axis="y", length=0)
+        for place in axes[len(panels) :]:
+            place.axis("off")
     return True
 
 
-def _panel(axes: Any, set_name: str, rows: Sequence[Row]) -> None:
-    """Medians as bars, 20th to 80th percentile as whiskers, the copy of as many bytes as a dashed line."""
+def bars(axes: Any, places: Sequence[float], rows: Sequence[Row], scale: float, **look: Any) -> None:
+    """Draw the medians of rows as bars at these places, with whiskers and numbers; those of `ours` in bold."""
+    ours = look.pop("ours")
+    middle, low, high = ([scale * row[name] for row in rows] for name in ("median_s", "p20_s", "p80_s"))
+    whiskers = [[m - x for m, x in zip(middle, low)], [x - m for m, x in zip(middle, high)]]
+    axes.barh(places, middle, xerr=whiskers, error_kw={"ecolor": INK, "lw": 0.8}, **look)
+    for place, value, end, row in zip(places, middle, high, rows, strict=True):
+        write(axes, value, (end, place), row["variant"] in ours)
+
+
+def write(axes: Any, value: float, at: tuple[float, float], bold: bool) -> None:
+    """Write a number right of a point."""
+    text = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+    axes.annotate(digits(value), at, fontweight="bold" if bold else "normal", **text)
+
+
+def digits(value: float) -> str:
+    """Write three digits, or all before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def mark(axes: Any, row: Row, scale: float) -> None:
+    """Draw the time of a row across the panel."""
+    axes.axvline(scale * row["median_s"], color=INK, linestyle="--", linewidth=0.9)
+
+
+def _panel(axes: Any, rows: Sequence[Row]) -> None:
     by_variant = {row["variant"]: row for row in rows}
     shown = [by_variant[name] for name in VARIANTS if name in by_variant]
-    milliseconds = [1e3 * row["median_s"] for row in shown]
-    whiskers = [
-        [1e3 * (row["median_s"] - row["p20_s"]) for row in shown],
-        [1e3 * (row["p80_s"] - row["median_s"]) for row in shown],
-    ]
     colours = [COLOURS.get(row["variant"], RIVAL) for row in shown]
-    axes.barh(range(len(shown)), milliseconds, xerr=whiskers, color=colours, error_kw={"ecolor": INK, "lw": 0.8})
-    for place, row in enumerate(shown):
-        axes.annotate(
-            f"{1e3 * row['median_s']:.3g}",
-            (1e3 * row["p80_s"], place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold" if row["variant"] == OURS else "normal",
-        )
+    bars(axes, range(len(shown)), shown, 1e3, color=colours, ours=(OURS,))
     if FLOOR in by_variant:
-        axes.axvline(1e3 * by_variant[FLOOR]["median_s"], color=INK, linestyle="--", linewidth=0.9)
+        mark(axes, by_variant[FLOOR], 1e3)
     axes.set_yticks(range(len(shown)), [VARIANTS[row["variant"]].title for row in shown])
-    axes.invert_yaxis()
     axes.set_xlim(0, 1.15e3 * max(row["p80_s"] for row in shown))
-    shapes = SETS[set_name]()
-    size = f"{parameter_count(shapes) / 1e6:.3g} M in {len(shapes)} tensors"
-    axes.set_title(f"{TITLES[set_name]}: {size}", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)

@@ -137,12 +137,12 @@ class PlainSGD:
         self.base = SGD(params, **base_options)
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """Nothing but zero_grad."""
+        """Do nothing but zero_grad."""
         if zero_grad:
             self.base.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """SGD's step."""
+        """Make SGD's step."""
         self.base.step()
         if zero_grad:
             self.base.zero_grad()
@@ -159,11 +159,11 @@ class Variant:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *SIXTEEN_BIT)
 
     def available(self) -> bool:
-        """Whether its package is installed."""
+        """Return whether its package is installed."""
         return importlib.util.find_spec(self.needs) is not None
 
     def bytes_per_param(self, dtype: torch.dtype) -> float:
-        """Bytes its operations move per parameter."""
+        """Return bytes its operations move per parameter."""
         return self.bytes_fp32 * dtype.itemsize / 4
 
 
@@ -185,11 +185,13 @@ def _pytorch_optimizer(params: list[Tensor], **options: Any) -> TwoPass:
     return SAM(params, SGD, rho=RHO, **SGD_OPTIONS, **options)
 
 
-def _eager(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+def eager_sam(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+    """Return what builds the formulation in widest use around SGD."""
     return functools.partial(EagerSAM, base_optimizer=SGD, **SGD_OPTIONS, **options)
 
 
-def _foreach(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+def foreach_sam(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
+    """Return what builds the one of multi-tensor operations."""
     return functools.partial(ForeachSAM, **SGD_OPTIONS, **options)
 
 
@@ -198,12 +200,12 @@ SCALE = "sgd_fused"
 FP32 = (torch.float32,)
 VARIANTS: dict[str, Variant] = {
     OURS: Variant("FusedSAM", _fused_sam, 40, needs="fused_sam"),
-    "eager_sgd": Variant("eager SAM + SGD", _eager(), 92),
-    "eager_sgd_foreach": Variant("eager SAM + SGD(foreach)", _eager(foreach=True), 92),
-    "eager_sgd_fused": Variant("eager SAM + SGD(fused)", _eager(fused=True), 68),
-    "foreach_sgd_fused": Variant("foreach SAM + SGD(fused)", _foreach(fused=True), 52),
+    "eager_sgd": Variant("eager SAM + SGD", eager_sam(), 92),
+    "eager_sgd_foreach": Variant("eager SAM + SGD(foreach)", eager_sam(foreach=True), 92),
+    "eager_sgd_fused": Variant("eager SAM + SGD(fused)", eager_sam(fused=True), 68),
+    "foreach_sgd_fused": Variant("foreach SAM + SGD(fused)", foreach_sam(fused=True), 52),
     # The best correct rival in 16 bit, where SGD(fused=True) is wrong (see check).
-    "foreach_sgd_foreach": Variant("foreach SAM + SGD(foreach)", _foreach(foreach=True), 76, dtypes=SIXTEEN_BIT),
+    "foreach_sgd_foreach": Variant("foreach SAM + SGD(foreach)", foreach_sam(foreach=True), 76, dtypes=SIXTEEN_BIT),
     "pytorch_optimizer": Variant("pytorch_optimizer.SAM", _pytorch_optimizer, 92, needs="pytorch_optimizer"),
     "pytorch_optimizer_foreach": Variant(
         "pytorch_optimizer.SAM(foreach)",
@@ -230,17 +232,17 @@ OPTIONS: dict[str, Variant] = {
 
 
 def find(name: str) -> Variant:
-    """A variant by its name."""
+    """Return a variant by its name."""
     return VARIANTS.get(name) or OPTIONS[name]
 
 
 def available(dtype: torch.dtype) -> dict[str, Variant]:
-    """The installed variants that are defined for `dtype`."""
+    """Return the installed variants that are defined for `dtype`."""
     return {name: v for name, v in VARIANTS.items() if v.available() and dtype in v.dtypes}
 
 
 def check(name: str, dtype: torch.dtype) -> bool:
-    """Whether a variant computes the step on the CPU."""
+    """Return whether a variant computes the step on the CPU."""
     return computes_the_step(VARIANTS[name].build, dtype, oracle=PlainSGD if name == SCALE else EagerSAM)
 
 
@@ -250,7 +252,7 @@ def computes_the_step(
     device: str = "cpu",
     oracle: Callable[..., TwoPass] = EagerSAM,
 ) -> bool:
-    """Two steps against the eager formulation in float64 on the CPU.
+    """Compare two steps with the eager formulation in float64 on the CPU.
 
     Compared after each half: with given gradients the whole step would not show a wrong displacement.
     torch 2.13's SGD(fused=True) on the CPU leaves whole SIMD blocks of 16-bit tensors as they were
@@ -275,7 +277,7 @@ def computes_the_step(
 
 
 def small_problem(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights and the gradients of both passes, some tensors of awkward sizes.
+    """Return weights and the gradients of both passes, some tensors of awkward sizes.
 
     The weights are as small as the displacement: beside larger ones it would vanish in 16-bit rounding.
     """
@@ -289,5 +291,5 @@ def small_problem(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[
 
 
 def agree(got: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> bool:
-    """Whether each tensor is as expected, up to `tolerance` of its largest value."""
+    """Return whether each tensor is as expected, up to `tolerance` of its largest value."""
     return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(got, expected, strict=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,8 +22,11 @@ from bench.speed.harness import (
     WARM_UP_ROUNDS,
     Sample,
     Task,
+    finish,
     has_floor,
     measure,
+    parse,
+    parser,
     ratio,
     ratios_to_rivals,
 )
@@ -47,40 +49,33 @@ GATE = {
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    known = ", ".join(rivals.VARIANTS)
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="parameter sets (default: all)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="thread counts (default: 1 2)")
-    parser.add_argument(
-        "--variants", nargs="+", choices=rivals.VARIANTS, metavar="NAME", help=f"default: all installed of {known}"
-    )
-    parser.add_argument("--rounds", type=int, help="rounds per set (default: by set, fewer for large ones)")
-    parser.add_argument("--out", type=Path, default=records.RESULTS / "cpu_step.jsonl", help="file to append to")
-    parser.add_argument("--dry-run", action="store_true", help="write no rows")
-    parser.add_argument(
-        "--gate",
-        action="store_true",
-        help="ResNet-50 and ResNet-20, fp32, one thread; exit 1 below the floors of CI",
-    )
-    options = parser.parse_args(arguments)
-    if (options.rounds is not None and options.rounds < 1) or min(options.threads) < 1:
-        parser.error("--rounds and --threads must be >= 1")
+    """Return the command line's options."""
+    made = parser("step", __doc__, 0)
+    add = made.add_argument
+    add("--sets", nargs="+", choices=SETS, default=list(SETS), help="parameter sets (default: all)")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    add("--threads", nargs="+", type=int, default=[1, 2], help="thread counts (default: 1 2)")
+    known = f"default: all installed of {', '.join(rivals.VARIANTS)}"
+    add("--variants", nargs="+", choices=rivals.VARIANTS, metavar="NAME", help=known)
+    gate = "ResNet-50 and ResNet-20, fp32, one thread; exit 1 below the floors of CI"
+    add("--gate", action="store_true", help=gate)
+    options = parse(made, arguments)
+    if min(options.threads) < 1:
+        made.error("--threads must be >= 1")
     if options.gate:
         options.sets, options.dtypes, options.threads = list(GATE_SETS), ["fp32"], [1]
     return options
 
 
 def rounds_of(set_name: str, dtype: str, asked: int | None) -> int:
-    """How often to measure."""
+    """Return how often to measure."""
     if asked is not None:
         return asked
     return ROUNDS[set_name] if dtype == "fp32" else max(3, round(SIXTEEN_BIT_SHARE * ROUNDS[set_name]))
 
 
 def measure_set(options: argparse.Namespace, set_name: str, dtype_name: str, progress: Progress) -> list[Row]:
-    """Rows of one set and dtype, all thread counts."""
+    """Return rows of one set and dtype, all thread counts."""
     dtype, shapes = DTYPES[dtype_name], SETS[set_name]()
     names = [n for n in rivals.available(dtype) if not options.variants or n in options.variants]
     if has_floor(shapes, dtype):
@@ -97,37 +92,28 @@ def measure_set(options: argparse.Namespace, set_name: str, dtype_name: str, pro
     tasks = [Task(name, shapes, dtype, repeats) for name in names]
     rows = []
     for threads, samples in measure(tasks, rounds, options.threads, tick).items():
-        common = {
-            "set": set_name,
-            "dtype": dtype_name,
-            "threads": threads,
-            "rounds": rounds,
-            "repeats": repeats,
-        }
+        common = {"set": set_name, "dtype": dtype_name, "threads": threads, "rounds": rounds, "repeats": repeats}
         rows += [records.header("step") | common | figures(name, set_name, dtype_name, samples) for name in names]
     return rows
 
 
 def moved_bytes(name: str, set_name: str, dtype_name: str) -> int:
-    """What the variant's operations read and write in a step; the floor copies as much as FusedSAM moves."""
+    """Return what the variant's operations read and write in a step; the floor copies as much as FusedSAM moves."""
     variant = rivals.find(rivals.OURS if name == FLOOR else name)
     return round(variant.bytes_per_param(DTYPES[dtype_name]) * parameter_count(SETS[set_name]()))
 
 
 def figures(name: str, set_name: str, dtype_name: str, samples: dict[str, list[Sample]]) -> Row:
-    """The part of a row that is about one variant."""
+    """Return the part of a row that is about one variant."""
     own = samples[name]
-    time = Spread.of([sample.seconds for sample in own]).rounded()
     moved = moved_bytes(name, set_name, dtype_name)
     row: Row = {
         "variant": name,
         "valid": name == FLOOR or name in rivals.OPTIONS or rivals.check(name, DTYPES[dtype_name]),
-        "median_s": time["median"],
-        "p20_s": time["p20"],
-        "p80_s": time["p80"],
-        "first_s": Spread.of([sample.first_s for sample in own]).rounded()["median"],
-        "second_s": Spread.of([sample.second_s for sample in own]).rounded()["median"],
-        "minor_faults": Spread.of([sample.minor_faults for sample in own]).rounded()["median"],
+        **Spread.of([sample.seconds for sample in own]).seconds(),
+        "first_s": records.median([sample.first_s for sample in own]),
+        "second_s": records.median([sample.second_s for sample in own]),
+        "minor_faults": records.median([sample.minor_faults for sample in own]),
         "bytes": moved,
         "ratio_to_rival": ratios_to_rivals(samples) if name == rivals.OURS else {},
         "ratio_to_floor": None,
@@ -140,7 +126,7 @@ def figures(name: str, set_name: str, dtype_name: str, samples: dict[str, list[S
 
 
 def describe(row: Row) -> str:
-    """One line for the terminal."""
+    """Return one line for the terminal."""
     floor = row["ratio_to_floor"]
     return (
         f"{row['set']:9} {row['dtype']} {row['threads']}T  {row['variant']:26}"
@@ -150,16 +136,16 @@ def describe(row: Row) -> str:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """What the gate says about rows of FusedSAM, one sentence each."""
-    said = []
+    """Return a sentence for each row of FusedSAM that is below a floor of the gate."""
+    sentences = []
     for (set_name, other), least in GATE.items():
         for row in rows:
             if row["set"] != set_name or row["variant"] != rivals.OURS:
                 continue
             got = row["ratio_to_floor"] if other == FLOOR else row["ratio_to_rival"].get(other)
             if got is not None and got["median"] < least:
-                said.append(f"{set_name} against {other}: {got['median']:.2f}. Must be >= {least}.")
-    return said
+                sentences.append(f"{set_name} against {other}: {got['median']:.2f}. Must be >= {least}.")
+    return sentences
 
 
 def main() -> int:
@@ -173,10 +159,7 @@ def main() -> int:
         for dtype_name in options.dtypes:
             for set_name in options.sets:
                 new = measure_set(options, set_name, dtype_name, progress)
-                for row in new:
-                    progress.console.print(describe(row))
-                if not options.dry_run:
-                    records.write_rows(new, options.out)
+                finish(new, options, console, describe)
                 rows += new
     for other, spread in ((o, s) for row in rows for o, s in row["ratio_to_rival"].items()):
         console.print(f"FusedSAM against {other}: {spread['median']:.2f} [{spread['p20']:.2f}, {spread['p80']:.2f}]")

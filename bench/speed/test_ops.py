@@ -1,11 +1,12 @@
-"""pytest-benchmark entry for each op on ResNet-50's shapes: pytest bench/speed/test_ops.py --benchmark-only
+"""pytest-benchmark entries for each op on ResNet-50's shapes and the halves of a step: pytest bench --benchmark-only
 
-Every working backend of fused_sam.ops, and the same arithmetic as a loop over the parameters ("loop").
+Ops of every working backend of fused_sam.ops, and the same arithmetic as a loop over the parameters ("loop"). For
+profiling and for comparing two states of the code; the published ratios come from `python -m bench.speed.step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.speed.harness import GRADIENT_SCALE, Values
+from bench.speed import rivals
+from bench.speed.harness import GRADIENT_SCALE, Subject, Values
 from bench.speed.rivals import RHO, SGD_OPTIONS
 from bench.speed.shapes import SETS
 from fused_sam import backends, ops
@@ -21,9 +23,18 @@ from fused_sam import backends, ops
 ROUNDS = 8
 SHAPES = SETS["resnet50"]()
 LOOP = "loop"
-BACKENDS = [name for name, state in backends.available().items() if state == "ok"]
+BACKENDS = [name for name, state in backends.available("cpu").items() if state == "ok"]
 ASCENT = [ops.AscentGroup(size=len(SHAPES), rho=RHO, adaptive=False)]
 DESCENT = [ops.SGDGroup(size=len(SHAPES), **SGD_OPTIONS, dampening=0.0, nesterov=False, maximize=False, first=False)]
+
+
+@pytest.fixture(params=[1, 2], ids=lambda count: f"{count}T")
+def thread_count(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Run torch, and FusedSAM with it, on that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 class Lists:
@@ -59,7 +70,7 @@ def loop_sgd_update(t: Lists) -> None:
 
 
 def calls(t: Lists, backend: str) -> dict[str, Callable[[], Any]]:
-    """What is timed, by op."""
+    """Return what is timed, by op."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(t.grads))).double()
     if backend == LOOP:
         single = norm.float()
@@ -81,3 +92,27 @@ def calls(t: Lists, backend: str) -> dict[str, Callable[[], Any]]:
 def test_op(benchmark: BenchmarkFixture, backend: str, op: str, thread_count: int) -> None:
     benchmark.group = f"{op} {thread_count}T"
     benchmark.pedantic(calls(Lists(), backend)[op], rounds=ROUNDS, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("half", ["first_step", "second_step"])
+@pytest.mark.parametrize("set_name", ["resnet50", "resnet20"])
+@pytest.mark.parametrize("name", rivals.available(torch.float32))
+def test_step(benchmark: BenchmarkFixture, name: str, set_name: str, half: str, thread_count: int) -> None:
+    benchmark.group = f"{half} {set_name} {thread_count}T"
+    subject = Subject(rivals.VARIANTS[name].build, SETS[set_name](), torch.float32)
+    steps = [subject.optimizer.first_step, subject.optimizer.second_step]
+    timed = 0 if half == "first_step" else 1
+
+    def before() -> tuple[tuple[bool], dict[str, bool]]:
+        for step in steps[:timed]:
+            subject.assign_gradients()
+            step(True)
+        subject.assign_gradients()
+        return (True,), {}
+
+    def after(zero_grad: bool) -> None:
+        for step in steps[timed + 1 :]:
+            subject.assign_gradients()
+            step(zero_grad)
+
+    benchmark.pedantic(steps[timed], setup=before, teardown=after, rounds=ROUNDS, warmup_rounds=1)

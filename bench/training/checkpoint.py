@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,7 @@ def save(state: Any, path: Path) -> None:
 
 
 def load(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved state, in the memory of the host.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: for one that was saved under another configuration, naming the first value that differs.
-    """
+    """Return a saved state, in the memory of the host."""
     if not path.exists():
         raise FileNotFoundError(f"No checkpoint to resume from: {path}.")
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -47,3 +44,18 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
 def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
     """Go on from what `random_state` gave."""
     rng.replay(dict(zip(rng.capture([device]), states, strict=True)))
+
+
+def state_of(run: Any, counts: Sequence[str]) -> dict[str, Any]:
+    """Return the values of these names, the configuration, the model's state and the optimizer's."""
+    kept = {name: getattr(run, name) for name in counts}
+    states = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    return kept | states | {"config": asdict(run.config)}
+
+
+def restore(run: Any, state: dict[str, Any], counts: Sequence[str]) -> None:
+    """Go on from what `state_of` gave."""
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    for name in counts:
+        setattr(run, name, state[name])

@@ -6,39 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"sgd": "#b5541c", "sam": "#1f5fa8"}
-INK, GRID = "#333333", "#e4e4e4"
+from bench.paper import figures
+
+COLOURS = {"sgd": figures.SGD, "sam": figures.SAM}
 
 
 def plot(results: Sequence[dict[str, Any]], title: str, subtitle: str, path: Path) -> None:
-    """Write the PNG.
-
-    Args:
-        results: one per run, with "optimizer", "label" and "history"; a history is a list of {"passes",
-            "test_error", "train_loss"}.
-        title: what was trained on what.
-        subtitle: the budget rule.
-        path: where the picture goes; its folder is made.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), dpi=150)
+    """Write the PNG; each result has an optimizer, a label, and a history of passes, test errors and losses."""
+    with figures.canvas(title, subtitle, path, panels=2) as (left, right):
         _panel(left, results, "test_error", "Test error (%)")
         _panel(right, results, "train_loss", "Training loss")
-        figure.suptitle(title, x=0.01, y=0.985, ha="left", fontsize=13, fontweight="bold")
-        figure.text(0.01, 0.905, subtitle, ha="left", va="center", fontsize=9, color="#666666")
-        figure.tight_layout(rect=(0, 0, 1, 0.94), w_pad=2.5)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def _panel(axes: Any, results: Sequence[dict[str, Any]], key: str, name: str) -> None:
-    """One quantity: a thin line per seed, a thick one for their mean, name and last value at its end."""
+    """Draw one quantity: a thin line per seed, a thick one for their mean, name and last value at its end."""
     form = "{}\n{:.1f} %" if key == "test_error" else "{}\n{:.2f}"
     ends: list[tuple[float, str, str]] = []
     values: list[float] = []
@@ -57,11 +38,7 @@ def _panel(axes: Any, results: Sequence[dict[str, Any]], key: str, name: str) ->
         values += mean
     _limits(axes, values)
     _end_labels(axes, ends)
-    axes.set_xlabel("Forward-backward passes over the training set")
-    axes.set_title(name, loc="left", fontsize=11)
-    axes.grid(axis="y", color=GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    figures.describe(axes, name, "Forward-backward passes over the training set")
 
 
 def _limits(axes: Any, values: Sequence[float]) -> None:
@@ -80,14 +57,5 @@ def _end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     height = float("-inf")
     for value, text, colour in sorted(ends):
         height = max(min(value, top), height + gap)
-        axes.annotate(
-            text,
-            xy=(1.0, height),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontweight="bold",
-            annotation_clip=False,
-        )
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(text, (1.0, height), (4, 0), va="center", color=colour, fontweight="bold", **at)

@@ -69,9 +69,6 @@ def read_idx(path: Path) -> Tensor:
 
     The format is two zero bytes, the type (8: unsigned byte), the number of dimensions, each dimension as a
     big-endian 32-bit integer, and the data.
-
-    Raises:
-        ValueError: the file is damaged, of another type, or its size differs from what its header says.
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -96,7 +93,7 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def has_files(folder: Path) -> bool:
-    """Whether `folder` holds all four files, compressed or not."""
+    """Return whether `folder` holds all four files, compressed or not."""
     return all(_find(folder, name) for name in FILES)
 
 
@@ -117,17 +114,12 @@ def _read_split(folder: Path, prefix: str) -> Images:
 
 
 def load_folder(folder: Path) -> Dataset:
-    """Fashion-MNIST from a folder with the four idx files."""
+    """Read Fashion-MNIST from a folder with the four idx files."""
     return Dataset("Fashion-MNIST", str(folder), _read_split(folder, "train"), _read_split(folder, "t10k"), flip=True)
 
 
 def download(folder: Path, opener: Opener = urllib.request.urlopen) -> None:
-    """Fetch the four files; each gets its name only once its checksum is right.
-
-    Raises:
-        OSError, http.client.HTTPException: the server cannot be reached, or breaks off.
-        ValueError: a file has another checksum than published.
-    """
+    """Fetch the four files; each gets its name only once its checksum is right."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, sha256 in FILES.items():
         target = folder / f"{name}.gz"
@@ -144,7 +136,7 @@ def download(folder: Path, opener: Opener = urllib.request.urlopen) -> None:
 
 
 def load_digits() -> Dataset:
-    """scikit-learn's 1797 digits, 8x8 enlarged to 24x24 and padded to 28x28; one fifth is the test set."""
+    """Return scikit-learn's 1797 digits, 8x8 enlarged to 24x24 and padded to 28x28; one fifth is the test set."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
@@ -159,7 +151,7 @@ def load_digits() -> Dataset:
 
 
 def load(data_dir: Path | None = None, say: Callable[[str], None] = print) -> Dataset:
-    """The first that is there: `data_dir`, Debian's package, an earlier download, a download, digits.
+    """Return the first that is there: `data_dir`, Debian's package, an earlier download, a download, digits.
 
     An explicit `data_dir` is used or refused, never replaced by another source.
     """
@@ -181,14 +173,7 @@ def load(data_dir: Path | None = None, say: Callable[[str], None] = print) -> Da
 
 
 def corrupt_labels(labels: Tensor, fraction: float, seed: int, classes: int = CLASSES) -> Tensor:
-    """Symmetric label noise: exactly round(fraction * N) labels get another class, each alike.
-
-    Args:
-        labels: [N] int64, left as it is.
-        fraction: in [0, 1).
-        seed: the same seed gives the same noise.
-        classes: labels are below it.
-    """
+    """Add symmetric label noise: exactly round(fraction * N) labels get another class, each alike."""
     if not 0 <= fraction < 1:
         raise ValueError(f"Invalid {fraction=}. Must be in [0, 1).")
     generator = torch.Generator().manual_seed(seed)
@@ -200,7 +185,7 @@ def corrupt_labels(labels: Tensor, fraction: float, seed: int, classes: int = CL
 
 
 def subset(data: Images, size: int, seed: int) -> Images:
-    """`size` of the images, drawn by `seed`; all of them if there are fewer."""
+    """Return `size` of the images, drawn by `seed`; all of them if there are fewer."""
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))[:size]
     return Images(data.images[chosen], data.labels[chosen])
 
@@ -242,7 +227,7 @@ class Batches:
         return len(self.labels) // self.batch_size
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch."""
+        """Yield the batches of one epoch."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.labels), generator=generator)
         before, after = self.augmentation
@@ -257,7 +242,7 @@ class Batches:
             yield normalised if after is None else after(normalised, generator), self.labels[at]
 
     def _windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Row and column numbers in the padded image, [count, H] and [count, W]."""
+        """Return row and column numbers in the padded image, [count, H] and [count, W]."""
         height, width = (torch.arange(size) for size in self.images.shape[-2:])
         top, left = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator)
         columns = width.expand(count, len(width))
@@ -268,18 +253,18 @@ class Batches:
 
 
 def channelled(images: Tensor) -> Tensor:
-    """[N, H, W] or [N, C, H, W] as [N, C, H, W]."""
+    """Return [N, H, W] or [N, C, H, W] as [N, C, H, W]."""
     return images.unsqueeze(1) if images.dim() == 3 else images
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pixels of each channel, scaled to [0, 1]; [C, 1, 1] float32."""
+    """Return mean and standard deviation of the pixels of each channel, scaled to [0, 1]; [C, 1, 1] float32."""
     channels = [channel.double() / 255 for channel in channelled(images).unbind(dim=1)]
     mean, std = (torch.stack([getattr(channel, name)() for channel in channels]) for name in ("mean", "std"))
     return mean.float()[:, None, None], std.float()[:, None, None]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """[B, H, W] or [B, C, H, W] uint8 to [B, C, H, W] float32, channels last, zero mean and unit variance."""
+    """Turn [B, H, W] or [B, C, H, W] uint8 into [B, C, H, W] float32, channels last, of mean 0 and variance 1."""
     scaled = (channelled(images).float() / 255 - mean.to(images.device)) / std.to(images.device)
     return scaled.contiguous(memory_format=torch.channels_last)

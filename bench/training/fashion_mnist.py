@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -25,9 +25,10 @@ from bench.paper import methods
 from bench.paper.config import Config
 from bench.paper.data import split
 from bench.paper.training import Training
+from bench.tables import mean
 from bench.training import checkpoint, curves, data
 from bench.training.models import WideResNet, parameter_count
-from bench.training.run import StepClock, chosen_backend
+from bench.training.run import HelpFormatter, StepClock, bar, check, chosen_backend, chosen_device, complain
 
 SOURCES = "Debian's dataset-fashion-mnist, else a download, else scikit-learn's digits"
 NOISE = "this fraction of the training labels is replaced by another class"
@@ -48,17 +49,10 @@ FULL = {
 }
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.training.fashion_mnist", description=__doc__, formatter_class=_Formatter
+        prog="python -m bench.training.fashion_mnist", description=__doc__, formatter_class=HelpFormatter
     )
     _add_task(parser.add_argument_group("task"))
     _add_model(parser.add_argument_group("model and optimizers"))
@@ -106,22 +100,20 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed and checked flags, with the defaults that depend on other flags filled in."""
+    """Return parsed and checked flags, with the defaults that depend on other flags filled in."""
     parser = build_parser()
     if parser.parse_args(argv).full:
         parser.set_defaults(**FULL)
     args = parser.parse_args(argv)
     if args.rho is None:
         args.rho = 0.1 if args.label_noise else 0.05
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("train_size", "epochs", "batch_size", "stem_stride"):
-        if getattr(args, name) < 1:
-            parser.error(f"Invalid {name}={getattr(args, name)}. Must be >= 1.")
-    if args.shift < 0:
-        parser.error(f"Invalid shift={args.shift}. Must be >= 0.")
-    if not 0 <= args.label_noise < 1:
-        parser.error(f"Invalid label_noise={args.label_noise}. Must be in [0, 1).")
+    args.device = chosen_device(args.device)
+    try:
+        check(args, ">= 1", lambda x: x >= 1, "train_size", "epochs", "batch_size", "stem_stride")
+        check(args, ">= 0", lambda x: x >= 0, "shift")
+        check(args, "in [0, 1)", lambda x: 0 <= x < 1, "label_noise")
+    except ValueError as error:
+        parser.error(str(error))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args
@@ -183,8 +175,7 @@ class Job:
 
     def run(self) -> None:
         """Do all runs that are not finished."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress:
+        with bar(self.console) as progress:
             for seed in self.args.seeds:
                 for kind in self.kinds:
                     if not any((r["optimizer"], r["seed"]) == (kind, seed) for r in self.finished):
@@ -267,18 +258,13 @@ class Job:
         checkpoint.save(state, self.checkpoint)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One JSON row per run."""
-        shared = {
-            **records.header("train"),
-            "fused_sam": fused_sam.__version__,
-            "job": self.name,
-            **vars(self.config),
-        }
+        """Return one JSON row per run."""
+        shared = records.header("train") | {"fused_sam": fused_sam.__version__, "job": self.name} | vars(self.config)
         return [shared | result for result in self.finished]
 
 
 def budget(job: Job) -> str:
-    """The rule both runs train under, with its numbers."""
+    """Return the rule both runs train under, with its numbers."""
     config = job.config
     steps = config.train_size // config.batch_size
     sam = f"SAM {config.epochs} epochs x {steps} steps x 2 passes"
@@ -287,39 +273,26 @@ def budget(job: Job) -> str:
 
 
 def title(job: Job) -> str:
-    """Data set, size and noise."""
+    """Name data set, size and noise."""
     config = job.config
     labels = f"{config.label_noise:.0%} label noise" if config.label_noise else "clean labels"
     return f"{config.dataset}, {config.train_size:,} training images, {labels}"
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean, and the standard deviation over several seeds."""
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
 def table(job: Job) -> Table:
-    """One line per optimizer."""
+    """Return a table with one line per optimizer."""
     out = Table(title=title(job), caption=budget(job), title_justify="left", caption_justify="left")
     out.add_column("run")
-    headings = (
-        "epochs",
-        "test error %\nfinal",
-        "test error %\nbest",
-        "step\nms",
-        "optimizer\n% of step",
-        "training\ns",
-    )
-    for heading in headings:
+    errors = ("test error %\nfinal", "test error %\nbest")
+    for heading in ("epochs", *errors, "step\nms", "optimizer\n% of step", "training\ns"):
         out.add_column(heading, justify="right", no_wrap=True)
     for kind in job.kinds:
         runs = [r for r in job.finished if r["optimizer"] == kind]
         out.add_row(
             runs[0]["label"],
             str(runs[0]["run_epochs"]),
-            spread([r["test_error_final"] for r in runs]),
-            spread([r["test_error_best"] for r in runs]),
+            mean([r["test_error_final"] for r in runs]),
+            mean([r["test_error_best"] for r in runs]),
             f"{statistics.fmean(r['step_ms'] for r in runs):.1f}",
             f"{statistics.fmean(100 * r['optimizer_ms'] / r['step_ms'] for r in runs):.1f}",
             f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
@@ -328,7 +301,7 @@ def table(job: Job) -> Table:
 
 
 def describe(job: Job, console: Console) -> None:
-    """What is about to be trained."""
+    """Print what is about to be trained."""
     config, dataset = job.config, job.dataset
     console.print(f"{title(job)}; {len(dataset.test.labels):,} test images", soft_wrap=True)
     console.print(f"Data from {dataset.source}", soft_wrap=True)
@@ -342,7 +315,7 @@ def describe(job: Job, console: Console) -> None:
 
 
 def report(job: Job, console: Console) -> None:
-    """Table, picture and rows."""
+    """Print the table, write picture and rows."""
     console.print(table(job))
     if not job.args.no_plot:
         picture = records.RESULTS / f"train_{job.name}.png" if job.args.record else job.out / "curves.png"
@@ -356,7 +329,7 @@ def report(job: Job, console: Console) -> None:
 
 
 def prepare(args: argparse.Namespace, console: Console) -> Job:
-    """The job with its data, and with the checkpoint if it resumes; refuses what cannot work."""
+    """Return the job with its data, and with the checkpoint if it resumes; refuses what cannot work."""
     dataset = data.load(args.data_dir, say=console.print)
     if args.record and dataset.name != "Fashion-MNIST":
         raise ValueError(f"Invalid --record with {dataset.name}. Must be Fashion-MNIST.")
@@ -373,8 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job = prepare(args, console)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
-        return 1
+        return complain(error)
     describe(job, console)
     try:
         job.run()

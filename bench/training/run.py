@@ -1,46 +1,77 @@
-"""What every training run has: its rate, its losses, its clock."""
+"""What every training run has: its flags, its rate, its losses, its clock, its bar."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fused_sam import backends
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def check(values: Any, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raise ValueError for the first attribute of these, besides None, for which the rule does not hold."""
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"Invalid {name}={value!r}. Must be {rule}.")
+
+
+def chosen_device(name: str) -> str:
+    """Return the device that "auto" stands for, and any other as it is."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def chosen_backend(name: str | None, device: str) -> str:
-    """The name of the backend that FusedSAM uses."""
+    """Return the name of the backend that FusedSAM uses."""
     module = backends.for_device(torch.device(device).type, backends.requested(name))
     return module.__name__.rpartition(".")[2]
 
 
+def complain(error: BaseException, who: str = "") -> int:
+    """Print what cannot work, and return the exit status for it."""
+    text = f"{who}{type(error).__name__}: {error}"
+    Console(highlight=False, markup=False).print(text, style="red", soft_wrap=True)
+    return 1
+
+
+def bar(console: Console, disable: bool = False) -> Progress:
+    """Return bars with a status and the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=disable)
+
+
 def cosine(progress: float) -> float:
-    """The learning rate's factor after this part of a run, from 1 to 0: (1 + cos(pi * progress)) / 2."""
+    """Return the learning rate's factor after this part of a run, from 1 to 0: (1 + cos(pi * progress)) / 2."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def mean_of_finite(losses: list[float], where: str) -> float:
-    """The mean of the losses of the steps of `where`.
-
-    Raises:
-        FloatingPointError: one of them is not finite.
-    """
-    for step, loss in enumerate(losses, start=1):
+def mean_of_finite(losses: Sequence[float], epoch: int, first: int = 1) -> float:
+    """Return the mean of the losses of an epoch from the step `first` on; refuse one that is not finite."""
+    for step, loss in enumerate(losses, start=first):
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"Training stopped: loss is {loss} in step {step} of {where}. Lower --lr or --rho."
-            )
+            where = f"step {step} of epoch {epoch}"
+            raise FloatingPointError(f"Training stopped: loss is {loss} in {where}. Lower --lr or --rho.")
     return statistics.fmean(losses)
 
 
 class StepClock:
-    """Milliseconds a training step spends in the model and in the optimizer; never waits for a GPU."""
+    """Measures milliseconds that a training step spends in the model and in the optimizer; never waits for a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -61,7 +92,7 @@ class StepClock:
         self._spans.append((name, start, self._now()))
 
     def read(self, steps: int) -> dict[str, list[float]]:
-        """Milliseconds per part and step since the last call, `steps` equal steps ago."""
+        """Return milliseconds per part and step since the last call, `steps` equal steps ago."""
         if self._cuda:
             torch.cuda.synchronize()
         times: dict[str, list[float]] = {}

@@ -11,51 +11,24 @@ any of them -groupnorm      GroupNorm in the place of BatchNorm
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
 from torch import nn
 
-from bench.paper.models.groupnorm import without_batchnorm
 from bench.paper.models.pyramidnet import PyramidNet
-from bench.paper.models.resnet import ResNet
-from bench.paper.models.shake_shake import ShakeShake
-from bench.training.models import WideResNet
+from bench.paper.models.shake import ShakeShake
+from bench.training.models import ResNet, WideResNet
 
-NAMES = (
-    "small",
-    "wrn-16-8",
-    "wrn-28-2",
-    "wrn-28-10",
-    "wrn-40-2",
-    "wrn-40-10",
-    "resnet-20",
-    "resnet-32",
-    "pyramidnet-110-270",
-    "pyramidnet-110-270-shakedrop",
-    "pyramidnet-272-200",
-    "pyramidnet-272-200-shakedrop",
-    "shake-shake-26-2x32d",
-    "shake-shake-26-2x64d",
-    "shake-shake-26-2x96d",
-    "shake-shake-26-2x112d",
-)
+NAMES = ("small", "wrn-D-K", "resnet-D", "pyramidnet-D-A", "shake-shake-26-2xWd")
 GROUPNORM = "-groupnorm"
+GROUPS = 8  # at most; where they do not divide the channels, their greatest common divisor
 BOTTLENECK_FROM = 164  # layers of the shallowest PyramidNet that was published with bottlenecks
 
 
 def make(name: str, *, channels: int, classes: int, size: int) -> nn.Module:
-    """A network with random weights from the global generator.
-
-    Args:
-        name: one of the patterns above; `NAMES` are examples.
-        channels: of the images, 1 or 3.
-        classes: of the last layer.
-        size: height and width of the images, in pixels.
-
-    Raises:
-        ValueError: no such network, or it cannot halve images of this size twice.
-    """
+    """Return a network with random weights from the global generator."""
     if size < 8 or size % 4:
         raise ValueError(f"Invalid {size=}. Must be a multiple of 4, at least 8.")
     plain = name.removesuffix(GROUPNORM)
@@ -64,7 +37,20 @@ def make(name: str, *, channels: int, classes: int, size: int) -> nn.Module:
         if found:
             model = family(*found.groups(), channels=channels, classes=classes)
             return model if plain == name else without_batchnorm(model)
-    raise ValueError(f"Invalid model={name!r}. Must be one of {', '.join(NAMES)}, or of other depth and width.")
+    raise ValueError(f"Invalid model={name!r}. Must be one of {', '.join(NAMES)}, with numbers.")
+
+
+def without_batchnorm(model: nn.Module) -> nn.Module:
+    """Return the model itself, every BatchNorm in it replaced by GroupNorm (Wu and He, 2018) of as many channels.
+
+    A micro-batch of m examples then sees the function that the whole batch sees, and the Hessian is of one function.
+    """
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(model, name, nn.GroupNorm(math.gcd(GROUPS, child.num_features), child.num_features))
+        else:
+            without_batchnorm(child)
+    return model
 
 
 def _small(*, channels: int, classes: int) -> nn.Module:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.paper.models.parts import conv, initialise, widen
-from bench.paper.models.shakedrop import ShakeDrop
+from bench.paper.models.shake import ShakeDrop
+from bench.training.models import conv, initialise, widen
 
 STEM_CHANNELS = 16
 STAGES = 3
@@ -49,11 +49,7 @@ class Block(nn.Module):
 
 
 class PyramidNet(nn.Module):
-    """PyramidNet-depth with widening alpha: block k of N has 16 + alpha k / N channels, rounded down.
-
-    Raises:
-        ValueError: no such depth, 6 n + 2 for pairs of 3x3 convolutions and 9 n + 2 for bottlenecks.
-    """
+    """PyramidNet-depth with widening alpha: block k of N has 16 + alpha k / N channels, rounded down."""
 
     def __init__(
         self,

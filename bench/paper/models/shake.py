@@ -1,4 +1,7 @@
-"""Shake-Shake ResNets (Gastaldi, 2017): two branches in random shares, others in their gradients."""
+"""Shake-Shake ResNets (Gastaldi, 2017): two branches in random shares, others in their gradients.
+
+And ShakeDrop (Yamada et al., 2019): noise on a residual branch, another in its gradient.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +11,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.paper.models.parts import conv, initialise
+from bench.training.models import conv, initialise, stages
 
 STEM_CHANNELS = 16
 STAGES, BLOCKS = 3, 4  # 26 layers: stem, 3 * 4 blocks of two, head
 
 
-class _Mix(torch.autograd.Function):
-    """alpha a + (1 - alpha) b, with the gradients beta and 1 - beta."""
+class _Scale(torch.autograd.Function):
+    """forward * x, with the gradient backward * grad."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        ctx.save_for_backward(beta)
-        return torch.lerp(b, a, alpha)
+    def forward(ctx: Any, x: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+        ctx.save_for_backward(backward)
+        return forward * x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (beta,) = ctx.saved_tensors
-        return beta * grad, (1 - beta) * grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (backward,) = ctx.saved_tensors
+        return backward * grad, None, None
+
+
+class ShakeDrop(nn.Module):
+    """(b + alpha - b alpha) x in training, its mean `keep` times x in evaluation.
+
+    b is 1 with probability `keep`, for the batch as a whole; alpha is uniform in [-1, 1]. In the gradient beta, uniform
+    in [0, 1], stands in alpha's place. alpha and beta are drawn for each image.
+    """
+
+    def __init__(self, keep: float) -> None:
+        super().__init__()
+        if not 0 <= keep <= 1:
+            raise ValueError(f"Invalid {keep=}. Must be in [0, 1].")
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        if not self.training:
+            return self.keep * x
+        kept = torch.rand((), device=x.device) < self.keep
+        alpha, beta = torch.rand(2, len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+        return _Scale.apply(x, torch.where(kept, 1, 2 * alpha - 1), torch.where(kept, 1, beta))
 
 
 def shake(a: Tensor, b: Tensor, training: bool) -> Tensor:
-    """Random shares of two branches for each image ("Shake-Shake-Image"), their mean in evaluation.
-
-    Args:
-        a, b: [B, C, H, W].
-        training: draw the shares, alpha and beta uniform in [0, 1].
-    """
+    """Return random shares of two branches for each image ("Shake-Shake-Image"), their mean in evaluation."""
     if not training:
         return (a + b) / 2
     alpha, beta = torch.rand(2, len(a), 1, 1, 1, device=a.device, dtype=a.dtype)
-    return _Mix.apply(a, b, alpha, beta)
+    return _Scale.apply(a, alpha, beta) + _Scale.apply(b, 1 - alpha, 1 - beta)
 
 
 def _branch(channels_in: int, channels: int, stride: int) -> nn.Sequential:
@@ -91,14 +110,8 @@ class ShakeShake(nn.Module):
         if width < 1:
             raise ValueError(f"Invalid {width=}. Must be >= 1.")
         self.stem = nn.Sequential(conv(channels, STEM_CHANNELS, 3), nn.BatchNorm2d(STEM_CHANNELS))
-        blocks: list[nn.Module] = []
-        channels_in = STEM_CHANNELS
-        for stage in range(STAGES):
-            for block in range(BLOCKS):
-                blocks.append(Block(channels_in, width << stage, stride=2 if stage and not block else 1))
-                channels_in = width << stage
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels_in, classes)
+        self.blocks = stages(Block, STEM_CHANNELS, [width << stage for stage in range(STAGES)], BLOCKS)
+        self.head = nn.Linear(width << (STAGES - 1), classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
