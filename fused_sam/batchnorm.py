@@ -7,9 +7,11 @@ belong to no weights the model is ever evaluated at (the official implementation
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -47,6 +49,11 @@ def _frozen(layers: Iterable[_NormBase]) -> Iterator[None]:
             module.running_mean, module.running_var = mean, variance
 
 
+def _compile_anew() -> None:
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 class FirstPassOnly:
     """Handle of `first_pass_only`; ``remove()`` undoes it. A copy of the model is free of it."""
 
@@ -78,6 +85,7 @@ class FirstPassOnly:
         """Take the hooks off the model: both passes then update the statistics."""
         for hook in self._hooks:
             hook.remove()
+        _compile_anew()
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks travel with a model that is copied or pickled. The optimizer does not: it steps another model.
@@ -92,6 +100,9 @@ def first_pass_only(model: nn.Module, optimizer: FusedSAM) -> FirstPassOnly:
         fused_sam.batchnorm.first_pass_only(model, optimizer)
 
     With ``direction="momentum"``, which makes no pass at w, the only pass of a step updates them.
+
+    What torch.compile has compiled before is compiled anew: of a model that has run it does not see new hooks.
     """
+    _compile_anew()
     # Along the momentum there is no pass at w: the one at w + e has to count.
     return FirstPassOnly(model, lambda: optimizer.perturbed and optimizer.direction == "gradient")

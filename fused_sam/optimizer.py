@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -24,7 +22,7 @@ from fused_sam.options import Options, check_group, require_no_clash, require_nu
 from fused_sam.parameters import Parameters
 from fused_sam.peers import SingleProcess
 from fused_sam.report import Report
-from fused_sam.step import Step, untraced
+from fused_sam.step import Step, announced, untraced
 
 
 def _shared(name: str) -> Any:
@@ -167,7 +165,7 @@ class FusedSAM(Optimizer):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.step is not FusedSAM.step and not hasattr(cls.step, "announced"):  # its own, or a mixin's
-            cls.step = _announced(cls.step)  # type: ignore[method-assign]
+            cls.step = announced(cls.step)  # type: ignore[method-assign]
 
     # What wrappers share: some copy __dict__, in which there is nothing but the step and what torch has put there.
 
@@ -319,6 +317,8 @@ class FusedSAM(Optimizer):
         inner = self._step.base.shared(self._step.parameters)
         if "step" not in vars(inner):
             inner.step = MethodType(lambda _: self.plain_step(), inner)  # type: ignore[method-assign]
+            # A scheduler built on it does not see our steps, and would warn that there are none.
+            inner._opt_called = True  # type: ignore[attr-defined]
         return inner
 
     def __getattr__(self, name: str) -> Any:
@@ -373,21 +373,10 @@ class FusedSAM(Optimizer):
                 raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
             tensors = dtensor.local_parts(step.parameters.tensors())
             require_disjoint([p for p in tensors if p.layout == torch.strided])
-            self._share(group["params"])
+            step.add_parameters(group["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def _share(self, params: list[Tensor]) -> None:
-        """Tell the other processes of new parameters."""
-        step = self._step
-        peers = step.peers
-        if isinstance(peers, SingleProcess) and any(map(dtensor.is_sharded, params)):
-            peers = dtensor.Shards()
-        peers.add_parameters(params)
-        peers.require_supported(step.options)
-        if peers is not step.peers:
-            step.peers, step.parameters.local = peers, dtensor.local_parts
 
     def state_dict(self) -> dict[str, Any]:
         """Do as `torch.optim.Optimizer.state_dict`: the base optimizer's keys, each group's ``rho`` and ``adaptive``,
@@ -406,6 +395,7 @@ class FusedSAM(Optimizer):
         step = self._step
         step.require_unperturbed("load_state_dict()")
         state_dict = checkpoints.adapted(state_dict, self.param_groups)
+        step.base.require_loadable(state_dict)
         super().load_state_dict(state_dict)
         step.base.load(step.parameters, state_dict)
         masters.load(step.parameters.masters, state_dict, self.state, self.param_groups)
@@ -424,18 +414,3 @@ class FusedSAM(Optimizer):
             setattr(self, name, value)
         if ours:  # older releases of torch kept some of it in other forms
             self._step.base.shared(self._step.parameters).__setstate__(ours)
-
-
-def _announced(step: Callable[..., Any]) -> Any:
-    """Return a subclass's ``step`` so that a ``second_step`` within it knows: it would call that ``step`` again."""
-
-    @functools.wraps(step)
-    def announced(self: FusedSAM, *args: Any, **kwargs: Any) -> Any:
-        self._step.within += 1
-        try:
-            return step(self, *args, **kwargs)
-        finally:
-            self._step.within -= 1
-
-    announced.announced = True  # type: ignore[attr-defined]
-    return announced

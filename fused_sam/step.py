@@ -9,14 +9,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fused_sam import mistakes, ops, report, schedules
+from fused_sam import dtensor, mistakes, ops, report, schedules
 from fused_sam.ascent import Displacement, Perturbation
 from fused_sam.backends.interface import InvalidTensor, Journal
 from fused_sam.descent import Base, clipping, looksam
 from fused_sam.ops.lists import clear_grads
 from fused_sam.options import Options, require_unscaled
 from fused_sam.parameters import Parameters
-from fused_sam.peers import Peers
+from fused_sam.peers import Peers, SingleProcess
 from fused_sam.report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +52,22 @@ def untraced(function: F) -> F:
             _set_grad_enabled(True)
 
     return cast(F, guarded)
+
+
+def announced(step: Callable[..., Any]) -> Any:
+    """Return a subclass's ``step`` so that a ``second_step`` within it knows: it would call that ``step`` again."""
+
+    @functools.wraps(step)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self._step
+        state.within += 1
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            state.within -= 1
+
+    counted.announced = True  # type: ignore[attr-defined]
+    return counted
 
 
 class Step:
@@ -216,6 +232,21 @@ class Step:
         if probe is not None:
             radius, cosine = probe.radius, probe.cosine(self.parameters.tensors())
         return Report(norm, loss, loss_perturbed, None, radius, cosine)
+
+    def add_parameters(self, params: list[Tensor]) -> None:
+        """Tell the other processes of new parameters.
+
+        Raises:
+            ValueError: for parameters that these peers do not know how to step, or with options that do not go with
+                them.
+        """
+        peers = self.peers
+        if isinstance(peers, SingleProcess) and any(map(dtensor.is_sharded, params)):
+            peers = dtensor.Shards()
+        peers.add_parameters(params)
+        peers.require_supported(self.options)
+        if peers is not self.peers:
+            self.peers, self.parameters.local = peers, dtensor.local_parts
 
     def require_unperturbed(self, what: str) -> None:
         """Refuse what would see the weights at w + e."""

@@ -83,7 +83,7 @@ def _directions(xs: list[Tensor], q: float) -> list[Tensor]:
     if q == 1:
         return [x.sign() for x in xs]
     device = xs[0].device if xs else torch.device("cpu")
-    flat = torch.cat([x.flatten().double().to(device) for x in xs]) if xs else torch.zeros(0)
+    flat = torch.cat([x.flatten().double().to(device) for x in xs]) if xs else torch.zeros(0, device=device)
     if flat.numel() == 0:
         return xs
     if q == math.inf:

@@ -221,7 +221,7 @@ def _ascent_factors(rho: float | Tensor, norm: Tensor, dtype: torch.dtype) -> tu
     far = torch.where(exponent < -limit, shift, torch.where(exponent > limit, -shift, 0.0)).double()
     pre = torch.exp2(far)
     # A number divided by a tensor is rounded twice: torch multiplies by the reciprocal.
-    radius = rho if isinstance(rho, Tensor) else torch.scalar_tensor(rho, dtype=torch.float64)
+    radius = rho if isinstance(rho, Tensor) else torch.scalar_tensor(rho, dtype=torch.float64, device="cpu")
     return pre.to(dtype), (radius / (norm * pre)).to(dtype), active
 
 

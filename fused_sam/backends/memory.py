@@ -57,9 +57,9 @@ class _Place(NamedTuple):
         return cls(str(x.device), begin, begin + item * (last + 1), item, is_dense(x), tuple(x.shape), strides)
 
     def addresses(self) -> Tensor:
-        a = torch.tensor([self.begin])
+        a = torch.tensor([self.begin], device="cpu")
         for size, stride in zip(self.shape, self.strides):
-            a = (a[:, None] + stride * torch.arange(size)).flatten()
+            a = (a[:, None] + stride * torch.arange(size, device="cpu")).flatten()
         return a
 
 

@@ -33,6 +33,13 @@ class Base(Protocol):
     def shared(self, parameters: Parameters) -> Optimizer:
         """Return the base optimizer, on the groups and the state that there are now."""
 
+    def require_loadable(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint that the base would misread.
+
+        Raises:
+            ValueError: nothing has been changed then.
+        """
+
     def load(self, parameters: Parameters, state_dict: dict[str, Any]) -> None:
         """Take in a checkpoint where the class of the base has a way of its own."""
 

@@ -26,6 +26,12 @@ class FusedAdam(AnyBase):
 
     elementwise = True
 
+    def require_loadable(self, state_dict: dict[str, Any]) -> None:
+        """Refuse averages of an unknown number of steps, as in apex's checkpoints."""
+        for index, entry in state_dict["state"].items():
+            if "exp_avg" in entry and "step" not in entry:
+                raise ValueError(f"Invalid state of parameter {index}: {sorted(entry)}. Must have a step for each.")
+
     def update(
         self, parameters: Parameters, journal: Journal, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
@@ -40,8 +46,6 @@ class FusedAdam(AnyBase):
         masters = None if parameters.masters is None else parameters.masters_of(tensors, grads)
         state = {key: parameters.entries(tensors, key) for key in KEYS}
         steps = state["step"]
-        if any(t is None and m is not None for t, m in zip(steps, state["exp_avg"])):
-            raise ValueError("Invalid state: exp_avg without step. Must be a checkpoint of torch.optim.Adam or AdamW.")
         fresh = {i for i, (t, g) in enumerate(zip(steps, grads)) if t is None and g is not None}
         if fresh and skip_at_first(tensors, found_inf, journal, "State of Adam"):
             return

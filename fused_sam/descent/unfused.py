@@ -39,6 +39,9 @@ class AnyBase:
         self.inner.state = parameters.state  # type: ignore[assignment]
         return self.inner
 
+    def require_loadable(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint that the base would misread: none, as far as is known here."""
+
     def load(self, parameters: Parameters, state_dict: dict[str, Any]) -> None:
         """Let the base take in a checkpoint, where its class has its own way: torch's casts all state to the weights'
         dtype.

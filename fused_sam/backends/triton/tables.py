@@ -193,11 +193,11 @@ class Columns:
 
     def _pinned(self, size: int, capturing: bool) -> Tensor:
         if not capturing and self._reserve is None:
-            self._reserve = torch.empty(_RESERVE, dtype=torch.int64, pin_memory=True)
+            self._reserve = torch.empty(_RESERVE, dtype=torch.int64, device="cpu", pin_memory=True)
         if capturing and self._reserve is not None and size <= len(self._reserve):
             taken, self._reserve = self._reserve[:size], self._reserve[size:]
             return taken
-        return torch.empty(size, dtype=torch.int64, pin_memory=True)
+        return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
