@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import set_grads
 from modes import COMBINED, after, every_mode, make, step
 
 from fused_sam import backends
@@ -73,8 +74,12 @@ def test_no_option_lets_the_process_grow(backend: str) -> None:
 @every_mode
 def test_optimizer_and_parameters_are_collected_when_dropped(mode: str, base: str, backend: str, device: str) -> None:
     opt = make(mode, base, backend, device)
-    dead = [weakref.ref(x) for x in (opt, *opt.param_groups[0]["params"])]
+    params = opt.param_groups[0]["params"]
+    dead = [weakref.ref(x) for x in (opt, *params)]
     after(opt, 3)
-    del opt
+    if opt.perturb_next and not opt.second_order:  # also in the middle of a step
+        set_grads(params, [torch.ones(x.shape) for x in params])
+        opt.first_step(zero_grad=True)
+    del opt, params
     gc.collect()
     assert [x() for x in dead] == [None] * len(dead)
