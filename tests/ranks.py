@@ -76,9 +76,10 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        # Forked from a process that has imported everything once, and has never computed.
+        # Forked from a process that has imported everything once, and has never computed. The first optimizer of a
+        # process imports torch._dynamo, which takes most of a start.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "helpers", "fused_sam"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "helpers", "fused_sam"])
         store = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, bits, small_net
-from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, close, joined, loss_of, pair_of, two_calls, wrapped
+from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, close, joined, loss_of, pair_of, squares_of, two_calls, wrapped
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -69,8 +69,9 @@ def test_two_ranks_follow_one_process(wrap: str, form: str, m: str, pair: Ranks)
     pair.run(follows_the_oracle, wrap, m, form)
 
 
-@pytest.mark.parametrize("m", ["rank", 2, "world"])
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(
+    ("wrap", "m"), [("ddp", 2), ("plain", 2), ("sharded", 2), ("sharded", "rank"), ("ddp", "world")]
+)
 def test_four_ranks_follow_one_process(wrap: str, m: Any, four: Ranks) -> None:
     four.run(follows_the_oracle, wrap, m)
 
@@ -81,8 +82,15 @@ def test_options_of_the_ddp(option: str, form: str, pair: Ranks) -> None:
     pair.run(follows_the_oracle, "ddp", "rank", form, option)
 
 
-@pytest.mark.parametrize("option", SAM_OPTIONS)
-@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
+@pytest.mark.parametrize(
+    ("wrap", "m", "option"),
+    # Of the update a rank with a part of the state knows less, of the ascent as much.
+    [
+        *(("plain", "rank", option) for option in SAM_OPTIONS),
+        *(("plain", "world", option) for option in ("inf", "three ascents")),
+        *(("sharded", "rank", option) for option in ("adam", "three ascents")),
+    ],
+)
 def test_options_of_sam(wrap: str, option: str, m: str, pair: Ranks) -> None:
     pair.run(follows_the_oracle, wrap, m, sam=SAM_OPTIONS[option])
 
@@ -93,14 +101,13 @@ def test_several_ascents_under_ddp(m: str, form: str, pair: Ranks) -> None:
     pair.run(follows_the_oracle, "ddp", m, form, sam=SAM_OPTIONS["three ascents"])
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_steps_that_are_not_perturbed(wrap: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, wrap, "rank", "two calls", sam={"interval": 2, "start": 1})
-
-
-@pytest.mark.parametrize("start", [0, 1])
-def test_a_static_graph_learnt_in_either_kind_of_step(start: int, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "ddp", "rank", "two calls", "static", {"interval": 2, "start": start})
+@pytest.mark.parametrize(
+    # A static graph is learnt in either kind of step.
+    ("wrap", "wrap_option", "start"),
+    [*((wrap, "default", 1) for wrap in WRAPS), ("ddp", "static", 0), ("ddp", "static", 1)],
+)
+def test_steps_that_are_not_perturbed(wrap: str, wrap_option: str, start: int, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, wrap, "rank", "two calls", wrap_option, {"interval": 2, "start": start})
 
 
 def displacement(with_data_parallel: bool) -> tuple[bytes, int]:
@@ -128,13 +135,10 @@ def displacement(with_data_parallel: bool) -> tuple[bytes, int]:
     return bits(e), sum(r.levelno == logging.WARNING and "data_parallel" in r.getMessage() for r in records)
 
 
-def test_the_usual_recipe_shares_one_perturbation_and_says_so(pair: Ranks) -> None:
+def test_ranks_have_perturbations_of_their_own_but_by_the_usual_recipe_which_says_so(pair: Ranks) -> None:
     (a, warned_a), (b, warned_b) = pair.run(displacement, False)
     assert a == b
     assert warned_a == warned_b == 1
-
-
-def test_ranks_have_perturbations_of_their_own(pair: Ranks) -> None:
     (a, warned_a), (b, warned_b) = pair.run(displacement, True)
     assert a != b
     assert warned_a == warned_b == 0
@@ -179,11 +183,6 @@ def updates_statistics(wrap: str) -> None:
     joined(model, opt, wrap, check_replicas_every=1)
     first_pass_only(net, opt)
 
-    def closure(x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
     for _ in range(4):
         x = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
         once = copy.deepcopy(net)
@@ -191,7 +190,7 @@ def updates_statistics(wrap: str) -> None:
             for b in once.buffers():
                 dist.broadcast(b, 0)
         once(x)
-        opt.step(functools.partial(closure, x))
+        opt.step(squares_of(model, x))
         for a, b in zip(net.buffers(), once.buffers()):
             assert torch.equal(a, b)
         model.eval()

@@ -11,8 +11,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import HYPER, RHO, batches, bits, closure_for, small_net
-from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, Oracle, close, joined, loss_of, pair_of, two_calls, wrapped
+from helpers import HYPER, RHO, batches, bits, closure_for, small_net, snapshot
+from rank_oracle import (
+    WRAP_OPTIONS,
+    WRAPS,
+    Batch,
+    Oracle,
+    close,
+    joined,
+    loss_of,
+    pair_of,
+    squares_of,
+    steps,
+    two_calls,
+    wrapped,
+)
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -157,7 +170,7 @@ def trains_in_two_worlds(wrap: str) -> bytes:
         shards = batches(4)
         first = rank // 2 * 2
         oracle.step([[shard] for shard in shards[first : first + 2]])
-        opt.step(lambda shards=shards: closure_for(net, shards[rank])())
+        opt.step(closure_for(net, shards[rank]))
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
     return bits(net[0].weight)
 
@@ -172,12 +185,10 @@ def test_a_process_group(wrap: str, four: Ranks) -> None:
 
 def grows_and_thaws(wrap: str) -> None:
     """A group added between steps, of parameters that differ at first; another frozen and thawed."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    net = small_net()
-    head = nn.Linear(4, 4).double()
+    net, head = small_net(), nn.Linear(4, 4).double()
     model = nn.Sequential(net, head)
     oracle = Oracle(model, 1, rho=RHO, **HYPER)
-    if rank:
+    if dist.get_rank():
         nn.init.zeros_(head.weight)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     joined(net, opt, wrap, check_replicas_every=1)
@@ -185,10 +196,7 @@ def grows_and_thaws(wrap: str) -> None:
     for step in range(4):
         for owner in (model, oracle.net):
             owner[0][3].requires_grad_(step % 2 == 0)
-        shards = batches(size)
-        oracle.step([[shard] for shard in shards])
-        opt.step(closure_for(model, shards[rank]))
-        close(list(model.parameters()), list(oracle.net.parameters()), f"w after step {step}")
+        steps(model, opt, oracle, range(step, step + 1), dist.get_world_size())
 
 
 @pytest.mark.parametrize("wrap", ["plain", "sharded"])
@@ -216,24 +224,19 @@ def steps_through_checkpoints(shared: bool) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     net = Checkpointed(shared).double()
     oracle = Oracle(net, 1, rho=RHO, **HYPER)
-    oracle.backward = lambda x: oracle.net(x, by_checkpoint=False).square().sum().backward()
+    oracle.backward = lambda x: oracle.net(x, by_checkpoint=False).square().mean().backward()
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     data_parallel(net, opt, check_replicas_every=1, bucket_cap_mb=1e-5)
     for _ in range(2):
         xs = [torch.randn(3, 5, dtype=torch.float64) for _ in range(size)]
-
-        def closure(x: Tensor = xs[rank]) -> Tensor:
-            loss = net(x.requires_grad_()).square().sum()
-            loss.backward()
-            return loss
-
+        closure = squares_of(net, xs[rank].clone().requires_grad_())
         if shared:
-            w = [bits(p) for p in net.parameters()]
+            w = snapshot(net.parameters())
             with pytest.raises(RuntimeError, match="Invalid second gradient of a parameter"):
                 opt.step(closure)
-            assert w == [bits(p) for p in net.parameters()]
+            assert snapshot(net.parameters()) == w
         else:
-            oracle.step([[x.detach()] for x in xs])
+            oracle.step([[x] for x in xs])
             opt.step(closure)
             close(list(net.parameters()), list(oracle.net.parameters()), "w")
 
@@ -269,19 +272,14 @@ def backward_fails_midway(sharded: bool) -> None:
     for step in range(4):
         x, other = torch.randn(2, 3, 5, dtype=torch.float64)
         for net, opt in zip(nets, opts):
-            if opt.perturb_next:
-                two_calls(opt, lambda net=net, x=x: net(x).square().sum().backward())
-                continue
-            if net is nets[0]:
+            if net is nets[0] and not opt.perturb_next:
                 net[1].fails = True
                 with pytest.raises(KeyError, match="out of luck"):
                     net(other).square().sum().backward()
                 net[1].fails = False
                 opt.zero_grad()
-            net(x).square().sum().backward()
-            opt.step()
-            opt.zero_grad()
-        assert [bits(p) for p in nets[0].parameters()] == [bits(p) for p in nets[1].parameters()], step
+            two_calls(opt, squares_of(net, x))
+        assert snapshot(nets[0].parameters()) == snapshot(nets[1].parameters()), step
 
 
 @pytest.mark.parametrize("sharded", [False, True])

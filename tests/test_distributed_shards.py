@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, FLOAT64_RTOL, HYPER, RHO, assert_same_bits, snapshot
-from rank_oracle import Oracle, close
+from rank_oracle import Oracle, close, squares_of, two_calls
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -57,6 +58,10 @@ def sharded(net: nn.Sequential, how: str) -> nn.Module:
 
 def whole(tensors: Any) -> list[Tensor]:
     return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors]
+
+
+def closure_of(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return squares_of(net, x, x[:, :3])
 
 
 def example_of(how: str, xs: list[Tensor]) -> Tensor:
@@ -112,25 +117,16 @@ def follows_the_oracle(how: str, form: str = "closure", base: str = "sgd", **opt
     opt = FusedSAM(model.parameters(), kind, rho=RHO, **base_options, **options)
     for step in range(4):
         xs = [torch.randn(4, 5, dtype=torch.float64) for _ in range(groups)]
-
-        def loss_of(net: nn.Module, x: Tensor) -> Tensor:
-            loss = (net(x) - x[:, :3]).square().mean()
-            loss.backward()
-            return loss
-
-        oracle.backward = lambda x: loss_of(oracle.net, x)
+        oracle.backward = lambda x: closure_of(oracle.net, x)()
         others = [torch.randn(4, 5, dtype=torch.float64) for _ in range(groups if form == "micro-batches" else 0)]
         oracle.step([[x] for x in (*xs, *others)])
-        x = example_of(how, xs)
+        closure = closure_of(model, example_of(how, xs))
         if form == "micro-batches":
-            opt.step([lambda x=x: loss_of(model, x) for x in (x, example_of(how, others))])
+            opt.step([closure, closure_of(model, example_of(how, others))])
         elif form == "closure":
-            opt.step(lambda x=x: loss_of(model, x))
+            opt.step(closure)
         else:
-            loss_of(model, x)
-            opt.first_step(zero_grad=True)
-            loss_of(model, x)
-            opt.second_step(zero_grad=True)
+            two_calls(opt, closure)
         close(whole(model.parameters()), list(oracle.net.parameters()), f"w after step {step}", atol)
         for p, s in opt.state.items():
             assert all(type(v) is type(p.data) for k, v in s.items() if k != "step"), "state is not as its parameter"
@@ -141,8 +137,9 @@ def test_fully_sharded_parameters_follow_one_process(case: str, pair: Ranks) -> 
     pair.run(follows_the_oracle, "fsdp", **CASES[case])
 
 
-@pytest.mark.parametrize("case", ["sam", "p=1", "p=3"])
-@pytest.mark.parametrize("how", ["hsdp", "fsdp+tp", "fsdp"])
+@pytest.mark.parametrize(
+    ("how", "case"), [("hsdp", "sam"), ("hsdp", "p=3"), ("fsdp+tp", "sam"), ("fsdp+tp", "p=1"), ("fsdp", "p=1")]
+)
 def test_four_ranks_follow_one_process(how: str, case: str, four: Ranks) -> None:
     four.run(follows_the_oracle, how, **CASES[case])
 
@@ -166,8 +163,7 @@ def follows_the_momentum(base: str) -> None:
         for x in xs:
             ((exact(x) - x[:, :3]).square().mean() / size).backward()
         reference.second_step()
-        x = xs[dist.get_rank()]
-        opt.step(lambda x=x: (model(x) - x[:, :3]).square().mean().backward())
+        opt.step(closure_of(model, xs[dist.get_rank()]))
         close(whole(model.parameters()), list(exact.parameters()), f"w after step {step}")
 
 
@@ -211,9 +207,12 @@ def overflows(failing_pass: int) -> None:
     model = sharded(network().float(), "fsdp")
     opt = FusedSAM(model.parameters(), rho=RHO, **HYPER)
     scaler = GradScaler("cpu", init_scale=2.0**8)
+
+    def everything() -> list[bytes]:
+        return snapshot(whole([*model.parameters(), *(v for s in opt.state.values() for v in s.values())]))
+
     for step in range(4):
-        x = torch.randn(4, 5)
-        before = snapshot([*whole(model.parameters()), *(whole(v for s in opt.state.values() for v in s.values()))])
+        x, before = torch.randn(4, 5), everything()
         for number in (1, 2):
             bad = (step, number, dist.get_rank()) == (2, failing_pass, 1)
             (scaler.scale((model(x) - x[:, :3]).square().mean()) * (math.inf if bad else 1.0)).backward()
@@ -222,8 +221,7 @@ def overflows(failing_pass: int) -> None:
         scaler.step(opt)
         scaler.update()
         opt.zero_grad()
-        after = snapshot([*whole(model.parameters()), *(whole(v for s in opt.state.values() for v in s.values()))])
-        assert (before == after) == (step == 2)
+        assert (everything() == before) == (step == 2)
 
 
 @pytest.mark.parametrize("failing_pass", [1, 2])
@@ -245,13 +243,7 @@ def resumes(path: str, base: str) -> None:
 
     def train(model: nn.Module, opt: FusedSAM, xs: list[Tensor]) -> None:
         for x in xs:
-
-            def closure(x: Tensor = x) -> Tensor:
-                loss = (model(x) - x[:, :3]).square().mean()
-                loss.backward()
-                return loss
-
-            opt.step(closure)
+            opt.step(closure_of(model, x))
         opt.zero_grad()
 
     model, opt = make()

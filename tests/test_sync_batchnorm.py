@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO
-from rank_oracle import close, joined, wrapped
+from rank_oracle import close, joined, squares_of, wrapped
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
@@ -86,9 +86,7 @@ def follows_copies(kind: str, wrap: str, m: str) -> None:
 
         def closure(x: Tensor = xs[rank]) -> Tensor:
             seen[:] = [p.detach().clone() for p in net.parameters()]
-            loss = model(x).square().mean()
-            loss.backward()
-            return loss
+            return squares_of(model, x)()
 
         opt.step(closure)
         close(seen, list(there[rank].parameters()), "w + e")
