@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis_subjects import Mishap, Params, Restless, data_of, everything
+from analysis_subjects import Loss, Mishap, Params, data_of, everything, restless
 from helpers import DTYPES, FLOAT64_RTOL, assert_same_bits, bits, ids, small_net, snapshot
 from torch import Tensor, nn
 
@@ -120,16 +120,8 @@ def test_the_line_to_another_model_ends_at_its_loss() -> None:
 
 @pytest.mark.parametrize("failing_call", [None, 1, 4])
 def test_it_leaves_no_trace_whatever_happens(failing_call: int | None) -> None:
-    net, data = Restless(), data_of([6, 3], torch.float32)
-    net.last.weight.grad = torch.full_like(net.last.weight, 3.0)
-    before, calls = everything(net), 0
-
-    def loss_fn(output: Tensor, y: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == failing_call:
-            raise Mishap
-        return F.cross_entropy(output, y)
+    net, data = restless()
+    before, loss_fn = everything(net), Loss(failing_call)
 
     def run() -> Landscape:
         return landscape(net, loss_fn, data, [random_direction(net.parameters())], [[0.0, 0.7, 0.0]])

@@ -77,13 +77,27 @@ def test_no_command_is_the_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ok, one step checked" in bare
 
 
-def test_the_doctor_needs_torch_alone() -> None:
-    absent = "import sys; sys.modules.update(dict.fromkeys(['scipy', 'matplotlib', 'rich']))\n"
-    code = absent + "from fused_sam.cli.main import main; sys.exit(main([]) or main(['spectrum', 'a:b']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+def test_it_needs_torch_alone_and_finds_modules_in_the_current_folder(tmp_path: Path) -> None:
+    """As the installed command, whose own folder python searches instead."""
+    (tmp_path / "mine.py").write_text(SUBJECTS)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['scipy', 'matplotlib', 'rich', 'rich.progress']))\n"
+        "sys.path[0] = '/nowhere'\n"
+        "from fused_sam.cli.main import main\n"
+        "sys.exit(main([]) or main(['sharpness', 'mine:flat']) or main(['spectrum', 'a:b']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2, done.stderr
     assert "ok, one step checked" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("mine:flat")
     assert done.stderr.strip().endswith("This needs scipy: pip install 'fused-sam[analysis]'")
-    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("command", [[], ["doctor"], ["sharpness"], ["spectrum"], ["landscape"]])
@@ -305,22 +319,6 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert main([*command, *shorter[command[0]]]) == 0
     del sys.modules["nets"]
     assert {file.name for file in tmp_path.iterdir()} >= {"spectrum.png", "spectrum.json", "landscape.png"}
-
-
-def test_modules_are_found_in_the_current_folder(tmp_path: Path) -> None:
-    """By the installed command too, whose own folder python searches instead."""
-    (tmp_path / "mine.py").write_text(SUBJECTS)
-    code = "import sys; sys.path[0] = '/nowhere'; from fused_sam.cli.main import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "sharpness", "mine:flat"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("mine:flat")
 
 
 def test_a_target_is_left_as_it_was(subjects: Any, monkeypatch: pytest.MonkeyPatch) -> None:
