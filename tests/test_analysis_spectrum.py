@@ -1,9 +1,8 @@
-"""Hessian products, eigenvalues, trace and density: against dense matrices, closed forms and curvlinops."""
+"""Hessian products, eigenvalues, trace and density: against dense matrices and closed forms."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -258,21 +257,3 @@ def test_bad_input_is_refused_with_the_value_and_the_rule(call: Callable[[Hessia
         call(hessian)
     assert "\n" not in str(refusal.value)
     assert hessian.products == 0
-
-
-def test_products_and_the_largest_eigenvalue_are_those_of_curvlinops() -> None:
-    """An independent implementation of the same operator."""
-    pytest.importorskip("scipy")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it compiles with torch.jit on import
-        curvlinops = pytest.importorskip("curvlinops")
-        net, data = small_net(), data_of([5, 7])
-        theirs = curvlinops.HessianLinearOperator(
-            net, nn.CrossEntropyLoss(), list(net.parameters()), data, check_deterministic=False
-        )
-        ours = Hessian(net, F.cross_entropy, data)
-        v = torch.randn(ours.size, dtype=torch.float64)
-        torch.testing.assert_close(ours.hvp(v), theirs @ v, rtol=0, atol=FLOAT64_RTOL)
-        (largest,) = eigenvalues(ours, 1, tol=1e-10).values
-        matrix = theirs @ torch.eye(ours.size, dtype=torch.float64)
-    assert float(largest) == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-8)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, bits, small_net
 from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, close, joined, loss_of, pair_of, squares_of, two_calls, wrapped
-from ranks import Ranks
+from ranks import Ranks, on_pair
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -23,19 +24,35 @@ from fused_sam.batchnorm import first_pass_only
 from fused_sam.distributed import data_parallel
 
 SAM_OPTIONS: dict[str, dict[str, Any]] = {
+    "sam": {},
     "asam": {"adaptive": True, "eta": 0.01},
     "inf": {"p": float("inf")},
     "one": {"p": 1.0},
     "adam": {"base": "adam", "lr": 0.013, "weight_decay": 0.017},
     "three ascents": {"ascent_steps": 3},
+    "interval": {"interval": 2, "start": 1},
+    "interval from 0": {"interval": 2},
 }
+FORMS = ["closure", "two calls"]
+TWO_RANKS: list[tuple[str, ...]] = [
+    *product(WRAPS, ["rank", "world"], FORMS, ["default"], ["sam"]),
+    *product(["ddp"], ["rank"], FORMS, [option for option in WRAP_OPTIONS if option != "default"], ["sam"]),
+    *product(["ddp"], ["rank", "world"], FORMS, ["default"], ["three ascents"]),
+    # Of the update a rank with a part of the state knows less, of the ascent as much.
+    *product(["plain"], ["rank"], ["closure"], ["default"], ["asam", "inf", "one", "adam", "three ascents"]),
+    *product(["plain"], ["world"], ["closure"], ["default"], ["inf", "three ascents"]),
+    *product(["sharded"], ["rank"], ["closure"], ["default"], ["adam", "three ascents"]),
+    # Steps that are not perturbed. A static graph is learnt in either kind of step.
+    *product(WRAPS, ["rank"], ["two calls"], ["default"], ["interval"]),
+    *product(["ddp"], ["rank"], ["two calls"], ["static"], ["interval", "interval from 0"]),
+]
 
 
 def follows_the_oracle(
-    wrap: str, m: Any, form: str = "closure", wrap_option: str = "default", sam: dict[str, Any] | None = None
+    wrap: str, m: Any, form: str = "closure", wrap_option: str = "default", sam: str = "sam"
 ) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    net, oracle, opt = pair_of(m, **(sam or {}))
+    net, oracle, opt = pair_of(m, **SAM_OPTIONS[sam])
     data = [batches(size) for _ in range(5)]
     if wrap != "ddp" and rank > 0:
         with torch.no_grad():  # to be replaced by those of rank 0
@@ -62,11 +79,9 @@ def follows_the_oracle(
         close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {step}")
 
 
-@pytest.mark.parametrize("m", ["rank", "world"])
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_two_ranks_follow_one_process(wrap: str, form: str, m: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, wrap, m, form)
+@pytest.mark.parametrize(("wrap", "m", "form", "wrap_option", "sam"), TWO_RANKS)
+def test_two_ranks_follow_one_process(wrap: str, m: str, form: str, wrap_option: str, sam: str, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, wrap, m, form, wrap_option, sam)
 
 
 @pytest.mark.parametrize(
@@ -74,40 +89,6 @@ def test_two_ranks_follow_one_process(wrap: str, form: str, m: str, pair: Ranks)
 )
 def test_four_ranks_follow_one_process(wrap: str, m: Any, four: Ranks) -> None:
     four.run(follows_the_oracle, wrap, m)
-
-
-@pytest.mark.parametrize("option", [o for o in WRAP_OPTIONS if o != "default"])
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-def test_options_of_the_ddp(option: str, form: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "ddp", "rank", form, option)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "m", "option"),
-    # Of the update a rank with a part of the state knows less, of the ascent as much.
-    [
-        *(("plain", "rank", option) for option in SAM_OPTIONS),
-        *(("plain", "world", option) for option in ("inf", "three ascents")),
-        *(("sharded", "rank", option) for option in ("adam", "three ascents")),
-    ],
-)
-def test_options_of_sam(wrap: str, option: str, m: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, wrap, m, sam=SAM_OPTIONS[option])
-
-
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_several_ascents_under_ddp(m: str, form: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "ddp", m, form, sam=SAM_OPTIONS["three ascents"])
-
-
-@pytest.mark.parametrize(
-    # A static graph is learnt in either kind of step.
-    ("wrap", "wrap_option", "start"),
-    [*((wrap, "default", 1) for wrap in WRAPS), ("ddp", "static", 0), ("ddp", "static", 1)],
-)
-def test_steps_that_are_not_perturbed(wrap: str, wrap_option: str, start: int, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, wrap, "rank", "two calls", wrap_option, {"interval": 2, "start": start})
 
 
 def displacement(with_data_parallel: bool) -> tuple[bytes, int]:
@@ -176,7 +157,9 @@ def test_a_communication_hook_sees_second_gradients_only(pair: Ranks) -> None:
     assert pair.run(counts_reductions) == [[0, 1, 1, 2, 2, 3]] * 2
 
 
-def updates_statistics(wrap: str) -> None:
+@pytest.mark.parametrize("wrap", WRAPS)
+@on_pair
+def test_statistics_of_batchnorm_count_each_batch_once(wrap: str) -> None:
     net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, momentum=0.37), nn.Tanh(), nn.Linear(6, 3)).double()
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap)
@@ -199,12 +182,8 @@ def updates_statistics(wrap: str) -> None:
         model.train()
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_statistics_of_batchnorm_count_each_batch_once(wrap: str, pair: Ranks) -> None:
-    pair.run(updates_statistics, wrap)
-
-
-def raises_in_forward() -> None:
+@on_pair
+def test_a_forward_that_raises_leaves_the_model_as_it_was() -> None:
     net, _, opt = pair_of("rank")
     model = DistributedDataParallel(net)
     data_parallel(model, opt)
@@ -213,7 +192,3 @@ def raises_in_forward() -> None:
     assert model.require_backward_grad_sync
     loss_of(model, batches(1)[0]).backward()
     assert model.require_backward_grad_sync
-
-
-def test_a_forward_that_raises_leaves_the_model_as_it_was(pair: Ranks) -> None:
-    pair.run(raises_in_forward)

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, closure_for, small_net, snapshot
-from rank_oracle import WRAPS, Oracle, close, joined, loss_of, state_of, steps, two_calls, wrapped
-from ranks import Ranks
-from torch import Tensor, nn
+from rank_oracle import WRAPS, Oracle, joined, loss_of, state_of, steps, two_calls, wrapped
+from ranks import Ranks, on_pair
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
 
@@ -24,7 +24,24 @@ from fused_sam import FusedSAM
 from fused_sam.distributed import data_parallel, sharded_state
 
 
-def overflows(wrap: str, m: str, base: str, failing_pass: int, p: float) -> None:
+@pytest.mark.parametrize(
+    ("wrap", "m", "base", "failing_pass", "p"),
+    [
+        ("ddp", "rank", "sgd", 1, 2.0),
+        ("ddp", "rank", "adamw", 2, 2.0),
+        ("plain", "rank", "adamw", 1, 2.0),
+        ("plain", "rank", "sgd", 2, 2.0),
+        ("sharded", "rank", "sgd", 1, 2.0),
+        ("sharded", "rank", "sgd", 2, 2.0),
+        ("sharded", "rank", "adamw", 2, 2.0),
+        ("plain", "world", "sgd", 1, 2.0),  # ranks share an e
+        ("plain", "rank", "sgd", 2, math.inf),  # there is no norm
+    ],
+)
+@on_pair
+def test_an_overflow_on_one_rank_skips_the_step_on_all(
+    wrap: str, m: str, base: str, failing_pass: int, p: float
+) -> None:
     """Under a scaler rank 1's gradient is infinite, in the third of four steps."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = small_net(torch.float32)
@@ -51,27 +68,9 @@ def overflows(wrap: str, m: str, base: str, failing_pass: int, p: float) -> None
     assert scales == ([2.0**8, 2.0**8, 2.0**7, 2.0**7] if failing_pass == 2 else [2.0**8] * 4)
 
 
-@pytest.mark.parametrize(
-    ("wrap", "m", "base", "failing_pass", "p"),
-    [
-        ("ddp", "rank", "sgd", 1, 2.0),
-        ("ddp", "rank", "adamw", 2, 2.0),
-        ("plain", "rank", "adamw", 1, 2.0),
-        ("plain", "rank", "sgd", 2, 2.0),
-        ("sharded", "rank", "sgd", 1, 2.0),
-        ("sharded", "rank", "sgd", 2, 2.0),
-        ("sharded", "rank", "adamw", 2, 2.0),
-        ("plain", "world", "sgd", 1, 2.0),  # ranks share an e
-        ("plain", "rank", "sgd", 2, math.inf),  # there is no norm
-    ],
-)
-def test_an_overflow_on_one_rank_skips_the_step_on_all(
-    wrap: str, m: str, base: str, failing_pass: int, p: float, pair: Ranks
-) -> None:
-    pair.run(overflows, wrap, m, base, failing_pass, p)
-
-
-def scales_where_there_is_nothing(wrap: str) -> None:
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+@on_pair
+def test_a_rank_without_a_second_gradient_under_a_scaler(wrap: str) -> None:
     """Under a scaler rank 0 has no gradient in pass 2 and nothing to look at; in the second step the mean overflows."""
     rank = dist.get_rank()
     net = small_net(torch.float32)
@@ -93,54 +92,42 @@ def scales_where_there_is_nothing(wrap: str) -> None:
         scaler = GradScaler("cpu", init_scale=4.0)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "sharded"])
-def test_a_rank_without_a_second_gradient_under_a_scaler(wrap: str, pair: Ranks) -> None:
-    pair.run(scales_where_there_is_nothing, wrap)
-
-
-def is_not_finite(wrap: str, failing_pass: int) -> None:
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("failing_pass", [1, 2])
+@on_pair
+def test_a_gradient_that_is_not_finite(wrap: str, failing_pass: int) -> None:
     """Without a scaler: a first gradient that is NaN moves nothing on its rank; a second one makes all ranks NaN."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = small_net()
-    oracle = Oracle(net, 1, rho=RHO, **HYPER)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap)
     joined(model, opt, wrap, check_replicas_every=1)
-    calls = [0]
+    batch, seen = batches(size)[rank], []
 
-    def backward(net: nn.Module, owner: int, batch: Any, number: int) -> Tensor:
-        loss = loss_of(net, batch) * (math.nan if owner == 1 and number == failing_pass else 1.0)
+    def closure() -> Tensor:
+        seen.append(snapshot(net.parameters()))
+        loss = loss_of(model, batch) * (math.nan if rank == 1 and len(seen) == failing_pass else 1.0)
         loss.backward()
         return loss
 
-    shards = batches(size)
-    numbers = dict.fromkeys(range(size), 0)
-
-    def replay(item: tuple[int, Any]) -> None:
-        numbers[item[0]] += 1
-        backward(oracle.net, *item, numbers[item[0]])
-
-    oracle.backward = replay
-    oracle.step([[(r, shard)] for r, shard in enumerate(shards)])
-
-    def closure() -> Tensor:
-        calls[0] += 1
-        return backward(model, rank, shards[rank], calls[0])
-
     opt.step(closure)
-    if failing_pass == 1:
-        close(list(net.parameters()), list(oracle.net.parameters()), "w")
-    else:
-        assert all(p.isnan().all() for p in net.parameters())
+    assert (seen[0] == seen[1]) is (rank == 1 and failing_pass == 1)
+    assert snapshot(net.parameters()) != seen[0]
+    for p in net.parameters():
+        assert p.isfinite().all() if failing_pass == 1 else p.isnan().all()
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("failing_pass", [1, 2])
-def test_a_gradient_that_is_not_finite(wrap: str, failing_pass: int, pair: Ranks) -> None:
-    pair.run(is_not_finite, wrap, failing_pass)
-
-
-def raises_everywhere(wrap: str, m: str, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("wrap", "m", "moment"),
+    [
+        ("plain", "rank", "after backward"),
+        ("plain", "world", "in backward"),
+        ("sharded", "rank", "after backward"),
+        ("sharded", "rank", "in backward"),
+    ],
+)
+@on_pair
+def test_an_exception_on_all_ranks(wrap: str, m: str, moment: str) -> None:
     """All ranks raise in pass 2; weights come back, and later steps follow the oracle, which made no such step."""
     size, net = dist.get_world_size(), small_net()
     oracle = Oracle(net, size if m == "world" else 1, rho=RHO, **HYPER)
@@ -171,19 +158,6 @@ def raises_everywhere(wrap: str, m: str, moment: str) -> None:
     assert snapshot(net.parameters()) == before
     opt.zero_grad()
     steps(model, opt, oracle, range(3), size)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "m", "moment"),
-    [
-        ("plain", "rank", "after backward"),
-        ("plain", "world", "in backward"),
-        ("sharded", "rank", "after backward"),
-        ("sharded", "rank", "in backward"),
-    ],
-)
-def test_an_exception_on_all_ranks(wrap: str, m: str, moment: str, pair: Ranks) -> None:
-    pair.run(raises_everywhere, wrap, m, moment)
 
 
 @pytest.fixture
@@ -246,7 +220,9 @@ def test_a_rank_that_dies(wrap: str, form: str, moment: str, doomed: Ranks, tmp_
     assert not lost
 
 
-def waits_for_a_rank(m: str) -> None:
+@pytest.mark.parametrize("m", ["rank", "world"])
+@on_pair
+def test_a_rank_that_does_not_come(m: str) -> None:
     """Rank 1 does not come to the collectives of a step: rank 0 raises after the timeout of the group."""
     rank, group = dist.get_rank(), dist.new_group()
     net = small_net()
@@ -261,8 +237,3 @@ def waits_for_a_rank(m: str) -> None:
         assert snapshot(net.parameters()) == w
         assert not opt.perturbed
     dist.barrier()
-
-
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_a_rank_that_does_not_come(m: str, pair: Ranks) -> None:
-    pair.run(waits_for_a_rank, m)

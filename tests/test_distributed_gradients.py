@@ -26,7 +26,7 @@ from rank_oracle import (
     two_calls,
     wrapped,
 )
-from ranks import Ranks
+from ranks import Ranks, on_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,42 +34,44 @@ from fused_sam import FusedSAM
 from fused_sam.distributed import data_parallel
 
 
-def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") -> None:
+@pytest.mark.parametrize("m", ["rank", "world"])
+@pytest.mark.parametrize(
+    ("wrap", "silent", "wrap_option"),
+    [
+        # What a DistributedDataParallel has not averaged, nobody does.
+        ("ddp", "none", "default"),
+        ("ddp", "all but the last", "default"),
+        ("ddp", "none", "static"),
+        *(("plain", silent, "default") for silent in ("none", "all", "all but the last", "all but the first")),
+        *(("sharded", silent, "default") for silent in ("all", "all but the last")),
+        # The backward of rank 0 makes no gradient at all, in either pass.
+        *((wrap, "no examples", "default") for wrap in ("plain", "sharded")),
+    ],
+)
+@on_pair
+def test_accumulation(wrap: str, m: str, silent: str, wrap_option: str) -> None:
     rank, size, k = dist.get_rank(), dist.get_world_size(), 3
     net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap, **WRAP_OPTIONS[wrap_option])
     handle = joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1)
+    quiet = {"all": range(k), "all but the first": range(1, k), "none": ()}.get(silent, range(k - 1))
 
     def backwards(micro: Sequence[Batch]) -> None:
         for i, batch in enumerate(micro):
-            quiet = {"none": False, "all": True, "all but the last": i < k - 1, "all but the first": i > 0}[silent]
-            with handle.no_sync() if quiet else contextlib.nullcontext():
+            with handle.no_sync() if i in quiet else contextlib.nullcontext():
                 loss_of(model, batch).backward()
 
     for _ in range(3):
-        shards = [batches(k) for _ in range(size)]
+        shards = [batches(0 if silent == "no examples" and r == 0 else k) for r in range(size)]
         oracle.step(shards)
         two_calls(opt, functools.partial(backwards, shards[rank]))
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
 
 
-@pytest.mark.parametrize(
-    ("wrap", "silent"),
-    # What a DistributedDataParallel has not averaged, nobody does.
-    [("ddp", "none"), ("ddp", "all but the last")]
-    + [("plain", s) for s in ("none", "all", "all but the last", "all but the first")]
-    + [("sharded", s) for s in ("all", "all but the last")],
-)
+@pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("m", ["rank", "world"])
-def test_accumulation(wrap: str, m: str, silent: str, pair: Ranks) -> None:
-    pair.run(accumulates, wrap, m, silent)
-
-
-def test_accumulation_in_a_static_graph(pair: Ranks) -> None:
-    pair.run(accumulates, "ddp", "rank", "none", "static")
-
-
-def steps_with_micro_batches(wrap: str, m: Any) -> None:
+@on_pair
+def test_lists_of_closures(wrap: str, m: Any) -> None:
     rank, size, k = dist.get_rank(), dist.get_world_size(), 3
     net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap)
@@ -87,12 +89,6 @@ def steps_with_micro_batches(wrap: str, m: Any) -> None:
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_lists_of_closures(wrap: str, m: str, pair: Ranks) -> None:
-    pair.run(steps_with_micro_batches, wrap, m)
-
-
 class TwoHeads(nn.Module):
     """The second head has a gradient where it is asked for, the third never."""
 
@@ -104,7 +100,10 @@ class TwoHeads(nn.Module):
         return self.first(x) + (self.second(x).tanh() if both else 0)
 
 
-def misses_gradients(wrap: str, m: str) -> None:
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("m", ["rank", "world"])
+@on_pair
+def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str) -> None:
     """Rank 0 has no gradient of the second head in odd steps, nobody has one in every fourth."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = TwoHeads().double()
@@ -127,34 +126,6 @@ def misses_gradients(wrap: str, m: str) -> None:
         opt.step(lambda xs=xs, both=both: backward(model, xs[rank], both[rank]))
         close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {step}")
     assert all(map(torch.equal, third, net.third.parameters())), "decayed without a gradient"
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str, pair: Ranks) -> None:
-    pair.run(misses_gradients, wrap, m)
-
-
-def has_nothing_to_learn_from(wrap: str, m: str) -> None:
-    """The backward of rank 0 makes no gradient at all, in one pass or both."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    net, oracle, opt = pair_of(m)
-    joined(net, opt, wrap, m_sharpness=m, check_replicas_every=1)
-    for _ in range(3):
-        shards = batches(size)
-        oracle.step([[], *([shard] for shard in shards[1:])])
-
-        def backward(shards: Sequence[Batch] = shards) -> None:
-            if rank > 0:
-                loss_of(net, shards[rank]).backward()
-
-        two_calls(opt, backward)
-        close(list(net.parameters()), list(oracle.net.parameters()), "w")
-
-
-@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
-def test_a_rank_without_examples(wrap: str, m: str, pair: Ranks) -> None:
-    pair.run(has_nothing_to_learn_from, wrap, m)
 
 
 def trains_in_two_worlds(wrap: str) -> bytes:
@@ -183,7 +154,9 @@ def test_a_process_group(wrap: str, four: Ranks) -> None:
     assert a != c
 
 
-def grows_and_thaws(wrap: str) -> None:
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+@on_pair
+def test_parameters_that_come_and_freeze(wrap: str) -> None:
     """A group added between steps, of parameters that differ at first; another frozen and thawed."""
     net, head = small_net(), nn.Linear(4, 4).double()
     model = nn.Sequential(net, head)
@@ -197,11 +170,6 @@ def grows_and_thaws(wrap: str) -> None:
         for owner in (model, oracle.net):
             owner[0][3].requires_grad_(step % 2 == 0)
         steps(model, opt, oracle, range(step, step + 1), dist.get_world_size())
-
-
-@pytest.mark.parametrize("wrap", ["plain", "sharded"])
-def test_parameters_that_come_and_freeze(wrap: str, pair: Ranks) -> None:
-    pair.run(grows_and_thaws, wrap)
 
 
 class Checkpointed(nn.Module):
@@ -220,7 +188,9 @@ class Checkpointed(nn.Module):
         return self.head(x)
 
 
-def steps_through_checkpoints(shared: bool) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+@on_pair
+def test_reentrant_checkpoints(shared: bool) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     net = Checkpointed(shared).double()
     oracle = Oracle(net, 1, rho=RHO, **HYPER)
@@ -241,11 +211,6 @@ def steps_through_checkpoints(shared: bool) -> None:
             close(list(net.parameters()), list(oracle.net.parameters()), "w")
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_reentrant_checkpoints(shared: bool, pair: Ranks) -> None:
-    pair.run(steps_through_checkpoints, shared)
-
-
 class Failing(nn.Module):
     """The identity, whose backward fails when it is told to."""
 
@@ -261,7 +226,9 @@ class Failing(nn.Module):
             raise KeyError("out of luck")
 
 
-def backward_fails_midway(sharded: bool) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+@on_pair
+def test_gradients_that_are_thrown_away_are_not_averaged(sharded: bool) -> None:
     """In a step that is not perturbed, when the gradients of the last layer are under way."""
     nets = [nn.Sequential(nn.Linear(5, 4), Failing(), nn.Linear(4, 3)).double() for _ in range(2)]
     opts = [FusedSAM(net.parameters(), rho=RHO, interval=2, **HYPER) for net in nets]
@@ -280,8 +247,3 @@ def backward_fails_midway(sharded: bool) -> None:
                 opt.zero_grad()
             two_calls(opt, squares_of(net, x))
         assert snapshot(nets[0].parameters()) == snapshot(nets[1].parameters()), step
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_gradients_that_are_thrown_away_are_not_averaged(sharded: bool, pair: Ranks) -> None:
-    pair.run(backward_fails_midway, sharded)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, bits, buffers, small_net
 from rank_oracle import WRAP_OPTIONS, WRAPS, Oracle, joined, squares_of, steps, wrapped
-from ranks import Ranks
+from ranks import Ranks, on_pair
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adagrad
@@ -82,7 +82,8 @@ def test_a_replica_that_differs_is_found_on_all_ranks(dtype: torch.dtype, pair: 
     assert "after step 4: parameter 3.weight and" in a
 
 
-def compares_values() -> None:
+@on_pair
+def test_what_counts_as_different() -> None:
     """What a checksum may miss."""
     rank, world = dist.get_rank(), dist.group.WORLD
     w = torch.randn(3, 4)
@@ -104,11 +105,19 @@ def compares_values() -> None:
     assert agreement.differing([], world) == []
 
 
-def test_what_counts_as_different(pair: Ranks) -> None:
-    pair.run(compares_values)
-
-
-def averages(dtype: torch.dtype, cap_bytes: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cap_bytes"),
+    [
+        (torch.float32, 1),
+        (torch.float32, 100),
+        (torch.float32, 2**20),
+        (torch.bfloat16, 100),
+        (torch.float16, 2**20),
+    ],
+    ids=str,
+)
+@on_pair
+def test_the_mean_in_buckets(dtype: torch.dtype, cap_bytes: float) -> None:
     """Parameters and gradients of awkward sizes and layouts, some of them None, against the mean by hand."""
     rank, size = dist.get_rank(), dist.get_world_size()
     sizes = [0, 1, 2, 3, 7, 16, 17, 1009]
@@ -141,21 +150,6 @@ def averages(dtype: torch.dtype, cap_bytes: float) -> None:
         assert g is None or torch.equal(g, old), "a gradient that others may hold was written"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "cap_bytes"),
-    [
-        (torch.float32, 1),
-        (torch.float32, 100),
-        (torch.float32, 2**20),
-        (torch.bfloat16, 100),
-        (torch.float16, 2**20),
-    ],
-    ids=str,
-)
-def test_the_mean_in_buckets(dtype: torch.dtype, cap_bytes: float, pair: Ranks) -> None:
-    pair.run(averages, dtype, cap_bytes)
-
-
 def refusal(models: list[nn.Module], ms: list[Any]) -> str:
     net = models[dist.get_rank()]
     w = [bits(p) for p in net.parameters()]
@@ -177,6 +171,7 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "more": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "number 3 is 1.weight"),
     "name": (lambda: nn.ModuleDict({"first": nn.Linear(3, 4)}), "number 1 is first.weight"),
     "dtype": (lambda: nn.Sequential(nn.Linear(3, 4)).double(), "torch.float64) on rank 1, and 0.weight"),
+    "scope": (lambda: nn.Sequential(nn.Linear(3, 4)), "m_sharpness=2 on rank 1, and m_sharpness=1 on rank 0"),
     "frozen": (lambda: frozen(nn.Sequential(nn.Linear(3, 4))), "number 2 is 0.bias"),
 }
 
@@ -184,19 +179,16 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("difference", UNLIKE)
 def test_unlike_models_are_refused_on_all_ranks(difference: str, pair: Ranks) -> None:
     make, message = UNLIKE[difference]
-    a, b = pair.run(refusal, [nn.Sequential(nn.Linear(3, 4)), make()], ["rank", "rank"])
+    a, b = pair.run(
+        refusal, [nn.Sequential(nn.Linear(3, 4)), make()], ["rank", "world" if difference == "scope" else "rank"]
+    )
     assert a == b
     assert message in a
     assert "\n" not in a
 
 
-def test_unlike_scopes_are_refused_on_all_ranks(pair: Ranks) -> None:
-    a, b = pair.run(refusal, [small_net(), small_net()], ["rank", "world"])
-    assert a == b
-    assert "m_sharpness=2 on rank 1, and m_sharpness=1 on rank 0" in a
-
-
-def refuses_options() -> None:
+@on_pair
+def test_what_is_refused() -> None:
     net = nn.Linear(3, 2)
     opt = FusedSAM(net.parameters(), **HYPER)
     for m in (0, -1, 3, True, 1.0, "ranks", None, [1]):
@@ -230,11 +222,8 @@ def refuses_options() -> None:
     data_parallel(net, opt).remove()
 
 
-def test_what_is_refused(pair: Ranks) -> None:
-    pair.run(refuses_options)
-
-
-def refuses_shards() -> None:
+@on_pair
+def test_what_is_refused_with_shards_of_the_state() -> None:
     net = small_net()
     for options, match in (
         ({"direction": "momentum", **HYPER}, "direction='momentum' with shard_state"),
@@ -269,10 +258,6 @@ def refuses_shards() -> None:
         handle.consolidate_state_dict(to=7)
 
 
-def test_what_is_refused_with_shards_of_the_state(pair: Ranks) -> None:
-    pair.run(refuses_shards)
-
-
 def test_without_a_process_group() -> None:
     net = nn.Linear(3, 2)
     with pytest.raises(RuntimeError, match="init_process_group"):
@@ -294,7 +279,9 @@ def parts() -> list[bytes]:
     return [bits(p) for p in net.parameters()]
 
 
-def leaves_nothing_behind(wrap: str) -> list[bool]:
+@pytest.mark.parametrize("wrap", WRAPS)
+@on_pair
+def test_models_and_optimizers_are_collected(wrap: str) -> None:
     def train() -> list[Any]:
         net = small_net()
         opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
@@ -305,12 +292,7 @@ def leaves_nothing_behind(wrap: str) -> list[bool]:
 
     references = train()
     gc.collect()
-    return [reference() is None for reference in references]
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_models_and_optimizers_are_collected(wrap: str, pair: Ranks) -> None:
-    assert pair.run(leaves_nothing_behind, wrap) == [[True] * 4] * 2
+    assert [reference() for reference in references] == [None] * 4
 
 
 def test_copies_and_removal(pair: Ranks) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, FLOAT64_RTOL, HYPER, RHO, assert_same_bits, snapshot
 from rank_oracle import Oracle, close, squares_of, two_calls
-from ranks import Ranks
+from ranks import Ranks, on_pair
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam
@@ -149,7 +149,9 @@ def test_tensor_parallel_parameters_follow_one_process(case: str, pair: Ranks) -
     pair.run(follows_the_oracle, "tp", **CASES[case])
 
 
-def follows_the_momentum(base: str) -> None:
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+@on_pair
+def test_along_the_momentum_of_all_shards(base: str) -> None:
     """MSAM: the norm is over all shards, of which a rank's update sees its own."""
     kind, base_options = BASES[base]
     exact, size = network(), dist.get_world_size()
@@ -167,12 +169,9 @@ def follows_the_momentum(base: str) -> None:
         close(whole(model.parameters()), list(exact.parameters()), f"w after step {step}")
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_along_the_momentum_of_all_shards(base: str, pair: Ranks) -> None:
-    pair.run(follows_the_momentum, base)
-
-
-def sums_what_is_partial(p: float) -> None:
+@pytest.mark.parametrize("p", [2.0, 1.0])
+@on_pair
+def test_partial_gradients_are_summed(p: float) -> None:
     """A replicated parameter whose gradient is yet to be summed, beside one that is cut into shards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -197,12 +196,9 @@ def sums_what_is_partial(p: float) -> None:
     close(whole(params), exact, "w")
 
 
-@pytest.mark.parametrize("p", [2.0, 1.0])
-def test_partial_gradients_are_summed(p: float, pair: Ranks) -> None:
-    pair.run(sums_what_is_partial, p)
-
-
-def overflows(failing_pass: int) -> None:
+@pytest.mark.parametrize("failing_pass", [1, 2])
+@on_pair
+def test_an_overflow_in_one_shard_skips_the_step_on_all_ranks(failing_pass: int) -> None:
     """Under a scaler rank 1's loss is infinite in the third of four steps."""
     model = sharded(network().float(), "fsdp")
     opt = FusedSAM(model.parameters(), rho=RHO, **HYPER)
@@ -224,12 +220,9 @@ def overflows(failing_pass: int) -> None:
         assert (everything() == before) == (step == 2)
 
 
-@pytest.mark.parametrize("failing_pass", [1, 2])
-def test_an_overflow_in_one_shard_skips_the_step_on_all_ranks(failing_pass: int, pair: Ranks) -> None:
-    pair.run(overflows, failing_pass)
-
-
-def resumes(path: str, base: str) -> None:
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+@on_pair
+def test_distributed_checkpoints(base: str, tmp_path: Path) -> None:
     """Through torch.distributed.checkpoint: the steps after it have the bits of those that were never interrupted."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -249,33 +242,25 @@ def resumes(path: str, base: str) -> None:
     model, opt = make()
     train(model, opt, xs[:3])
     weights, state = get_state_dict(model, opt)
-    dcp.save({"model": weights, "opt": state}, checkpoint_id=path)
+    dcp.save({"model": weights, "opt": state}, checkpoint_id=tmp_path)
     train(model, opt, xs[3:])
 
     twin, twin_opt = make()
     train(twin, twin_opt, []) if base == "sgd" else train(twin, twin_opt, xs[5:])
     weights, state = get_state_dict(twin, twin_opt)
     loaded = {"model": weights, "opt": state}
-    dcp.load(loaded, checkpoint_id=path)
+    dcp.load(loaded, checkpoint_id=tmp_path)
     set_state_dict(twin, twin_opt, model_state_dict=loaded["model"], optim_state_dict=loaded["opt"])
     assert twin_opt.param_groups[0]["sam_step"] == 3
     train(twin, twin_opt, xs[3:])
     assert_same_bits(whole(twin.parameters()), whole(model.parameters()))
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_distributed_checkpoints(base: str, pair: Ranks, tmp_path: Path) -> None:
-    pair.run(resumes, str(tmp_path), base)
-
-
-def refuses() -> None:
+@on_pair
+def test_what_sharded_parameters_are_refused() -> None:
     model = sharded(network(), "fsdp")
     opt = FusedSAM(model.parameters(), **HYPER)
     with pytest.raises(ValueError, match=r"^Invalid optimizer, of DTensor parameters"):
         data_parallel(model, opt)
     with pytest.raises(ValueError, match=r"^Invalid telemetry=True"):
         FusedSAM(model.parameters(), telemetry=True, **HYPER)
-
-
-def test_what_sharded_parameters_are_refused(pair: Ranks) -> None:
-    pair.run(refuses)

@@ -29,7 +29,7 @@ def resident() -> int:
 
 
 def growth(backend: str) -> dict[str, int]:
-    """KiB by which STEPS steps of each combination have let the process grow, one of ten of them with an exception."""
+    """KiB by which the steps of each combination have let the process grow, one of ten of them with an exception."""
     torch.set_num_threads(1)
     found = {}
 
@@ -38,8 +38,8 @@ def growth(backend: str) -> dict[str, int]:
 
     for mode, base in (x.values for x in COMBINED):
         opt = make(str(mode), str(base), backend, "cpu", large=300)
-        begin = 0
-        for i in range(STEPS + 50):
+        begin, steps = 0, int(os.environ.get("FUSED_SAM_SOAK", STEPS)) if mode == "plain" else STEPS
+        for i in range(steps + 50):
             if i == 50:
                 gc.collect()
                 begin = resident()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, HYPER, RHO, batches, bits, closure_for, small_net, snapshot
 from rank_oracle import Oracle, close, loss_of, squares_of, steps
-from ranks import Ranks
+from ranks import Ranks, on_four, on_pair
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -74,20 +74,16 @@ class Odd(nn.Module):
         return sum(((f * p * p).sum().float() for p, f in zip(self.ps, factors)), torch.zeros(()))
 
 
-def odd_steps(opt: FusedSAM, net: Odd, steps: int) -> None:
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        factors = [torch.rand(p.shape, generator=generator).to(p.dtype) for p in net.ps]
-
-        def closure(factors: list[Tensor] = factors) -> Tensor:
-            loss = net(factors)
-            loss.backward()
-            return loss
-
-        opt.step(closure)
-
-
-def compares_bits(base: str, m: Any, cap: float) -> None:
+@pytest.mark.parametrize(
+    ("base", "m", "cap"),
+    [
+        *((base, "rank", SMALL) for base in BASES),
+        *((base, "rank", cap) for base in ("nesterov", "amsgrad") for cap in (1e-5, 25.0)),
+        ("nesterov", "world", 1e-5),
+    ],
+)
+@on_pair
+def test_weights_and_state_have_the_bits_of_whole_state(base: str, m: Any, cap: float) -> None:
     """Whole and sharded state after the same steps."""
     kind, options = BASES[base]
     seen = []
@@ -97,7 +93,10 @@ def compares_bits(base: str, m: Any, cap: float) -> None:
         ascent = {"rho": RHO, "adaptive": True, "eta": 0.01, "interval": 2}
         opt = FusedSAM(net.parameters(), kind, **ascent, **copy.deepcopy(options))
         handle = data_parallel(net, opt, m_sharpness=m, bucket_cap_mb=cap, check_replicas_every=1, shard_state=shard)
-        odd_steps(opt, net, 5)
+        for step in range(5):
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            factors = [torch.rand(p.shape, generator=generator).to(p.dtype) for p in net.ps]
+            opt.step(lambda factors=factors, net=net: net(factors).backward())
         saved = handle.consolidate_state_dict(to=1) if shard else opt.state_dict()
         assert (saved is not None) == (not shard or dist.get_rank() == 1)
         seen.append((snapshot(net.parameters()), saved))
@@ -106,19 +105,6 @@ def compares_bits(base: str, m: Any, cap: float) -> None:
         assert flat_state(seen[0][1]) == flat_state(seen[1][1])
         groups = [saved["param_groups"] for _, saved in seen]
         assert groups[0] == groups[1]
-
-
-@pytest.mark.parametrize(
-    ("base", "m", "cap"),
-    [
-        *((base, "rank", SMALL) for base in BASES),
-        *((base, "rank", cap) for base in ("nesterov", "amsgrad") for cap in (1e-5, 25.0)),
-        ("nesterov", "world", 1e-5),
-    ],
-)
-def test_weights_and_state_have_the_bits_of_whole_state(base: str, m: str, cap: float, pair: Ranks) -> None:
-    # Of two numbers the sum does not depend on the order: with more ranks the oracle is the judge.
-    pair.run(compares_bits, base, m, cap)
 
 
 def holds(ranks_per_e: Any) -> tuple[int, int]:
@@ -189,7 +175,8 @@ def test_resuming_with_another_number_of_ranks(
         pair.run(goes_on, path, base, after, first_loads)
 
 
-def becomes_whole() -> None:
+@on_pair
+def test_whole_again() -> None:
     """remove() hands the state out; both ways of going on agree."""
     net = small_net()
     opt, oracle = optimizer_for(net, "nesterov"), oracle_for(net, "nesterov")
@@ -214,11 +201,9 @@ def becomes_whole() -> None:
     steps(net, opt, oracle, range(2, 4), 2)
 
 
-def test_whole_again(pair: Ranks) -> None:
-    pair.run(becomes_whole)
-
-
-def clips(scaled: bool) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+@on_four
+def test_clipping(scaled: bool) -> None:
     """max_grad_norm is of the gradient of all ranks' parts; unscale_ finds what it divides."""
     size, rank, seen = dist.get_world_size(), dist.get_rank(), []
     for shard in (False, True):
@@ -249,12 +234,9 @@ def clips(scaled: bool) -> None:
         torch.testing.assert_close(a, b, rtol=CLIP_RTOL, atol=CLIP_RTOL)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_clipping(scaled: bool, four: Ranks) -> None:
-    four.run(clips, scaled)
-
-
-def has_less_than_there_are_ranks(group: str) -> None:
+@pytest.mark.parametrize("group", ["all", "one"])
+@on_four
+def test_a_rank_without_a_share(group: str) -> None:
     """Three weights, which make one share: other ranks update nothing, but take part. Or a group of one rank."""
     rank, size, weights = dist.get_rank(), dist.get_world_size(), []
     alone = [dist.new_group([r]) for r in range(size)]
@@ -287,12 +269,8 @@ def has_less_than_there_are_ranks(group: str) -> None:
     assert weights[0][1] == weights[1][1] == (2.0**7 if group == "one" and rank not in (1, 2) else 2.0**6)
 
 
-@pytest.mark.parametrize("group", ["all", "one"])
-def test_a_rank_without_a_share(group: str, four: Ranks) -> None:
-    four.run(has_less_than_there_are_ranks, group)
-
-
-def keeps_p_grad() -> None:
+@on_pair
+def test_what_is_in_p_grad() -> None:
     """p.grad is the mean in this rank's part and 0 elsewhere: parts of all ranks make the mean."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = small_net()
@@ -320,10 +298,6 @@ def keeps_p_grad() -> None:
         opt.zero_grad(set_to_none=False)
     opt.restore()
     assert snapshot(net.parameters()) != w
-
-
-def test_what_is_in_p_grad(pair: Ranks) -> None:
-    pair.run(keeps_p_grad)
 
 
 def sends_frozen() -> list[int]:
@@ -355,7 +329,9 @@ MOMENTS = {
 }
 
 
-def is_interrupted(moment: str) -> None:
+@pytest.mark.parametrize("moment", MOMENTS)
+@on_pair
+def test_a_step_is_made_wholly_or_not_at_all(moment: str) -> None:
     """All ranks are interrupted once: weights and state are as before the step, or after it, and later steps right."""
     size, net = dist.get_world_size(), small_net()
     owner, name, made = MOMENTS[moment]
@@ -386,8 +362,3 @@ def is_interrupted(moment: str) -> None:
             oracle.step([[shard] for shard in shards])
             close(list(net.parameters()), list(oracle.net.parameters()), "w after the interrupt")
         steps(net, opt, oracle, range(first + 1, first + 3), size)
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_step_is_made_wholly_or_not_at_all(moment: str, pair: Ranks) -> None:
-    pair.run(is_interrupted, moment)

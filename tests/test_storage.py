@@ -1,31 +1,23 @@
-"""Memory that others know of: addresses, views, layouts, autograd's version counters, compiled models."""
+"""Memory that others know of: addresses, views, autograd's version counters, every pattern of bits."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from helpers import (
-    FLOAT64_RTOL,
     HYPER,
     RHO,
     batches,
     closure_for,
     set_grads,
     small_net,
-    strided_pairs,
 )
 from torch import Tensor, nn
 
-from fused_sam import FusedSAM, ReferenceSAM
-
-every_base = pytest.mark.parametrize(
-    "base", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam], ids=["SGD", "Adam", "NAdam"]
-)
+from fused_sam import FusedSAM
 
 
-@every_base
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam], ids=["SGD", "Adam", "NAdam"])
 def test_addresses_and_strides_never_change(base: type[torch.optim.Optimizer], backend: str, device: str) -> None:
     net, data = small_net(torch.float32, device), batches(4, torch.float32, device)
     opt = FusedSAM(net.parameters(), base, rho=RHO, backend=backend, lr=0.13)
@@ -68,35 +60,10 @@ def test_views_of_a_flat_buffer_follow_every_write_and_their_neighbours_none(bac
     assert bool((memory[-7:] == 42).all())
 
 
-@pytest.mark.parametrize("zero_grad", [False, True])
-def test_strided_parameters_and_gradients_follow_the_reference(zero_grad: bool, backend: str, device: str) -> None:
-    cases = strided_pairs(torch.float64, device)
-    names, params = [n for n, _, _ in cases], [w for _, w, _ in cases]
-    wide = [w.clone() for w in params]
-    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
-    reference = ReferenceSAM(wide, rho=RHO, **HYPER)
-    for _ in range(3):
-        for second in (False, True):
-            for (_, p, g), w in zip(cases, wide, strict=True):
-                p.grad = g.clone() if g.layout is torch.strided and 0 not in g.stride() else g
-                w.grad = g.clone()
-            if second:
-                opt.step()
-                reference.second_step()
-            else:
-                opt.first_step(zero_grad=zero_grad)
-                reference.first_step(zero_grad=zero_grad)
-            for name, p, w in zip(names, params, wide, strict=True):
-                torch.testing.assert_close(p, w, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL, msg=name)
-
-
-@every_base
 @pytest.mark.parametrize("phase", ["first_step", "step", "restore"])
-def test_backward_through_a_stale_graph_raises(
-    base: type[torch.optim.Optimizer], phase: str, backend: str, device: str
-) -> None:
+def test_backward_through_a_stale_graph_raises(phase: str, backend: str, device: str) -> None:
     p = torch.randn(9, device=device).requires_grad_()
-    opt = FusedSAM([p], base, rho=RHO, backend=backend, lr=0.13)
+    opt = FusedSAM([p], rho=RHO, backend=backend, lr=0.13)
     stale = (p * p).sum()
     (p * p).sum().backward()
     opt.first_step()
@@ -105,20 +72,6 @@ def test_backward_through_a_stale_graph_raises(
         opt.step() if phase == "step" else opt.restore()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
-
-
-def test_a_compiled_model_trains_like_the_plain_one(backend: str, device: str) -> None:
-    net, data = small_net(device=device), batches(3, device=device)
-    twin = copy.deepcopy(net)
-    compiled = torch.compile(net, backend="eager")
-    opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)
-    plain = FusedSAM(twin.parameters(), rho=RHO, backend=backend, **HYPER)
-    for batch in data:
-        assert opt.step(closure_for(compiled, batch)).item() == pytest.approx(
-            plain.step(closure_for(twin, batch)).item(), rel=FLOAT64_RTOL
-        )
-    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

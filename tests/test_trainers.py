@@ -230,7 +230,7 @@ class TestLostGradients:
             optimizer.step(closure)
 
     @pytest.mark.filterwarnings("error")
-    def test_what_a_step_has_used_is_not_lost(self) -> None:
+    def test_what_a_step_has_used_or_a_failed_closure_has_left_is_not_lost(self) -> None:
         optimizer, closure = self.optimizer()
         for _ in range(2):
             optimizer.step(closure)
@@ -246,10 +246,6 @@ class TestLostGradients:
         closure()
         optimizer.step()
         optimizer.step(closure)
-
-    @pytest.mark.filterwarnings("error")
-    def test_what_a_failed_closure_has_left_is_not_lost(self) -> None:
-        optimizer, closure = self.optimizer()
 
         def failing() -> None:
             closure()
