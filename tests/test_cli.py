@@ -65,10 +65,6 @@ def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 FLAT, SHARP = "subjects_of_the_cli:flat", "subjects_of_the_cli:sharp"
 
 
-def cells(line: str) -> list[str]:
-    return line.split()
-
-
 def test_no_command_is_the_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     bare = capsys.readouterr().out
@@ -120,7 +116,7 @@ def test_sharpness_prints_and_writes_what_the_library_finds(
     options += ["--steps", "3", "--step-size", "0.05", "--json", "found.json"]
     assert main(["sharpness", FLAT, SHARP, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert cells(lines[0]) == ["target", "rho", "sharpness", "loss", "groups", "examples"]
+    assert lines[0].split() == ["target", "rho", "sharpness", "loss", "groups", "examples"]
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["options"]["m"] == 4
     assert content["torch"] == torch.__version__
@@ -132,7 +128,7 @@ def test_sharpness_prints_and_writes_what_the_library_finds(
             model, loss_fn, data, rho=row["rho"], m=4, p=3, adaptive="weights", eta=0.1, steps=3, step_size=0.05
         )
         assert {name: row[name] for name in expected._fields} == expected._asdict()
-        assert float(cells(line)[2]) == pytest.approx(expected.sharpness, rel=1e-5)
+        assert float(line.split()[2]) == pytest.approx(expected.sharpness, rel=1e-5)
     assert rows[3]["sharpness"] > rows[1]["sharpness"] > rows[0]["sharpness"] > 0
 
 
@@ -154,7 +150,7 @@ def test_spectrum_prints_and_writes_what_the_library_finds(
     options = ["--k", "5", "--which", "LM", "--tol", "1e-8", "--probes", "4", "--lanczos-steps", "7", "--seed", "3"]
     assert main(["spectrum", FLAT, SHARP, *options, "--json", "found.json", "--plot", "found.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert cells(lines[0])[:2] == ["target", "lambda_1"]
+    assert lines[0].split()[:2] == ["target", "lambda_1"]
     rows = json.loads((tmp_path / "found.json").read_text())["results"]
     for line, row, make in zip(lines[1:], rows, (subjects.flat, subjects.sharp), strict=True):
         hessian = analysis.Hessian(*make())
@@ -166,7 +162,7 @@ def test_spectrum_prints_and_writes_what_the_library_finds(
         assert (row["trace"], row["trace_standard_error"]) == (trace.trace, trace.standard_error)
         assert row["density"]["density"] == density.density.tolist()
         assert (row["weights"], row["products"]) == (31, hessian.products)
-        assert [float(x) for x in cells(line)[1:6]] == pytest.approx(row["eigenvalues"], rel=1e-5)
+        assert [float(x) for x in line.split()[1:6]] == pytest.approx(row["eigenvalues"], rel=1e-5)
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -179,7 +175,7 @@ def test_the_density_is_computed_where_it_is_asked_for(
         (row,) = json.loads((tmp_path / "found.json").read_text())["results"]
         assert ("density" in row) is there
         assert row["ratio"] is None
-        assert cells(capsys.readouterr().out.splitlines()[1])[3] == "-"
+        assert capsys.readouterr().out.splitlines()[1].split()[3] == "-"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +208,7 @@ def test_landscape_prints_draws_and_writes_what_the_library_finds(
         if shape[0] % 2:
             middle = tuple(n // 2 for n in shape)
             assert float(loss[middle]) == float(analysis.sharpness(model, loss_fn, data, rho=0.0).loss)
-        found = [float(x) for x in cells(line)[1:3]]
+        found = [float(x) for x in line.split()[1:3]]
         assert found == pytest.approx([float(loss.min()), float(loss.max())], rel=1e-5)
         seeds = (2,) if len(shape) == 1 else (4, 5)
         directions = [

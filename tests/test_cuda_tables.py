@@ -58,19 +58,12 @@ def test_units_cover_every_element_once_and_in_order(numels: list[int], grouped:
     assert set(launches) == set(range(launches[-1] + 1 if launches else 0))
 
 
-@pytest.mark.parametrize(("count", "launches"), [(1, 1), (1016, 1), (1020, 2), (10_000, 10)])
-def test_a_thousand_tensors_fit_one_launch(count: int, launches: int) -> None:
-    units = _native.cuda.units([3] * count, False)
-    assert len({unit[0] for unit in units}) == launches
-
-
-def test_small_tensors_share_blocks() -> None:
-    """A block is eight units, and a tensor of up to 256 elements is one of them."""
+def test_a_thousand_tensors_fit_one_launch_and_every_gpu_has_enough_to_do() -> None:
+    for count, launches in ((1, 1), (1016, 1), (1020, 2), (10_000, 10)):
+        assert len({unit[0] for unit in _native.cuda.units([3] * count, False)}) == launches
+    # A block is eight units, which small tensors share: one of up to 256 elements is one unit.
     assert len(_native.cuda.units([256] * 800, False)) == 800
-
-
-def test_large_tensors_are_cut_finely_enough_for_every_gpu() -> None:
-    """At least eight units for each of the 4 x 8 warps that 160 multiprocessors run, from a million elements on."""
+    # At least eight units for each of the 4 x 8 warps that 160 multiprocessors run, from a million elements on.
     for exponent in range(20, 29):
         assert 4000 <= len(_native.cuda.units([2**exponent], False)) <= 33_000
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, closure_for, small_net, snapshot
-from rank_oracle import WRAPS, Oracle, joined, loss_of, state_of, steps, two_calls, wrapped
+from rank_oracle import WRAPS, joined, loss_of, pair_of, state_of, steps, two_calls, wrapped
 from ranks import Ranks, on_pair
 from torch import Tensor
 from torch.amp import GradScaler
@@ -98,8 +97,7 @@ def test_a_rank_without_a_second_gradient_under_a_scaler(wrap: str) -> None:
 def test_a_gradient_that_is_not_finite(wrap: str, failing_pass: int) -> None:
     """Without a scaler: a first gradient that is NaN moves nothing on its rank; a second one makes all ranks NaN."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    net = small_net()
-    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    net, _, opt = pair_of("rank")
     model = wrapped(net, wrap)
     joined(model, opt, wrap, check_replicas_every=1)
     batch, seen = batches(size)[rank], []
@@ -129,9 +127,8 @@ def test_a_gradient_that_is_not_finite(wrap: str, failing_pass: int) -> None:
 @on_pair
 def test_an_exception_on_all_ranks(wrap: str, m: str, moment: str) -> None:
     """All ranks raise in pass 2; weights come back, and later steps follow the oracle, which made no such step."""
-    size, net = dist.get_world_size(), small_net()
-    oracle = Oracle(net, size if m == "world" else 1, rho=RHO, **HYPER)
-    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    size = dist.get_world_size()
+    net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap)
     joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1, bucket_cap_mb=1e-4)
     seen = 0
@@ -158,13 +155,6 @@ def test_an_exception_on_all_ranks(wrap: str, m: str, moment: str) -> None:
     assert snapshot(net.parameters()) == before
     opt.zero_grad()
     steps(model, opt, oracle, range(3), size)
-
-
-@pytest.fixture
-def doomed() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def loses_a_rank(wrap: str, form: str, moment: str, path: str) -> None:
@@ -214,8 +204,8 @@ def loses_a_rank(wrap: str, form: str, moment: str, path: str) -> None:
         ("sharded", "closure", "gather"),
     ],
 )
-def test_a_rank_that_dies(wrap: str, form: str, moment: str, doomed: Ranks, tmp_path: Path) -> None:
-    (ok, error), (lost, _) = doomed.outcomes(loses_a_rank, wrap, form, moment, str(tmp_path / "saved.pt"))
+def test_a_rank_that_dies(wrap: str, form: str, moment: str, pair: Ranks, tmp_path: Path) -> None:
+    (ok, error), (lost, _) = pair.outcomes(loses_a_rank, wrap, form, moment, str(tmp_path / "saved.pt"))
     assert ok, error
     assert not lost
 

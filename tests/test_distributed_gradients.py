@@ -76,16 +76,10 @@ def test_lists_of_closures(wrap: str, m: Any) -> None:
     net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap)
     joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1)
-
-    def backward(batch: Batch) -> Tensor:
-        loss = loss_of(model, batch)
-        loss.backward()
-        return loss
-
     for _ in range(3):
         data = [batches(size) for _ in range(k)]
         oracle.step([[shard] for shards in data for shard in shards])
-        opt.step([functools.partial(backward, shards[rank]) for shards in data])
+        opt.step([closure_for(model, shards[rank]) for shards in data])
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
 
 

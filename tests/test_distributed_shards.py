@@ -132,9 +132,15 @@ def follows_the_oracle(how: str, form: str = "closure", base: str = "sgd", **opt
             assert all(type(v) is type(p.data) for k, v in s.items() if k != "step"), "state is not as its parameter"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fully_sharded_parameters_follow_one_process(case: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "fsdp", **CASES[case])
+@pytest.mark.parametrize(
+    ("how", "case"),
+    [
+        *(("fsdp", case) for case in CASES),
+        *(("tp", case) for case in ("sam", "p=1", "p=3", "clipped", "micro-batches")),
+    ],
+)
+def test_two_ranks_follow_one_process(how: str, case: str, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, how, **CASES[case])
 
 
 @pytest.mark.parametrize(
@@ -142,11 +148,6 @@ def test_fully_sharded_parameters_follow_one_process(case: str, pair: Ranks) -> 
 )
 def test_four_ranks_follow_one_process(how: str, case: str, four: Ranks) -> None:
     four.run(follows_the_oracle, how, **CASES[case])
-
-
-@pytest.mark.parametrize("case", ["sam", "p=1", "p=3", "clipped", "micro-batches"])
-def test_tensor_parallel_parameters_follow_one_process(case: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "tp", **CASES[case])
 
 
 @pytest.mark.parametrize("base", ["sgd", "adam"])

@@ -108,7 +108,8 @@ class TestLightning:
             lightning_losses(accumulate_grad_batches=2)
 
 
-def accelerate_losses(step: str) -> list[float]:
+@pytest.mark.parametrize("step", ["two calls", "closure"])
+def test_accelerate(step: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = net()
     accelerator = accelerate.Accelerator(cpu=True)
@@ -135,12 +136,7 @@ def accelerate_losses(step: str) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
         scheduler.step()
-    return losses
-
-
-@pytest.mark.parametrize("step", ["two calls", "closure"])
-def test_accelerate(step: str) -> None:
-    assert accelerate_losses(step) == by_hand()
+    assert losses == by_hand()
 
 
 class Labelled(nn.Module):

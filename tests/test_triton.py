@@ -197,19 +197,6 @@ def test_what_was_moved_comes_back_if_a_launch_is_interrupted(
 
 
 @needs_triton
-def test_a_column_is_sent_once() -> None:
-    from fused_sam.backends.triton import tables
-
-    columns, device = tables.Columns(), torch.device("cpu")
-    weights, gradients = (tables.column(x) for x in ([3, 1 << 40], [5, 6, 7]))
-    first = columns.on(device, [weights, gradients, weights])
-    assert [x.tolist() for x in first] == [[3, 1 << 40], [5, 6, 7], [3, 1 << 40]]
-    second = columns.on(device, [weights, tables.column([5, 6, 8])])
-    assert second[0].data_ptr() == first[0].data_ptr() == first[2].data_ptr()
-    assert second[1].tolist() == [5, 6, 8]
-
-
-@needs_triton
 def test_what_a_graph_captured_is_sent_by_the_graph_and_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, which has no streams: made up, like memory that a capture may not ask for."""
     from types import SimpleNamespace
