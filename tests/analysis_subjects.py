@@ -47,3 +47,23 @@ def everything(net: nn.Module) -> tuple[list[bytes], list[bool], list[Any], byte
 
 class Mishap(BaseException):
     """Something no `except Exception` sees, as KeyboardInterrupt."""
+
+
+class Loss:
+    """Cross-entropy that counts its calls, and may fail in one of them."""
+
+    def __init__(self, failing_call: int | None = None) -> None:
+        self.calls, self.failing_call = 0, failing_call
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.failing_call:
+            raise Mishap
+        return nn.functional.cross_entropy(output, y)
+
+
+def restless() -> tuple[Restless, list[tuple[Tensor, Tensor]]]:
+    """A network that has a gradient from before, and data for it."""
+    net = Restless()
+    net.last.weight.grad = torch.full_like(net.last.weight, 3.0)
+    return net, data_of([6, 3], torch.float32)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import FLOAT64_RTOL, HYPER, RHO, small_net
+from helpers import FLOAT64_RTOL, HYPER, RHO, batches, bits, closure_for, small_net
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
 
 from fused_sam import FusedSAM, ReferenceSAM
 from fused_sam.distributed import DataParallel, data_parallel
@@ -96,6 +96,31 @@ def two_calls(opt: FusedSAM, backward: Callable[[], Any]) -> None:
         backward()
     opt.step()
     opt.zero_grad()
+
+
+def squares_of(net: nn.Module, x: Tensor, y: Tensor | float = 0.0) -> Callable[[], Tensor]:
+    """A closure that leaves the gradients of the mean square of net(x) - y."""
+
+    def closure() -> Tensor:
+        loss: Tensor = (net(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def steps(model: nn.Module, opt: FusedSAM, oracle: Oracle, numbers: range, size: int) -> None:
+    """Steps on examples that are known by their number, as many as there are or were ranks."""
+    for number in numbers:
+        torch.manual_seed(number)
+        shards = batches(size)
+        oracle.step([[shard] for shard in shards])
+        opt.step(closure_for(model, shards[dist.get_rank()]))
+        close(list(model.parameters()), list(oracle.net.parameters()), f"w after step {number}")
+
+
+def state_of(opt: Optimizer) -> list[bytes]:
+    return [bits(v) for s in opt.state.values() for _, v in sorted(s.items()) if isinstance(v, Tensor)]
 
 
 def close(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str, atol: float = FLOAT64_RTOL) -> None:

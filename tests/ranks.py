@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
+import importlib
+import inspect
 import multiprocessing
 import tempfile
 import time
@@ -76,9 +79,10 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        # Forked from a process that has imported everything once, and has never computed.
+        # Forked from a process that has imported everything once, and has never computed. The first optimizer of a
+        # process imports torch._dynamo, which takes most of a start.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "helpers", "fused_sam"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "helpers", "fused_sam"])
         store = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -108,3 +112,24 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
             except BaseException:
                 pipe.send((False, traceback.format_exc()))
             faulthandler.cancel_dump_traceback_later()
+
+
+def _on(fixture: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def test(**arguments: Any) -> None:
+            arguments.pop(fixture).run(_run_body, body.__module__, body.__name__, arguments)
+
+        own = inspect.Parameter(fixture, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        test.__signature__ = inspect.Signature([own, *inspect.signature(body).parameters.values()])  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+def _run_body(module: str, test: str, arguments: dict[str, Any]) -> None:
+    getattr(importlib.import_module(module), test).__wrapped__(**arguments)
+
+
+# Decorators of a test whose body runs on each of two or four ranks.
+on_pair, on_four = _on("pair"), _on("four")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import pytest
 import torch
-from helpers import HYPER, RHO, assert_same_bits, bits
+from helpers import HYPER, RHO, assert_same_bits, bits, snapshot
 from torch import Tensor, nn
 
 from fused_sam import FusedSAM
@@ -56,32 +57,41 @@ def loss_closure(net: nn.Module, x: Tensor) -> Any:
 
 @momenta
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_frozen_statistics_keep_their_bits_and_thaw(momentum: float | None, depth: int) -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_frozen_statistics_keep_their_bits_and_thaw(momentum: float | None, depth: int, interrupted: bool) -> None:
     net, x = Normed(momentum), images()
     net(x)
-    before, twin = [bits(s) for s in statistics(net)], copy.deepcopy(net)
+    before, twin = snapshot(statistics(net)), copy.deepcopy(net)
+    modes = [(m.training, getattr(m, "momentum", 0)) for m in net.modules()]
 
-    def forward(depth: int) -> Tensor:
+    def forward(depth: int) -> None:
         if depth == 0:
-            return net(x)
+            net(x)
+            assert [(m.training, getattr(m, "momentum", 0)) for m in net.modules()] == modes
+            if interrupted:
+                raise KeyboardInterrupt
+            return
         with frozen_statistics(net):
-            return forward(depth - 1)
+            forward(depth - 1)
 
-    forward(depth)
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        forward(depth)
     assert_same_bits(statistics(net), before, "statistic")
+    assert [(m.training, getattr(m, "momentum", 0)) for m in net.modules()] == modes
     y = images()
     net(y)
     twin(y)
     assert_same_bits(statistics(net), statistics(twin), "statistic")
-    assert any(bits(s) != b for s, b in zip(statistics(net), before, strict=True))
+    assert snapshot(statistics(net)) != before
 
 
 def test_frozen_layers_still_normalise_by_the_batch() -> None:
     net, x = Normed(), images()
     twin = copy.deepcopy(net)
+    before = snapshot(statistics(twin))
     with frozen_statistics(net):
-        out = net(x)
-    expected = twin(x)
+        out, expected = net(x), twin(x)
+    assert snapshot(statistics(twin)) != before  # only the model given is frozen
     assert bits(out) == bits(expected)
     out.square().sum().backward()
     expected.square().sum().backward()
@@ -101,43 +111,13 @@ def test_layers_in_evaluation_mode_stay_in_it_and_use_their_statistics() -> None
     assert bits(net(x)) == bits(expected)
 
 
-def test_the_mode_of_every_layer_is_left_alone() -> None:
-    net = Normed()
-
-    def modes() -> list[Any]:
-        return [(m.training, getattr(m, "momentum", 0)) for m in net.modules()]
-
-    before = modes()
-    with frozen_statistics(net):
-        assert modes() == before
-    assert modes() == before
-
-
 @momenta
-def test_an_exception_inside_thaws(momentum: float | None) -> None:
-    net, x = Normed(momentum), images()
-    twin = copy.deepcopy(net)
-    with pytest.raises(KeyboardInterrupt), frozen_statistics(net), frozen_statistics(net):
-        raise KeyboardInterrupt
-    net(x)
-    twin(x)
-    assert_same_bits(statistics(net), statistics(twin), "statistic")
-
-
-def test_only_the_model_given_is_frozen() -> None:
-    net, other, x = Normed(), Normed(), images()
-    before = [bits(s) for s in statistics(other)]
-    with frozen_statistics(net):
-        other(x)
-    assert [bits(s) for s in statistics(other)] != before
-
-
-@momenta
-@pytest.mark.parametrize("form", ["closure", "two calls", "by hand"])
+@pytest.mark.parametrize("form", ["closure", "two calls", "by hand", "twice"])
 def test_each_step_counts_the_batch_once_at_w(momentum: float | None, form: str, backend: str) -> None:
     net = Normed(momentum)
     opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)
-    handle = first_pass_only(net, opt) if form != "by hand" else None
+    if form != "by hand":
+        first_pass_only(net, opt)
     for _ in range(4):
         x = images()
         closure = loss_closure(net, x)
@@ -150,10 +130,7 @@ def test_each_step_counts_the_batch_once_at_w(momentum: float | None, form: str,
             opt.zero_grad()
             closure()
             opt.first_step(zero_grad=True)
-            if handle is None:
-                with frozen_statistics(net):
-                    closure()
-            else:
+            with frozen_statistics(net) if form != "two calls" else contextlib.nullcontext():
                 closure()
             opt.second_step()
         assert_same_bits(statistics(net), statistics(once), "statistic")
@@ -172,15 +149,15 @@ def test_the_only_pass_of_a_step_along_the_momentum_counts(backend: str) -> None
     assert net.bare.num_batches_tracked == 3
 
 
-def test_after_remove_both_passes_count(backend: str) -> None:
-    net = Normed()
+def test_in_pass_2_a_layer_called_on_its_own_is_frozen_too_until_remove(backend: str) -> None:
+    """Not every training loop goes through the forward of the outermost module."""
+    net, x = Normed(), images()
     opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)
     handle = first_pass_only(net, opt)
-    opt.step(loss_closure(net, images()))
-    assert int(net.bare.num_batches_tracked) == 1
-    handle.remove()
-    opt.step(loss_closure(net, images()))
-    assert int(net.bare.num_batches_tracked) == 3
+    for seen in (1, 3):
+        opt.step(loss_closure(nn.Sequential(net.conv, net.inner), x))
+        assert int(net.inner[0].num_batches_tracked) == seen
+        handle.remove()
 
 
 def test_a_forward_that_raises_in_pass_2_thaws(backend: str) -> None:
@@ -198,21 +175,6 @@ def test_a_forward_that_raises_in_pass_2_thaws(backend: str) -> None:
     assert int(net.bare.num_batches_tracked) == seen + 1
 
 
-def test_a_layer_called_on_its_own_in_pass_2_is_frozen_too(backend: str) -> None:
-    """Not every training loop goes through the forward of the outermost module."""
-    net, x = Normed(), images()
-    opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)
-    first_pass_only(net, opt)
-
-    def closure() -> Tensor:
-        loss = net.inner(net.conv(x)).square().mean()
-        loss.backward()
-        return loss
-
-    opt.step(closure)
-    assert int(net.inner[0].num_batches_tracked) == 1
-
-
 def test_a_model_with_the_hooks_can_be_averaged(backend: str) -> None:
     """torch's weight averaging deep-copies the model, hooks included; the copy is nobody's to freeze."""
     net, x = Normed(), images()
@@ -225,18 +187,3 @@ def test_a_model_with_the_hooks_can_be_averaged(backend: str) -> None:
     before = int(average.module.bare.num_batches_tracked)
     average(x)
     assert int(average.module.bare.num_batches_tracked) == before + 1
-
-
-@pytest.mark.parametrize("momentum", [0.37, None], ids=["momentum", "cumulative"])
-def test_freezing_twice_loses_nothing(momentum: float | None, backend: str) -> None:
-    bn, plain = (nn.BatchNorm1d(3, momentum=momentum) for _ in range(2))
-    opt = FusedSAM(bn.parameters(), rho=RHO, backend=backend, lr=0.13)
-    first_pass_only(bn, opt)
-    for _ in range(3):
-        x = torch.randn(8, 3)
-        opt.step(lambda x=x: bn(x).square().sum().backward())
-        with frozen_statistics(bn), frozen_statistics(bn):
-            bn(x)
-        plain(x)
-    assert bn.momentum == momentum
-    assert_same_bits(bn.buffers(), plain.buffers())

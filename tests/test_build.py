@@ -70,6 +70,11 @@ def test_the_library_is_hardened() -> None:
     assert re.search(r"GNU_STACK.* RW ", segments)
     assert re.search(r"\(FLAGS\).*BIND_NOW|\(FLAGS_1\).*NOW", dynamic)
     assert "TEXTREL" not in dynamic
+    # One binary serves every torch, and no second thread pool is loaded beside torch's. CUDA's runtime is inside, and
+    # the driver is looked up when there is one.
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert any(name.startswith("libc.") for name in needed)
+    assert not [name for name in needed if re.search("torch|omp|cuda", name)]
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
     assert "__stack_chk_fail" in symbols
     exported = [line for line in symbols.splitlines() if re.search(r"GLOBAL\s+DEFAULT\s+\d+", line)]

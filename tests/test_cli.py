@@ -65,10 +65,6 @@ def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 FLAT, SHARP = "subjects_of_the_cli:flat", "subjects_of_the_cli:sharp"
 
 
-def cells(line: str) -> list[str]:
-    return line.split()
-
-
 def test_no_command_is_the_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     bare = capsys.readouterr().out
@@ -77,13 +73,27 @@ def test_no_command_is_the_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ok, one step checked" in bare
 
 
-def test_the_doctor_needs_torch_alone() -> None:
-    absent = "import sys; sys.modules.update(dict.fromkeys(['scipy', 'matplotlib', 'rich']))\n"
-    code = absent + "from fused_sam.cli.main import main; sys.exit(main([]) or main(['spectrum', 'a:b']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+def test_it_needs_torch_alone_and_finds_modules_in_the_current_folder(tmp_path: Path) -> None:
+    """As the installed command, whose own folder python searches instead."""
+    (tmp_path / "mine.py").write_text(SUBJECTS)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['scipy', 'matplotlib', 'rich', 'rich.progress']))\n"
+        "sys.path[0] = '/nowhere'\n"
+        "from fused_sam.cli.main import main\n"
+        "sys.exit(main([]) or main(['sharpness', 'mine:flat']) or main(['spectrum', 'a:b']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2, done.stderr
     assert "ok, one step checked" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("mine:flat")
     assert done.stderr.strip().endswith("This needs scipy: pip install 'fused-sam[analysis]'")
-    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("command", [[], ["doctor"], ["sharpness"], ["spectrum"], ["landscape"]])
@@ -106,7 +116,7 @@ def test_sharpness_prints_and_writes_what_the_library_finds(
     options += ["--steps", "3", "--step-size", "0.05", "--json", "found.json"]
     assert main(["sharpness", FLAT, SHARP, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert cells(lines[0]) == ["target", "rho", "sharpness", "loss", "groups", "examples"]
+    assert lines[0].split() == ["target", "rho", "sharpness", "loss", "groups", "examples"]
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["options"]["m"] == 4
     assert content["torch"] == torch.__version__
@@ -118,7 +128,7 @@ def test_sharpness_prints_and_writes_what_the_library_finds(
             model, loss_fn, data, rho=row["rho"], m=4, p=3, adaptive="weights", eta=0.1, steps=3, step_size=0.05
         )
         assert {name: row[name] for name in expected._fields} == expected._asdict()
-        assert float(cells(line)[2]) == pytest.approx(expected.sharpness, rel=1e-5)
+        assert float(line.split()[2]) == pytest.approx(expected.sharpness, rel=1e-5)
     assert rows[3]["sharpness"] > rows[1]["sharpness"] > rows[0]["sharpness"] > 0
 
 
@@ -140,7 +150,7 @@ def test_spectrum_prints_and_writes_what_the_library_finds(
     options = ["--k", "5", "--which", "LM", "--tol", "1e-8", "--probes", "4", "--lanczos-steps", "7", "--seed", "3"]
     assert main(["spectrum", FLAT, SHARP, *options, "--json", "found.json", "--plot", "found.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert cells(lines[0])[:2] == ["target", "lambda_1"]
+    assert lines[0].split()[:2] == ["target", "lambda_1"]
     rows = json.loads((tmp_path / "found.json").read_text())["results"]
     for line, row, make in zip(lines[1:], rows, (subjects.flat, subjects.sharp), strict=True):
         hessian = analysis.Hessian(*make())
@@ -152,7 +162,7 @@ def test_spectrum_prints_and_writes_what_the_library_finds(
         assert (row["trace"], row["trace_standard_error"]) == (trace.trace, trace.standard_error)
         assert row["density"]["density"] == density.density.tolist()
         assert (row["weights"], row["products"]) == (31, hessian.products)
-        assert [float(x) for x in cells(line)[1:6]] == pytest.approx(row["eigenvalues"], rel=1e-5)
+        assert [float(x) for x in line.split()[1:6]] == pytest.approx(row["eigenvalues"], rel=1e-5)
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -165,7 +175,7 @@ def test_the_density_is_computed_where_it_is_asked_for(
         (row,) = json.loads((tmp_path / "found.json").read_text())["results"]
         assert ("density" in row) is there
         assert row["ratio"] is None
-        assert cells(capsys.readouterr().out.splitlines()[1])[3] == "-"
+        assert capsys.readouterr().out.splitlines()[1].split()[3] == "-"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +208,7 @@ def test_landscape_prints_draws_and_writes_what_the_library_finds(
         if shape[0] % 2:
             middle = tuple(n // 2 for n in shape)
             assert float(loss[middle]) == float(analysis.sharpness(model, loss_fn, data, rho=0.0).loss)
-        found = [float(x) for x in cells(line)[1:3]]
+        found = [float(x) for x in line.split()[1:3]]
         assert found == pytest.approx([float(loss.min()), float(loss.max())], rel=1e-5)
         seeds = (2,) if len(shape) == 1 else (4, 5)
         directions = [
@@ -305,22 +315,6 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert main([*command, *shorter[command[0]]]) == 0
     del sys.modules["nets"]
     assert {file.name for file in tmp_path.iterdir()} >= {"spectrum.png", "spectrum.json", "landscape.png"}
-
-
-def test_modules_are_found_in_the_current_folder(tmp_path: Path) -> None:
-    """By the installed command too, whose own folder python searches instead."""
-    (tmp_path / "mine.py").write_text(SUBJECTS)
-    code = "import sys; sys.path[0] = '/nowhere'; from fused_sam.cli.main import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "sharpness", "mine:flat"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("mine:flat")
 
 
 def test_a_target_is_left_as_it_was(subjects: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,10 +78,8 @@ def step(optimizer: FusedSAM, params: list[Tensor]) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(
-    ("direction", "most"), [("gradient", MOST_LAUNCHES), ("momentum", MOST_LAUNCHES)], ids=["SAM", "MSAM"]
-)
-def test_a_step_is_few_launches(direction: str, most: dict[str, int], compiled: str) -> None:
+@pytest.mark.parametrize("direction", ["gradient", "momentum"], ids=["SAM", "MSAM"])
+def test_a_step_is_few_launches(direction: str, compiled: str) -> None:
     params = make_params()
     optimizer = FusedSAM(params, rho=RHO, **HYPER, direction=direction, backend=compiled)
     for _ in range(3):
@@ -97,7 +95,7 @@ def test_a_step_is_few_launches(direction: str, most: dict[str, int], compiled: 
         launches += [name for name in events if not name.startswith(("Memcpy", "Memset"))]
     if not launches:
         pytest.skip("the profiler records no kernels on this machine")
-    assert len(launches) <= most[compiled], launches
+    assert len(launches) <= MOST_LAUNCHES[compiled], launches
 
 
 @pytest.mark.parametrize("zero_grad", [False, True], ids=["backup", "swap"])
@@ -227,23 +225,13 @@ def test_capturing_is_refused_with_the_reason(compiled: str) -> None:
         assert not optimizer.perturbed
 
 
-def test_parameters_on_several_devices_share_one_norm(compiled: str) -> None:
-    if torch.cuda.device_count() < 2:
+@pytest.mark.parametrize("other", ["cuda:1", "cpu"])
+def test_parameters_on_several_devices_share_one_norm(other: str, compiled: str) -> None:
+    if other != "cpu" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    shapes = [(9,), (1009,), (5, 7)]
-    spread = [p.detach().to(f"cuda:{i % 2}").requires_grad_() for i, p in enumerate(make_params(shapes))]
-    together = make_params(shapes)
-    for params in (spread, together):
-        step(FusedSAM(params, rho=RHO, **HYPER, backend=compiled), params)
-    for a, b in zip(spread, together, strict=True):
-        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-6, atol=1e-7)
-
-
-def test_weights_on_the_cpu_and_the_gpu_share_one_norm(compiled: str) -> None:
-    shapes = [(9,), (1009,), (5, 7)]
-    spread = [p.detach().to("cpu" if i % 2 else CUDA).requires_grad_() for i, p in enumerate(make_params(shapes))]
-    together = make_params(shapes)
-    step(FusedSAM(spread, rho=RHO, **HYPER), spread)
+    together = make_params([(9,), (1009,), (5, 7)])
+    spread = [p.detach().to(other if i % 2 else CUDA).requires_grad_() for i, p in enumerate(together)]
+    step(FusedSAM(spread, rho=RHO, **HYPER, backend=None if other == "cpu" else compiled), spread)
     step(FusedSAM(together, rho=RHO, **HYPER, backend=compiled), together)
     for a, b in zip(spread, together, strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-6, atol=1e-7)

@@ -58,19 +58,12 @@ def test_units_cover_every_element_once_and_in_order(numels: list[int], grouped:
     assert set(launches) == set(range(launches[-1] + 1 if launches else 0))
 
 
-@pytest.mark.parametrize(("count", "launches"), [(1, 1), (1016, 1), (1020, 2), (10_000, 10)])
-def test_a_thousand_tensors_fit_one_launch(count: int, launches: int) -> None:
-    units = _native.cuda.units([3] * count, False)
-    assert len({unit[0] for unit in units}) == launches
-
-
-def test_small_tensors_share_blocks() -> None:
-    """A block is eight units, and a tensor of up to 256 elements is one of them."""
+def test_a_thousand_tensors_fit_one_launch_and_every_gpu_has_enough_to_do() -> None:
+    for count, launches in ((1, 1), (1016, 1), (1020, 2), (10_000, 10)):
+        assert len({unit[0] for unit in _native.cuda.units([3] * count, False)}) == launches
+    # A block is eight units, which small tensors share: one of up to 256 elements is one unit.
     assert len(_native.cuda.units([256] * 800, False)) == 800
-
-
-def test_large_tensors_are_cut_finely_enough_for_every_gpu() -> None:
-    """At least eight units for each of the 4 x 8 warps that 160 multiprocessors run, from a million elements on."""
+    # At least eight units for each of the 4 x 8 warps that 160 multiprocessors run, from a million elements on.
     for exponent in range(20, 29):
         assert 4000 <= len(_native.cuda.units([2**exponent], False)) <= 33_000
 
@@ -127,20 +120,14 @@ def test_the_norm_has_the_same_bits_wherever_its_tensors_lie(dtype: torch.dtype)
     assert norms.pop() == pytest.approx(math.sqrt(sum(v.double().square().sum() for v in values)), rel=1e-13)
 
 
-def test_the_norm_of_a_list_of_several_launches() -> None:
-    grads = [torch.randn(k % 11) for k in range(5000)]
-    params = [torch.ones_like(g) for g in grads]
-    groups = ascent_groups(len(grads))
-    values = [ops.norm(params, grads, groups, backend=backend).item() for backend in ("interpreted", "native")]
-    assert values[0] == pytest.approx(values[1], rel=1e-14)
-
-
 def test_the_norm_has_the_same_bits_however_its_list_is_cut() -> None:
-    """With a group for each tensor, a launch takes about a third of the tensors."""
-    grads = [torch.randn(1 + 37 * k % 700) for k in range(1500)]
+    """Into several launches; with a group for each tensor, a launch takes about a third of the tensors."""
+    grads = [torch.randn(k % 11 if k % 3 else 1 + 37 * k % 700) for k in range(5000)]
     params = [torch.ones_like(g) for g in grads]
     cuts = [ascent_groups(len(grads)), ascent_groups(1) * len(grads)]
-    assert len({ops.norm(params, grads, groups, backend="interpreted").item() for groups in cuts}) == 1
+    norms = {ops.norm(params, grads, groups, backend="interpreted").item() for groups in cuts}
+    assert len(norms) == 1
+    assert norms.pop() == pytest.approx(ops.norm(params, grads, cuts[0], backend="native").item(), rel=1e-14)
 
 
 def test_means_and_parameters_to_restore_take_several_launches() -> None:

@@ -6,14 +6,15 @@ import contextlib
 import copy
 import functools
 import logging
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, batches, bits, small_net
-from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, close, joined, loss_of, pair_of, two_calls, wrapped
-from ranks import Ranks
+from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, close, joined, loss_of, pair_of, squares_of, two_calls, wrapped
+from ranks import Ranks, on_pair
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -23,19 +24,35 @@ from fused_sam.batchnorm import first_pass_only
 from fused_sam.distributed import data_parallel
 
 SAM_OPTIONS: dict[str, dict[str, Any]] = {
+    "sam": {},
     "asam": {"adaptive": True, "eta": 0.01},
     "inf": {"p": float("inf")},
     "one": {"p": 1.0},
     "adam": {"base": "adam", "lr": 0.013, "weight_decay": 0.017},
     "three ascents": {"ascent_steps": 3},
+    "interval": {"interval": 2, "start": 1},
+    "interval from 0": {"interval": 2},
 }
+FORMS = ["closure", "two calls"]
+TWO_RANKS: list[tuple[str, ...]] = [
+    *product(WRAPS, ["rank", "world"], FORMS, ["default"], ["sam"]),
+    *product(["ddp"], ["rank"], FORMS, [option for option in WRAP_OPTIONS if option != "default"], ["sam"]),
+    *product(["ddp"], ["rank", "world"], FORMS, ["default"], ["three ascents"]),
+    # Of the update a rank with a part of the state knows less, of the ascent as much.
+    *product(["plain"], ["rank"], ["closure"], ["default"], ["asam", "inf", "one", "adam", "three ascents"]),
+    *product(["plain"], ["world"], ["closure"], ["default"], ["inf", "three ascents"]),
+    *product(["sharded"], ["rank"], ["closure"], ["default"], ["adam", "three ascents"]),
+    # Steps that are not perturbed. A static graph is learnt in either kind of step.
+    *product(WRAPS, ["rank"], ["two calls"], ["default"], ["interval"]),
+    *product(["ddp"], ["rank"], ["two calls"], ["static"], ["interval", "interval from 0"]),
+]
 
 
 def follows_the_oracle(
-    wrap: str, m: Any, form: str = "closure", wrap_option: str = "default", sam: dict[str, Any] | None = None
+    wrap: str, m: Any, form: str = "closure", wrap_option: str = "default", sam: str = "sam"
 ) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    net, oracle, opt = pair_of(m, **(sam or {}))
+    net, oracle, opt = pair_of(m, **SAM_OPTIONS[sam])
     data = [batches(size) for _ in range(5)]
     if wrap != "ddp" and rank > 0:
         with torch.no_grad():  # to be replaced by those of rank 0
@@ -62,45 +79,16 @@ def follows_the_oracle(
         close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {step}")
 
 
-@pytest.mark.parametrize("m", ["rank", "world"])
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_two_ranks_follow_one_process(wrap: str, form: str, m: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, wrap, m, form)
+@pytest.mark.parametrize(("wrap", "m", "form", "wrap_option", "sam"), TWO_RANKS)
+def test_two_ranks_follow_one_process(wrap: str, m: str, form: str, wrap_option: str, sam: str, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, wrap, m, form, wrap_option, sam)
 
 
-@pytest.mark.parametrize("m", ["rank", 2, "world"])
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(
+    ("wrap", "m"), [("ddp", 2), ("plain", 2), ("sharded", 2), ("sharded", "rank"), ("ddp", "world")]
+)
 def test_four_ranks_follow_one_process(wrap: str, m: Any, four: Ranks) -> None:
     four.run(follows_the_oracle, wrap, m)
-
-
-@pytest.mark.parametrize("option", [o for o in WRAP_OPTIONS if o != "default"])
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-def test_options_of_the_ddp(option: str, form: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "ddp", "rank", form, option)
-
-
-@pytest.mark.parametrize("option", SAM_OPTIONS)
-@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
-def test_options_of_sam(wrap: str, option: str, m: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, wrap, m, sam=SAM_OPTIONS[option])
-
-
-@pytest.mark.parametrize("form", ["closure", "two calls"])
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_several_ascents_under_ddp(m: str, form: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "ddp", m, form, sam=SAM_OPTIONS["three ascents"])
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_steps_that_are_not_perturbed(wrap: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, wrap, "rank", "two calls", sam={"interval": 2, "start": 1})
-
-
-@pytest.mark.parametrize("start", [0, 1])
-def test_a_static_graph_learnt_in_either_kind_of_step(start: int, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "ddp", "rank", "two calls", "static", {"interval": 2, "start": start})
 
 
 def displacement(with_data_parallel: bool) -> tuple[bytes, int]:
@@ -128,19 +116,17 @@ def displacement(with_data_parallel: bool) -> tuple[bytes, int]:
     return bits(e), sum(r.levelno == logging.WARNING and "data_parallel" in r.getMessage() for r in records)
 
 
-def test_the_usual_recipe_shares_one_perturbation_and_says_so(pair: Ranks) -> None:
+def test_ranks_have_perturbations_of_their_own_but_by_the_usual_recipe_which_says_so(pair: Ranks) -> None:
     (a, warned_a), (b, warned_b) = pair.run(displacement, False)
     assert a == b
     assert warned_a == warned_b == 1
-
-
-def test_ranks_have_perturbations_of_their_own(pair: Ranks) -> None:
     (a, warned_a), (b, warned_b) = pair.run(displacement, True)
     assert a != b
     assert warned_a == warned_b == 0
 
 
-def counts_reductions() -> list[int]:
+@on_pair
+def test_a_communication_hook_sees_second_gradients_only() -> None:
     """Calls of a hook that compresses, after each pass of three steps."""
     net = small_net(torch.float32)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
@@ -165,24 +151,17 @@ def counts_reductions() -> list[int]:
         assert all(torch.equal(g, g.half().float()) for g in seconds), "not what the hook returns"
         opt.step()
         opt.zero_grad()
-    return seen
+    assert seen == [0, 1, 1, 2, 2, 3]
 
 
-def test_a_communication_hook_sees_second_gradients_only(pair: Ranks) -> None:
-    assert pair.run(counts_reductions) == [[0, 1, 1, 2, 2, 3]] * 2
-
-
-def updates_statistics(wrap: str) -> None:
+@pytest.mark.parametrize("wrap", WRAPS)
+@on_pair
+def test_statistics_of_batchnorm_count_each_batch_once(wrap: str) -> None:
     net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, momentum=0.37), nn.Tanh(), nn.Linear(6, 3)).double()
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap)
     joined(model, opt, wrap, check_replicas_every=1)
     first_pass_only(net, opt)
-
-    def closure(x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
 
     for _ in range(4):
         x = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -191,7 +170,7 @@ def updates_statistics(wrap: str) -> None:
             for b in once.buffers():
                 dist.broadcast(b, 0)
         once(x)
-        opt.step(functools.partial(closure, x))
+        opt.step(squares_of(model, x))
         for a, b in zip(net.buffers(), once.buffers()):
             assert torch.equal(a, b)
         model.eval()
@@ -200,12 +179,8 @@ def updates_statistics(wrap: str) -> None:
         model.train()
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_statistics_of_batchnorm_count_each_batch_once(wrap: str, pair: Ranks) -> None:
-    pair.run(updates_statistics, wrap)
-
-
-def raises_in_forward() -> None:
+@on_pair
+def test_a_forward_that_raises_leaves_the_model_as_it_was() -> None:
     net, _, opt = pair_of("rank")
     model = DistributedDataParallel(net)
     data_parallel(model, opt)
@@ -214,7 +189,3 @@ def raises_in_forward() -> None:
     assert model.require_backward_grad_sync
     loss_of(model, batches(1)[0]).backward()
     assert model.require_backward_grad_sync
-
-
-def test_a_forward_that_raises_leaves_the_model_as_it_was(pair: Ranks) -> None:
-    pair.run(raises_in_forward)

@@ -1,10 +1,10 @@
-"""What goes wrong on one rank: overflow, exceptions, a rank that is lost; and the resumption with fewer ranks."""
+"""What goes wrong on one rank: overflow, exceptions, a rank that is lost."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,35 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import HYPER, RHO, batches, bits, closure_for, small_net, snapshot
-from rank_oracle import WRAPS, Oracle, close, joined, loss_of, wrapped
-from ranks import Ranks
-from torch import Tensor, nn
+from helpers import HYPER, RHO, batches, closure_for, small_net, snapshot
+from rank_oracle import WRAPS, joined, loss_of, pair_of, state_of, steps, two_calls, wrapped
+from ranks import Ranks, on_pair
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
 
 from fused_sam import FusedSAM
-from fused_sam.distributed import data_parallel
+from fused_sam.distributed import data_parallel, sharded_state
 
 
-def state_of(opt: torch.optim.Optimizer) -> list[bytes]:
-    return [bits(v) for s in opt.state.values() for _, v in sorted(s.items()) if isinstance(v, Tensor)]
-
-
-def overflows(wrap: str, m: str, base: str, failing_pass: int, p: float) -> None:
+@pytest.mark.parametrize(
+    ("wrap", "m", "base", "failing_pass", "p"),
+    [
+        ("ddp", "rank", "sgd", 1, 2.0),
+        ("ddp", "rank", "adamw", 2, 2.0),
+        ("plain", "rank", "adamw", 1, 2.0),
+        ("plain", "rank", "sgd", 2, 2.0),
+        ("sharded", "rank", "sgd", 1, 2.0),
+        ("sharded", "rank", "sgd", 2, 2.0),
+        ("sharded", "rank", "adamw", 2, 2.0),
+        ("plain", "world", "sgd", 1, 2.0),  # ranks share an e
+        ("plain", "rank", "sgd", 2, math.inf),  # there is no norm
+    ],
+)
+@on_pair
+def test_an_overflow_on_one_rank_skips_the_step_on_all(
+    wrap: str, m: str, base: str, failing_pass: int, p: float
+) -> None:
     """Under a scaler rank 1's gradient is infinite, in the third of four steps."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = small_net(torch.float32)
@@ -54,24 +67,14 @@ def overflows(wrap: str, m: str, base: str, failing_pass: int, p: float) -> None
     assert scales == ([2.0**8, 2.0**8, 2.0**7, 2.0**7] if failing_pass == 2 else [2.0**8] * 4)
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize("failing_pass", [1, 2])
-def test_an_overflow_on_one_rank_skips_the_step_on_all(wrap: str, base: str, failing_pass: int, pair: Ranks) -> None:
-    pair.run(overflows, wrap, "rank", base, failing_pass, 2.0)
-
-
-def test_an_overflow_where_ranks_share_an_e_or_take_no_norm(pair: Ranks) -> None:
-    pair.run(overflows, "plain", "world", "sgd", 1, 2.0)
-    pair.run(overflows, "plain", "rank", "sgd", 2, math.inf)
-
-
-def scales_where_there_is_nothing(wrap: str, m: str) -> None:
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+@on_pair
+def test_a_rank_without_a_second_gradient_under_a_scaler(wrap: str) -> None:
     """Under a scaler rank 0 has no gradient in pass 2 and nothing to look at; in the second step the mean overflows."""
     rank = dist.get_rank()
     net = small_net(torch.float32)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
-    joined(net, opt, wrap, m_sharpness=m, check_replicas_every=1)
+    joined(net, opt, wrap, check_replicas_every=1)
     scaler = GradScaler("cpu", init_scale=4.0)
     for step in range(2):
         before = snapshot(net.parameters())
@@ -88,59 +91,44 @@ def scales_where_there_is_nothing(wrap: str, m: str) -> None:
         scaler = GradScaler("cpu", init_scale=4.0)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "sharded"])
-def test_a_rank_without_a_second_gradient_under_a_scaler(wrap: str, pair: Ranks) -> None:
-    pair.run(scales_where_there_is_nothing, wrap, "rank")
-
-
-def is_not_finite(wrap: str, failing_pass: int) -> None:
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("failing_pass", [1, 2])
+@on_pair
+def test_a_gradient_that_is_not_finite(wrap: str, failing_pass: int) -> None:
     """Without a scaler: a first gradient that is NaN moves nothing on its rank; a second one makes all ranks NaN."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    net = small_net()
-    oracle = Oracle(net, 1, rho=RHO, **HYPER)
-    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    net, _, opt = pair_of("rank")
     model = wrapped(net, wrap)
     joined(model, opt, wrap, check_replicas_every=1)
-    calls = [0]
+    batch, seen = batches(size)[rank], []
 
-    def backward(net: nn.Module, owner: int, batch: Any, number: int) -> Tensor:
-        loss = loss_of(net, batch) * (math.nan if owner == 1 and number == failing_pass else 1.0)
+    def closure() -> Tensor:
+        seen.append(snapshot(net.parameters()))
+        loss = loss_of(model, batch) * (math.nan if rank == 1 and len(seen) == failing_pass else 1.0)
         loss.backward()
         return loss
 
-    shards = batches(size)
-    numbers = dict.fromkeys(range(size), 0)
-
-    def replay(item: tuple[int, Any]) -> None:
-        numbers[item[0]] += 1
-        backward(oracle.net, *item, numbers[item[0]])
-
-    oracle.backward = replay
-    oracle.step([[(r, shard)] for r, shard in enumerate(shards)])
-
-    def closure() -> Tensor:
-        calls[0] += 1
-        return backward(model, rank, shards[rank], calls[0])
-
     opt.step(closure)
-    if failing_pass == 1:
-        close(list(net.parameters()), list(oracle.net.parameters()), "w")
-    else:
-        assert all(p.isnan().all() for p in net.parameters())
+    assert (seen[0] == seen[1]) is (rank == 1 and failing_pass == 1)
+    assert snapshot(net.parameters()) != seen[0]
+    for p in net.parameters():
+        assert p.isfinite().all() if failing_pass == 1 else p.isnan().all()
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("failing_pass", [1, 2])
-def test_a_gradient_that_is_not_finite(wrap: str, failing_pass: int, pair: Ranks) -> None:
-    pair.run(is_not_finite, wrap, failing_pass)
-
-
-def raises_everywhere(wrap: str, m: str, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("wrap", "m", "moment"),
+    [
+        ("plain", "rank", "after backward"),
+        ("plain", "world", "in backward"),
+        ("sharded", "rank", "after backward"),
+        ("sharded", "rank", "in backward"),
+    ],
+)
+@on_pair
+def test_an_exception_on_all_ranks(wrap: str, m: str, moment: str) -> None:
     """All ranks raise in pass 2; weights come back, and later steps follow the oracle, which made no such step."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    net = small_net()
-    oracle = Oracle(net, size if m == "world" else 1, rho=RHO, **HYPER)
-    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    size = dist.get_world_size()
+    net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap)
     joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1, bucket_cap_mb=1e-4)
     seen = 0
@@ -152,99 +140,79 @@ def raises_everywhere(wrap: str, m: str, moment: str) -> None:
             raise KeyboardInterrupt("mishap")
         return grad
 
-    for step in range(4):
-        shards = batches(size)
-        run = closure_for(model, shards[rank])
-        if step == 0:
-            before = snapshot(net.parameters())
+    before, run = snapshot(net.parameters()), closure_for(model, batches(size)[dist.get_rank()])
 
-            def unlucky(run: Any = run) -> Any:
-                if moment == "in backward":
-                    net[0].weight.register_hook(failing)  # the last gradient that is made
-                loss = run()
-                if moment == "after backward":
-                    failing(loss)
-                return loss
+    def unlucky() -> Tensor:
+        if moment == "in backward":
+            net[0].weight.register_hook(failing)  # the last gradient that is made
+        loss = run()
+        if moment == "after backward":
+            failing(loss)
+        return loss
 
-            with pytest.raises(KeyboardInterrupt, match="mishap"):
-                opt.step(unlucky)
-            assert snapshot(net.parameters()) == before
-            opt.zero_grad()
-        else:
-            oracle.step([[shard] for shard in shards])
-            opt.step(run)
-            close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {step}")
+    with pytest.raises(KeyboardInterrupt, match="mishap"):
+        opt.step(unlucky)
+    assert snapshot(net.parameters()) == before
+    opt.zero_grad()
+    steps(model, opt, oracle, range(3), size)
 
 
-@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
-@pytest.mark.parametrize("moment", ["after backward", "in backward"])
-def test_an_exception_on_all_ranks(wrap: str, m: str, moment: str, pair: Ranks) -> None:
-    pair.run(raises_everywhere, wrap, m, moment)
-
-
-@pytest.fixture
-def doomed() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-def loses_a_rank(wrap: str, form: str, failing_pass: int, path: str) -> None:
-    """Rank 1 dies in a pass of the second step; rank 0 raises with its weights back, saves, and loads."""
-    rank = dist.get_rank()
-    net = small_net()
+def loses_a_rank(wrap: str, form: str, moment: str, path: str) -> None:
+    """Rank 1 dies in the second step; rank 0 raises with weights and state as before, saves, and loads."""
+    rank, net = dist.get_rank(), small_net()
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     model = wrapped(net, wrap)
-    data_parallel(model, opt)
+    joined(model, opt, wrap, bucket_cap_mb=0.0005)
     opt.step(closure_for(model, batches(2)[rank]))
-    w, calls, batch = snapshot(net.parameters()), 0, batches(2)[rank]
+    before, calls, batch = (snapshot(net.parameters()), state_of(opt)), 0, batches(2)[rank]
+
+    def dies(*args: Any) -> Any:
+        os._exit(1)
 
     def closure() -> Tensor:
         nonlocal calls
         calls += 1
-        loss = loss_of(model, batch)
-        if rank == 1 and calls == failing_pass:
-            os._exit(1)
-        loss.backward()
-        return loss
+        if rank == 1 and moment == f"pass {calls}":
+            dies()
+        return closure_for(model, batch)()
 
-    def step() -> None:
-        if form == "closure":
-            opt.step(closure)
-            return
-        try:
-            closure()
-            opt.first_step(zero_grad=True)
-            closure()
-            opt.step()
-        except RuntimeError:
-            opt.restore()
-            raise
-
+    if rank == 1 and moment == "gather":
+        sharded_state.all_gather = dies
+    step = functools.partial(opt.step if form == "closure" else functools.partial(two_calls, opt), closure)
     with pytest.raises(RuntimeError, match="by peer"):  # not a timeout: it does not wait for the dead
         step()
+    if form == "two calls":
+        opt.restore()
     assert not opt.perturbed
-    assert snapshot(net.parameters()) == w
-    torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, path)
-    saved = torch.load(path, weights_only=True)
-    twin = small_net()
-    twin_opt = FusedSAM(twin.parameters(), rho=RHO, **HYPER)
-    twin.load_state_dict(saved["net"])
-    twin_opt.load_state_dict(saved["opt"])
-    assert snapshot(twin.parameters()) == w
-    assert state_of(twin_opt) == state_of(opt)
+    assert (snapshot(net.parameters()), state_of(opt)) == before
+    if wrap != "sharded":  # whose state each rank has a part of
+        torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, path)
+        saved, twin = torch.load(path, weights_only=True), small_net()
+        twin_opt = FusedSAM(twin.parameters(), rho=RHO, **HYPER)
+        twin.load_state_dict(saved["net"])
+        twin_opt.load_state_dict(saved["opt"])
+        assert (snapshot(twin.parameters()), state_of(twin_opt)) == before
 
 
 @pytest.mark.parametrize(
-    ("wrap", "form", "failing_pass"), [("plain", "closure", 2), ("ddp", "closure", 1), ("plain", "two calls", 1)]
+    ("wrap", "form", "moment"),
+    [
+        ("plain", "closure", "pass 2"),
+        ("plain", "two calls", "pass 1"),
+        ("ddp", "closure", "pass 1"),
+        ("sharded", "closure", "pass 2"),
+        ("sharded", "closure", "gather"),
+    ],
 )
-def test_a_rank_that_dies(wrap: str, form: str, failing_pass: int, doomed: Ranks, tmp_path: Path) -> None:
-    (ok, error), (lost, _) = doomed.outcomes(loses_a_rank, wrap, form, failing_pass, str(tmp_path / "saved.pt"))
+def test_a_rank_that_dies(wrap: str, form: str, moment: str, pair: Ranks, tmp_path: Path) -> None:
+    (ok, error), (lost, _) = pair.outcomes(loses_a_rank, wrap, form, moment, str(tmp_path / "saved.pt"))
     assert ok, error
     assert not lost
 
 
-def waits_for_a_rank(m: str) -> None:
+@pytest.mark.parametrize("m", ["rank", "world"])
+@on_pair
+def test_a_rank_that_does_not_come(m: str) -> None:
     """Rank 1 does not come to the collectives of a step: rank 0 raises after the timeout of the group."""
     rank, group = dist.get_rank(), dist.new_group()
     net = small_net()
@@ -259,49 +227,3 @@ def waits_for_a_rank(m: str) -> None:
         assert snapshot(net.parameters()) == w
         assert not opt.perturbed
     dist.barrier()
-
-
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_a_rank_that_does_not_come(m: str, pair: Ranks) -> None:
-    pair.run(waits_for_a_rank, m)
-
-
-def shards_of(step: int, size: int) -> list[Any]:
-    torch.manual_seed(step)
-    return batches(size)
-
-
-def trains_and_saves(path: str) -> None:
-    net = small_net()
-    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
-    data_parallel(net, opt, m_sharpness=2)
-    for step in range(3):
-        opt.step(closure_for(net, shards_of(step, 4)[dist.get_rank()]))
-    if dist.get_rank() == 0:
-        torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, path)
-    dist.barrier()
-
-
-def resumes(path: str) -> None:
-    net = small_net()
-    oracle = Oracle(net, 2, rho=RHO, **HYPER)
-    for step in range(3):
-        oracle.step([[shard] for shard in shards_of(step, 4)])
-    nn.init.zeros_(net[0].weight)
-    saved = torch.load(path, weights_only=True)
-    opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
-    net.load_state_dict(saved["net"])
-    opt.load_state_dict(saved["opt"])
-    data_parallel(net, opt, m_sharpness="rank", check_replicas_every=1)
-    oracle.ranks_per_e = 1
-    for step in range(3, 6):
-        shards = shards_of(step, 2)
-        oracle.step([[shard] for shard in shards])
-        opt.step(closure_for(net, shards[dist.get_rank()]))
-        close(list(net.parameters()), list(oracle.net.parameters()), f"w after step {step}")
-
-
-def test_resuming_with_another_number_of_ranks(four: Ranks, pair: Ranks, tmp_path: Path) -> None:
-    path = str(tmp_path / "saved.pt")
-    four.run(trains_and_saves, path)
-    pair.run(resumes, path)

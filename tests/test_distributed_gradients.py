@@ -11,9 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import HYPER, RHO, batches, bits, closure_for, small_net
-from rank_oracle import WRAP_OPTIONS, WRAPS, Batch, Oracle, close, joined, loss_of, pair_of, two_calls, wrapped
-from ranks import Ranks
+from helpers import HYPER, RHO, batches, bits, closure_for, small_net, snapshot
+from rank_oracle import (
+    WRAP_OPTIONS,
+    WRAPS,
+    Batch,
+    Oracle,
+    close,
+    joined,
+    loss_of,
+    pair_of,
+    squares_of,
+    steps,
+    two_calls,
+    wrapped,
+)
+from ranks import Ranks, on_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,63 +34,53 @@ from fused_sam import FusedSAM
 from fused_sam.distributed import data_parallel
 
 
-def accumulates(wrap: str, m: str, silent: str, wrap_option: str = "default") -> None:
+@pytest.mark.parametrize("m", ["rank", "world"])
+@pytest.mark.parametrize(
+    ("wrap", "silent", "wrap_option"),
+    [
+        # What a DistributedDataParallel has not averaged, nobody does.
+        ("ddp", "none", "default"),
+        ("ddp", "all but the last", "default"),
+        ("ddp", "none", "static"),
+        *(("plain", silent, "default") for silent in ("none", "all", "all but the last", "all but the first")),
+        *(("sharded", silent, "default") for silent in ("all", "all but the last")),
+        # The backward of rank 0 makes no gradient at all, in either pass.
+        *((wrap, "no examples", "default") for wrap in ("plain", "sharded")),
+    ],
+)
+@on_pair
+def test_accumulation(wrap: str, m: str, silent: str, wrap_option: str) -> None:
     rank, size, k = dist.get_rank(), dist.get_world_size(), 3
     net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap, **WRAP_OPTIONS[wrap_option])
     handle = joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1)
+    quiet = {"all": range(k), "all but the first": range(1, k), "none": ()}.get(silent, range(k - 1))
 
     def backwards(micro: Sequence[Batch]) -> None:
         for i, batch in enumerate(micro):
-            quiet = {"none": False, "all": True, "all but the last": i < k - 1, "all but the first": i > 0}[silent]
-            with handle.no_sync() if quiet else contextlib.nullcontext():
+            with handle.no_sync() if i in quiet else contextlib.nullcontext():
                 loss_of(model, batch).backward()
 
     for _ in range(3):
-        shards = [batches(k) for _ in range(size)]
+        shards = [batches(0 if silent == "no examples" and r == 0 else k) for r in range(size)]
         oracle.step(shards)
         two_calls(opt, functools.partial(backwards, shards[rank]))
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
 
 
-@pytest.mark.parametrize(
-    ("wrap", "silent"),
-    # What a DistributedDataParallel has not averaged, nobody does.
-    [("ddp", "none"), ("ddp", "all but the last")]
-    + [("plain", s) for s in ("none", "all", "all but the last", "all but the first")]
-    + [("sharded", s) for s in ("all", "all but the last")],
-)
+@pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("m", ["rank", "world"])
-def test_accumulation(wrap: str, m: str, silent: str, pair: Ranks) -> None:
-    pair.run(accumulates, wrap, m, silent)
-
-
-def test_accumulation_in_a_static_graph(pair: Ranks) -> None:
-    pair.run(accumulates, "ddp", "rank", "none", "static")
-
-
-def steps_with_micro_batches(wrap: str, m: Any) -> None:
+@on_pair
+def test_lists_of_closures(wrap: str, m: Any) -> None:
     rank, size, k = dist.get_rank(), dist.get_world_size(), 3
     net, oracle, opt = pair_of(m)
     model = wrapped(net, wrap)
     joined(model, opt, wrap, m_sharpness=m, check_replicas_every=1)
-
-    def backward(batch: Batch) -> Tensor:
-        loss = loss_of(model, batch)
-        loss.backward()
-        return loss
-
     for _ in range(3):
         data = [batches(size) for _ in range(k)]
         oracle.step([[shard] for shards in data for shard in shards])
-        opt.step([functools.partial(backward, shards[rank]) for shards in data])
+        opt.step([closure_for(model, shards[rank]) for shards in data])
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_lists_of_closures(wrap: str, m: str, pair: Ranks) -> None:
-    pair.run(steps_with_micro_batches, wrap, m)
 
 
 class TwoHeads(nn.Module):
@@ -91,7 +94,10 @@ class TwoHeads(nn.Module):
         return self.first(x) + (self.second(x).tanh() if both else 0)
 
 
-def misses_gradients(wrap: str, m: str) -> None:
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("m", ["rank", "world"])
+@on_pair
+def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str) -> None:
     """Rank 0 has no gradient of the second head in odd steps, nobody has one in every fourth."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = TwoHeads().double()
@@ -116,34 +122,6 @@ def misses_gradients(wrap: str, m: str) -> None:
     assert all(map(torch.equal, third, net.third.parameters())), "decayed without a gradient"
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("m", ["rank", "world"])
-def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str, pair: Ranks) -> None:
-    pair.run(misses_gradients, wrap, m)
-
-
-def has_nothing_to_learn_from(wrap: str, m: str) -> None:
-    """The backward of rank 0 makes no gradient at all, in one pass or both."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    net, oracle, opt = pair_of(m)
-    joined(net, opt, wrap, m_sharpness=m, check_replicas_every=1)
-    for _ in range(3):
-        shards = batches(size)
-        oracle.step([[], *([shard] for shard in shards[1:])])
-
-        def backward(shards: Sequence[Batch] = shards) -> None:
-            if rank > 0:
-                loss_of(net, shards[rank]).backward()
-
-        two_calls(opt, backward)
-        close(list(net.parameters()), list(oracle.net.parameters()), "w")
-
-
-@pytest.mark.parametrize(("wrap", "m"), [("plain", "rank"), ("plain", "world"), ("sharded", "rank")])
-def test_a_rank_without_examples(wrap: str, m: str, pair: Ranks) -> None:
-    pair.run(has_nothing_to_learn_from, wrap, m)
-
-
 def trains_in_two_worlds(wrap: str) -> bytes:
     """Ranks 0, 1 and 2, 3 train apart from each other; the latter share an e."""
     rank = dist.get_rank()
@@ -157,7 +135,7 @@ def trains_in_two_worlds(wrap: str) -> bytes:
         shards = batches(4)
         first = rank // 2 * 2
         oracle.step([[shard] for shard in shards[first : first + 2]])
-        opt.step(lambda shards=shards: closure_for(net, shards[rank])())
+        opt.step(closure_for(net, shards[rank]))
         close(list(net.parameters()), list(oracle.net.parameters()), "w")
     return bits(net[0].weight)
 
@@ -170,14 +148,14 @@ def test_a_process_group(wrap: str, four: Ranks) -> None:
     assert a != c
 
 
-def grows_and_thaws(wrap: str) -> None:
+@pytest.mark.parametrize("wrap", ["plain", "sharded"])
+@on_pair
+def test_parameters_that_come_and_freeze(wrap: str) -> None:
     """A group added between steps, of parameters that differ at first; another frozen and thawed."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    net = small_net()
-    head = nn.Linear(4, 4).double()
+    net, head = small_net(), nn.Linear(4, 4).double()
     model = nn.Sequential(net, head)
     oracle = Oracle(model, 1, rho=RHO, **HYPER)
-    if rank:
+    if dist.get_rank():
         nn.init.zeros_(head.weight)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     joined(net, opt, wrap, check_replicas_every=1)
@@ -185,15 +163,7 @@ def grows_and_thaws(wrap: str) -> None:
     for step in range(4):
         for owner in (model, oracle.net):
             owner[0][3].requires_grad_(step % 2 == 0)
-        shards = batches(size)
-        oracle.step([[shard] for shard in shards])
-        opt.step(closure_for(model, shards[rank]))
-        close(list(model.parameters()), list(oracle.net.parameters()), f"w after step {step}")
-
-
-@pytest.mark.parametrize("wrap", ["plain", "sharded"])
-def test_parameters_that_come_and_freeze(wrap: str, pair: Ranks) -> None:
-    pair.run(grows_and_thaws, wrap)
+        steps(model, opt, oracle, range(step, step + 1), dist.get_world_size())
 
 
 class Checkpointed(nn.Module):
@@ -212,35 +182,27 @@ class Checkpointed(nn.Module):
         return self.head(x)
 
 
-def steps_through_checkpoints(shared: bool) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+@on_pair
+def test_reentrant_checkpoints(shared: bool) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     net = Checkpointed(shared).double()
     oracle = Oracle(net, 1, rho=RHO, **HYPER)
-    oracle.backward = lambda x: oracle.net(x, by_checkpoint=False).square().sum().backward()
+    oracle.backward = lambda x: oracle.net(x, by_checkpoint=False).square().mean().backward()
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     data_parallel(net, opt, check_replicas_every=1, bucket_cap_mb=1e-5)
     for _ in range(2):
         xs = [torch.randn(3, 5, dtype=torch.float64) for _ in range(size)]
-
-        def closure(x: Tensor = xs[rank]) -> Tensor:
-            loss = net(x.requires_grad_()).square().sum()
-            loss.backward()
-            return loss
-
+        closure = squares_of(net, xs[rank].clone().requires_grad_())
         if shared:
-            w = [bits(p) for p in net.parameters()]
+            w = snapshot(net.parameters())
             with pytest.raises(RuntimeError, match="Invalid second gradient of a parameter"):
                 opt.step(closure)
-            assert w == [bits(p) for p in net.parameters()]
+            assert snapshot(net.parameters()) == w
         else:
-            oracle.step([[x.detach()] for x in xs])
+            oracle.step([[x] for x in xs])
             opt.step(closure)
             close(list(net.parameters()), list(oracle.net.parameters()), "w")
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_reentrant_checkpoints(shared: bool, pair: Ranks) -> None:
-    pair.run(steps_through_checkpoints, shared)
 
 
 class Failing(nn.Module):
@@ -258,7 +220,9 @@ class Failing(nn.Module):
             raise KeyError("out of luck")
 
 
-def backward_fails_midway(sharded: bool) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+@on_pair
+def test_gradients_that_are_thrown_away_are_not_averaged(sharded: bool) -> None:
     """In a step that is not perturbed, when the gradients of the last layer are under way."""
     nets = [nn.Sequential(nn.Linear(5, 4), Failing(), nn.Linear(4, 3)).double() for _ in range(2)]
     opts = [FusedSAM(net.parameters(), rho=RHO, interval=2, **HYPER) for net in nets]
@@ -269,21 +233,11 @@ def backward_fails_midway(sharded: bool) -> None:
     for step in range(4):
         x, other = torch.randn(2, 3, 5, dtype=torch.float64)
         for net, opt in zip(nets, opts):
-            if opt.perturb_next:
-                two_calls(opt, lambda net=net, x=x: net(x).square().sum().backward())
-                continue
-            if net is nets[0]:
+            if net is nets[0] and not opt.perturb_next:
                 net[1].fails = True
                 with pytest.raises(KeyError, match="out of luck"):
                     net(other).square().sum().backward()
                 net[1].fails = False
                 opt.zero_grad()
-            net(x).square().sum().backward()
-            opt.step()
-            opt.zero_grad()
-        assert [bits(p) for p in nets[0].parameters()] == [bits(p) for p in nets[1].parameters()], step
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_gradients_that_are_thrown_away_are_not_averaged(sharded: bool, pair: Ranks) -> None:
-    pair.run(backward_fails_midway, sharded)
+            two_calls(opt, squares_of(net, x))
+        assert snapshot(nets[0].parameters()) == snapshot(nets[1].parameters()), step

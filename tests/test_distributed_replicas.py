@@ -13,16 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO, bits, buffers, small_net
-from rank_oracle import WRAP_OPTIONS, WRAPS, joined, wrapped
-from ranks import Ranks
-from torch import Tensor, nn
+from rank_oracle import WRAP_OPTIONS, WRAPS, Oracle, joined, squares_of, steps, wrapped
+from ranks import Ranks, on_pair
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adagrad
 
 from fused_sam import FusedSAM
 from fused_sam.distributed import agreement, data_parallel
 from fused_sam.distributed.buckets import Layout, Mean
 
-STEPS = 500
+STEPS = 60
 
 
 def trains(wrap: str, m: Any, dtype: torch.dtype) -> list[bytes]:
@@ -36,13 +37,7 @@ def trains(wrap: str, m: Any, dtype: torch.dtype) -> list[bytes]:
     torch.manual_seed(dist.get_rank())
     for _ in range(STEPS):
         x = torch.randn(5, 61, dtype=dtype)
-
-        def closure(x: Tensor = x) -> Tensor:
-            loss = (model(x) - x[:, :3].sin()).square().mean()
-            loss.backward()
-            return loss
-
-        opt.step(closure)
+        opt.step(squares_of(model, x, x[:, :3].sin()))
     assert all(p.isfinite().all() for p in net.parameters())
     assert bits(net[0].weight) != start
     if wrap == "sharded":
@@ -68,19 +63,14 @@ def goes_astray(dtype: torch.dtype) -> str:
     net = small_net(dtype)
     opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
     data_parallel(net, opt, check_replicas_every=2)
-    for step in range(4):
+    for step in range(3):
         if step == 2 and dist.get_rank() == 1:
             with torch.no_grad():
                 w = net[3].weight[2, 3]
                 w.copy_(torch.nextafter(w, w + 1) if dtype != torch.bfloat16 else w * (1 + 2.0**-7))
-        (net(torch.randn(2, 3, 4, 4, dtype=dtype)).square().mean()).backward()
-        opt.first_step(zero_grad=True)
-        (net(torch.randn(2, 3, 4, 4, dtype=dtype)).square().mean()).backward()
-        if step < 3:
-            opt.step()
-            opt.zero_grad()
+        opt.step(squares_of(net, torch.randn(2, 3, 4, 4, dtype=dtype)))
     with pytest.raises(RuntimeError) as error:
-        opt.step()
+        opt.step(squares_of(net, torch.randn(2, 3, 4, 4, dtype=dtype)))
     assert not opt.perturbed
     return str(error.value)
 
@@ -92,7 +82,8 @@ def test_a_replica_that_differs_is_found_on_all_ranks(dtype: torch.dtype, pair: 
     assert "after step 4: parameter 3.weight and" in a
 
 
-def compares_values() -> None:
+@on_pair
+def test_what_counts_as_different() -> None:
     """What a checksum may miss."""
     rank, world = dist.get_rank(), dist.group.WORLD
     w = torch.randn(3, 4)
@@ -114,11 +105,19 @@ def compares_values() -> None:
     assert agreement.differing([], world) == []
 
 
-def test_what_counts_as_different(pair: Ranks) -> None:
-    pair.run(compares_values)
-
-
-def averages(dtype: torch.dtype, cap_bytes: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cap_bytes"),
+    [
+        (torch.float32, 1),
+        (torch.float32, 100),
+        (torch.float32, 2**20),
+        (torch.bfloat16, 100),
+        (torch.float16, 2**20),
+    ],
+    ids=str,
+)
+@on_pair
+def test_the_mean_in_buckets(dtype: torch.dtype, cap_bytes: float) -> None:
     """Parameters and gradients of awkward sizes and layouts, some of them None, against the mean by hand."""
     rank, size = dist.get_rank(), dist.get_world_size()
     sizes = [0, 1, 2, 3, 7, 16, 17, 1009]
@@ -151,12 +150,6 @@ def averages(dtype: torch.dtype, cap_bytes: float) -> None:
         assert g is None or torch.equal(g, old), "a gradient that others may hold was written"
 
 
-@pytest.mark.parametrize("cap_bytes", [1, 100, 2**20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_mean_in_buckets(dtype: torch.dtype, cap_bytes: float, pair: Ranks) -> None:
-    pair.run(averages, dtype, cap_bytes)
-
-
 def refusal(models: list[nn.Module], ms: list[Any]) -> str:
     net = models[dist.get_rank()]
     w = [bits(p) for p in net.parameters()]
@@ -178,6 +171,7 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "more": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "number 3 is 1.weight"),
     "name": (lambda: nn.ModuleDict({"first": nn.Linear(3, 4)}), "number 1 is first.weight"),
     "dtype": (lambda: nn.Sequential(nn.Linear(3, 4)).double(), "torch.float64) on rank 1, and 0.weight"),
+    "scope": (lambda: nn.Sequential(nn.Linear(3, 4)), "m_sharpness=2 on rank 1, and m_sharpness=1 on rank 0"),
     "frozen": (lambda: frozen(nn.Sequential(nn.Linear(3, 4))), "number 2 is 0.bias"),
 }
 
@@ -185,19 +179,16 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("difference", UNLIKE)
 def test_unlike_models_are_refused_on_all_ranks(difference: str, pair: Ranks) -> None:
     make, message = UNLIKE[difference]
-    a, b = pair.run(refusal, [nn.Sequential(nn.Linear(3, 4)), make()], ["rank", "rank"])
+    a, b = pair.run(
+        refusal, [nn.Sequential(nn.Linear(3, 4)), make()], ["rank", "world" if difference == "scope" else "rank"]
+    )
     assert a == b
     assert message in a
     assert "\n" not in a
 
 
-def test_unlike_scopes_are_refused_on_all_ranks(pair: Ranks) -> None:
-    a, b = pair.run(refusal, [small_net(), small_net()], ["rank", "world"])
-    assert a == b
-    assert "m_sharpness=2 on rank 1, and m_sharpness=1 on rank 0" in a
-
-
-def refuses_options() -> None:
+@on_pair
+def test_what_is_refused() -> None:
     net = nn.Linear(3, 2)
     opt = FusedSAM(net.parameters(), **HYPER)
     for m in (0, -1, 3, True, 1.0, "ranks", None, [1]):
@@ -231,8 +222,40 @@ def refuses_options() -> None:
     data_parallel(net, opt).remove()
 
 
-def test_what_is_refused(pair: Ranks) -> None:
-    pair.run(refuses_options)
+@on_pair
+def test_what_is_refused_with_shards_of_the_state() -> None:
+    net = small_net()
+    for options, match in (
+        ({"direction": "momentum", **HYPER}, "direction='momentum' with shard_state"),
+        ({"looksam_alpha": 0.5, "interval": 2, **HYPER}, "looksam_alpha=0.5 with shard_state"),
+        ({"master_weights": True, **HYPER}, "master_weights=True with shard_state"),
+        ({"telemetry": True, **HYPER}, "telemetry=True with shard_state"),
+        ({"capturable": True, **HYPER}, "capturable=True with shard_state"),
+        ({"base_optimizer": Adagrad}, "base_optimizer=Adagrad with shard_state"),
+    ):
+        opt = FusedSAM(net.parameters(), **options)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"^Invalid {match}"):
+            data_parallel(net, opt, m_sharpness="world", shard_state=True)
+    opt = FusedSAM(net.parameters(), **HYPER)
+    with pytest.raises(ValueError, match=r"^Invalid shard_state=1\. Must be"):
+        data_parallel(net, opt, shard_state=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Invalid shard_state=True with a DistributedDataParallel"):
+        data_parallel(nn.parallel.DistributedDataParallel(net), opt, shard_state=True)
+    gappy = nn.Parameter(torch.zeros(9, 4)[:, 1])
+    with pytest.raises(ValueError, match=r"^Invalid parameter 0 of the optimizer \(shape \[9\]\) with shard_state"):
+        data_parallel(net, FusedSAM([gappy], **HYPER), shard_state=True)
+    with pytest.raises(ValueError, match=r"^Invalid parameters: number 0 is m_sharpness=1"):
+        data_parallel(net, opt, shard_state=dist.get_rank() == 1)
+    handle = data_parallel(net, opt, shard_state=True)
+    with pytest.raises(ValueError, match=r"^Invalid parameter 6 of the optimizer"):
+        opt.add_param_group({"params": [gappy]})
+    steps(net, opt, Oracle(net, 1, rho=0.05, **HYPER), range(1), 2)
+    saved: Any = handle.consolidate_state_dict(to=None) or {}
+    saved["state"][0]["momentum_buffer"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"^Invalid momentum_buffer of shape \[2\]"):
+        opt.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"^Invalid to=7\. Must be"):
+        handle.consolidate_state_dict(to=7)
 
 
 def test_without_a_process_group() -> None:
@@ -248,46 +271,28 @@ def parts() -> list[bytes]:
     handle = data_parallel(net, opt)
     x = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
 
-    def step(net: nn.Module, opt: FusedSAM) -> None:
-        def closure() -> Tensor:
-            loss = net(x).square().mean()
-            loss.backward()
-            return loss
-
-        opt.step(closure)
-
     twin, twin_opt = copy.deepcopy((net, opt))
-    step(twin, twin_opt)
+    twin_opt.step(squares_of(twin, x))
     handle.remove()
-    step(net, opt)
+    opt.step(squares_of(net, x))
     assert bits(net[0].weight) == bits(twin[0].weight)
     return [bits(p) for p in net.parameters()]
 
 
-def leaves_nothing_behind(wrap: str) -> list[bool]:
+@pytest.mark.parametrize("wrap", WRAPS)
+@on_pair
+def test_models_and_optimizers_are_collected(wrap: str) -> None:
     def train() -> list[Any]:
         net = small_net()
         opt = FusedSAM(net.parameters(), rho=RHO, **HYPER)
         model = wrapped(net, wrap)
         handle = joined(model, opt, wrap, check_replicas_every=1)
-        x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-
-        def closure() -> Tensor:
-            loss = model(x).square().mean()
-            loss.backward()
-            return loss
-
-        opt.step(closure)
+        opt.step(squares_of(model, torch.randn(2, 3, 4, 4, dtype=torch.float64)))
         return [weakref.ref(thing) for thing in (net, opt, handle, net[0].weight)]
 
     references = train()
     gc.collect()
-    return [reference() is None for reference in references]
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_models_and_optimizers_are_collected(wrap: str, pair: Ranks) -> None:
-    assert pair.run(leaves_nothing_behind, wrap) == [[True] * 4] * 2
+    assert [reference() for reference in references] == [None] * 4
 
 
 def test_copies_and_removal(pair: Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, FLOAT64_RTOL, HYPER, RHO, assert_same_bits, snapshot
-from rank_oracle import Oracle, close
-from ranks import Ranks
+from rank_oracle import Oracle, close, squares_of, two_calls
+from ranks import Ranks, on_pair
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam
@@ -57,6 +58,10 @@ def sharded(net: nn.Sequential, how: str) -> nn.Module:
 
 def whole(tensors: Any) -> list[Tensor]:
     return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors]
+
+
+def closure_of(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return squares_of(net, x, x[:, :3])
 
 
 def example_of(how: str, xs: list[Tensor]) -> Tensor:
@@ -112,47 +117,42 @@ def follows_the_oracle(how: str, form: str = "closure", base: str = "sgd", **opt
     opt = FusedSAM(model.parameters(), kind, rho=RHO, **base_options, **options)
     for step in range(4):
         xs = [torch.randn(4, 5, dtype=torch.float64) for _ in range(groups)]
-
-        def loss_of(net: nn.Module, x: Tensor) -> Tensor:
-            loss = (net(x) - x[:, :3]).square().mean()
-            loss.backward()
-            return loss
-
-        oracle.backward = lambda x: loss_of(oracle.net, x)
+        oracle.backward = lambda x: closure_of(oracle.net, x)()
         others = [torch.randn(4, 5, dtype=torch.float64) for _ in range(groups if form == "micro-batches" else 0)]
         oracle.step([[x] for x in (*xs, *others)])
-        x = example_of(how, xs)
+        closure = closure_of(model, example_of(how, xs))
         if form == "micro-batches":
-            opt.step([lambda x=x: loss_of(model, x) for x in (x, example_of(how, others))])
+            opt.step([closure, closure_of(model, example_of(how, others))])
         elif form == "closure":
-            opt.step(lambda x=x: loss_of(model, x))
+            opt.step(closure)
         else:
-            loss_of(model, x)
-            opt.first_step(zero_grad=True)
-            loss_of(model, x)
-            opt.second_step(zero_grad=True)
+            two_calls(opt, closure)
         close(whole(model.parameters()), list(oracle.net.parameters()), f"w after step {step}", atol)
         for p, s in opt.state.items():
             assert all(type(v) is type(p.data) for k, v in s.items() if k != "step"), "state is not as its parameter"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fully_sharded_parameters_follow_one_process(case: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "fsdp", **CASES[case])
+@pytest.mark.parametrize(
+    ("how", "case"),
+    [
+        *(("fsdp", case) for case in CASES),
+        *(("tp", case) for case in ("sam", "p=1", "p=3", "clipped", "micro-batches")),
+    ],
+)
+def test_two_ranks_follow_one_process(how: str, case: str, pair: Ranks) -> None:
+    pair.run(follows_the_oracle, how, **CASES[case])
 
 
-@pytest.mark.parametrize("case", ["sam", "p=1", "p=3"])
-@pytest.mark.parametrize("how", ["hsdp", "fsdp+tp", "fsdp"])
+@pytest.mark.parametrize(
+    ("how", "case"), [("hsdp", "sam"), ("hsdp", "p=3"), ("fsdp+tp", "sam"), ("fsdp+tp", "p=1"), ("fsdp", "p=1")]
+)
 def test_four_ranks_follow_one_process(how: str, case: str, four: Ranks) -> None:
     four.run(follows_the_oracle, how, **CASES[case])
 
 
-@pytest.mark.parametrize("case", ["sam", "p=1", "p=3", "clipped", "micro-batches"])
-def test_tensor_parallel_parameters_follow_one_process(case: str, pair: Ranks) -> None:
-    pair.run(follows_the_oracle, "tp", **CASES[case])
-
-
-def follows_the_momentum(base: str) -> None:
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+@on_pair
+def test_along_the_momentum_of_all_shards(base: str) -> None:
     """MSAM: the norm is over all shards, of which a rank's update sees its own."""
     kind, base_options = BASES[base]
     exact, size = network(), dist.get_world_size()
@@ -166,17 +166,13 @@ def follows_the_momentum(base: str) -> None:
         for x in xs:
             ((exact(x) - x[:, :3]).square().mean() / size).backward()
         reference.second_step()
-        x = xs[dist.get_rank()]
-        opt.step(lambda x=x: (model(x) - x[:, :3]).square().mean().backward())
+        opt.step(closure_of(model, xs[dist.get_rank()]))
         close(whole(model.parameters()), list(exact.parameters()), f"w after step {step}")
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_along_the_momentum_of_all_shards(base: str, pair: Ranks) -> None:
-    pair.run(follows_the_momentum, base)
-
-
-def sums_what_is_partial(p: float) -> None:
+@pytest.mark.parametrize("p", [2.0, 1.0])
+@on_pair
+def test_partial_gradients_are_summed(p: float) -> None:
     """A replicated parameter whose gradient is yet to be summed, beside one that is cut into shards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -201,19 +197,19 @@ def sums_what_is_partial(p: float) -> None:
     close(whole(params), exact, "w")
 
 
-@pytest.mark.parametrize("p", [2.0, 1.0])
-def test_partial_gradients_are_summed(p: float, pair: Ranks) -> None:
-    pair.run(sums_what_is_partial, p)
-
-
-def overflows(failing_pass: int) -> None:
+@pytest.mark.parametrize("failing_pass", [1, 2])
+@on_pair
+def test_an_overflow_in_one_shard_skips_the_step_on_all_ranks(failing_pass: int) -> None:
     """Under a scaler rank 1's loss is infinite in the third of four steps."""
     model = sharded(network().float(), "fsdp")
     opt = FusedSAM(model.parameters(), rho=RHO, **HYPER)
     scaler = GradScaler("cpu", init_scale=2.0**8)
+
+    def everything() -> list[bytes]:
+        return snapshot(whole([*model.parameters(), *(v for s in opt.state.values() for v in s.values())]))
+
     for step in range(4):
-        x = torch.randn(4, 5)
-        before = snapshot([*whole(model.parameters()), *(whole(v for s in opt.state.values() for v in s.values()))])
+        x, before = torch.randn(4, 5), everything()
         for number in (1, 2):
             bad = (step, number, dist.get_rank()) == (2, failing_pass, 1)
             (scaler.scale((model(x) - x[:, :3]).square().mean()) * (math.inf if bad else 1.0)).backward()
@@ -222,16 +218,12 @@ def overflows(failing_pass: int) -> None:
         scaler.step(opt)
         scaler.update()
         opt.zero_grad()
-        after = snapshot([*whole(model.parameters()), *(whole(v for s in opt.state.values() for v in s.values()))])
-        assert (before == after) == (step == 2)
+        assert (everything() == before) == (step == 2)
 
 
-@pytest.mark.parametrize("failing_pass", [1, 2])
-def test_an_overflow_in_one_shard_skips_the_step_on_all_ranks(failing_pass: int, pair: Ranks) -> None:
-    pair.run(overflows, failing_pass)
-
-
-def resumes(path: str, base: str) -> None:
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+@on_pair
+def test_distributed_checkpoints(base: str, tmp_path: Path) -> None:
     """Through torch.distributed.checkpoint: the steps after it have the bits of those that were never interrupted."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -245,45 +237,31 @@ def resumes(path: str, base: str) -> None:
 
     def train(model: nn.Module, opt: FusedSAM, xs: list[Tensor]) -> None:
         for x in xs:
-
-            def closure(x: Tensor = x) -> Tensor:
-                loss = (model(x) - x[:, :3]).square().mean()
-                loss.backward()
-                return loss
-
-            opt.step(closure)
+            opt.step(closure_of(model, x))
         opt.zero_grad()
 
     model, opt = make()
     train(model, opt, xs[:3])
     weights, state = get_state_dict(model, opt)
-    dcp.save({"model": weights, "opt": state}, checkpoint_id=path)
+    dcp.save({"model": weights, "opt": state}, checkpoint_id=tmp_path)
     train(model, opt, xs[3:])
 
     twin, twin_opt = make()
     train(twin, twin_opt, []) if base == "sgd" else train(twin, twin_opt, xs[5:])
     weights, state = get_state_dict(twin, twin_opt)
     loaded = {"model": weights, "opt": state}
-    dcp.load(loaded, checkpoint_id=path)
+    dcp.load(loaded, checkpoint_id=tmp_path)
     set_state_dict(twin, twin_opt, model_state_dict=loaded["model"], optim_state_dict=loaded["opt"])
     assert twin_opt.param_groups[0]["sam_step"] == 3
     train(twin, twin_opt, xs[3:])
     assert_same_bits(whole(twin.parameters()), whole(model.parameters()))
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_distributed_checkpoints(base: str, pair: Ranks, tmp_path: Path) -> None:
-    pair.run(resumes, str(tmp_path), base)
-
-
-def refuses() -> None:
+@on_pair
+def test_what_sharded_parameters_are_refused() -> None:
     model = sharded(network(), "fsdp")
     opt = FusedSAM(model.parameters(), **HYPER)
     with pytest.raises(ValueError, match=r"^Invalid optimizer, of DTensor parameters"):
         data_parallel(model, opt)
     with pytest.raises(ValueError, match=r"^Invalid telemetry=True"):
         FusedSAM(model.parameters(), telemetry=True, **HYPER)
-
-
-def test_what_sharded_parameters_are_refused(pair: Ranks) -> None:
-    pair.run(refuses)

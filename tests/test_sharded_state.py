@@ -1,4 +1,4 @@
-"""The base optimizer's state, a part of it on each rank: the bits of whole state, its size, checkpoints, gradients."""
+"""The base optimizer's state, a part of it on each rank: bits, size, checkpoints, interrupts, what is refused."""
 
 from __future__ import annotations
 
@@ -12,15 +12,51 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLIP_RTOL, HYPER, RHO, batches, bits, closure_for, small_net, snapshot
-from rank_oracle import loss_of
-from ranks import Ranks
-from sharded_subjects import BASES, ORACLES, SMALL, elements, flat_state, optimizer_for, oracle_for, steps
+from rank_oracle import Oracle, close, loss_of, squares_of, steps
+from ranks import Ranks, on_four, on_pair
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fused_sam import FusedSAM
-from fused_sam.distributed import data_parallel
+from fused_sam.distributed import data_parallel, sharded_state
+
+BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "plain": (SGD, {"lr": 0.13, "weight_decay": 0.017}),
+    "nesterov": (SGD, HYPER | {"nesterov": True}),
+    "dampening": (SGD, HYPER | {"dampening": 0.3}),
+    "amsgrad": (Adam, {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.017, "amsgrad": True}),
+    "adamw": (AdamW, {"lr": 0.013, "weight_decay": 0.17}),
+    # Not fused: torch's own step, on the same pieces.
+    "tensor betas": (Adam, {"lr": 0.013, "betas": (torch.tensor(0.8), torch.tensor(0.97)), "foreach": False}),
+}
+SMALL = 0.0005  # MiB: several buckets
+State = dict[str, Any]
+
+
+def flat_state(state_dict: State) -> dict[tuple[int, str], Any]:
+    return {
+        (i, key): (bits(x), x.shape, x.dtype) if isinstance(x, Tensor) else x
+        for i, entries in state_dict["state"].items()
+        for key, x in entries.items()
+    }
+
+
+def elements(opt: FusedSAM) -> int:
+    """Of state, but for the counts of steps."""
+    return sum(x.numel() for s in opt.state.values() for key, x in s.items() if key != "step")
+
+
+def optimizer_for(net: nn.Module, base: str) -> FusedSAM:
+    kind, options = BASES[base]
+    return FusedSAM(net.parameters(), kind, rho=RHO, **options)
+
+
+ORACLES = {"nesterov": {"base": "sgd"}, "amsgrad": {"base": "adam"}}
+
+
+def oracle_for(net: nn.Module, base: str) -> Oracle:
+    return Oracle(net, 1, rho=RHO, **ORACLES[base], **BASES[base][1])
 
 
 class Odd(nn.Module):
@@ -38,20 +74,16 @@ class Odd(nn.Module):
         return sum(((f * p * p).sum().float() for p, f in zip(self.ps, factors)), torch.zeros(()))
 
 
-def odd_steps(opt: FusedSAM, net: Odd, steps: int) -> None:
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        factors = [torch.rand(p.shape, generator=generator).to(p.dtype) for p in net.ps]
-
-        def closure(factors: list[Tensor] = factors) -> Tensor:
-            loss = net(factors)
-            loss.backward()
-            return loss
-
-        opt.step(closure)
-
-
-def compares_bits(base: str, m: Any, cap: float) -> None:
+@pytest.mark.parametrize(
+    ("base", "m", "cap"),
+    [
+        *((base, "rank", SMALL) for base in BASES),
+        *((base, "rank", cap) for base in ("nesterov", "amsgrad") for cap in (1e-5, 25.0)),
+        ("nesterov", "world", 1e-5),
+    ],
+)
+@on_pair
+def test_weights_and_state_have_the_bits_of_whole_state(base: str, m: Any, cap: float) -> None:
     """Whole and sharded state after the same steps."""
     kind, options = BASES[base]
     seen = []
@@ -61,7 +93,10 @@ def compares_bits(base: str, m: Any, cap: float) -> None:
         ascent = {"rho": RHO, "adaptive": True, "eta": 0.01, "interval": 2}
         opt = FusedSAM(net.parameters(), kind, **ascent, **copy.deepcopy(options))
         handle = data_parallel(net, opt, m_sharpness=m, bucket_cap_mb=cap, check_replicas_every=1, shard_state=shard)
-        odd_steps(opt, net, 5)
+        for step in range(5):
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            factors = [torch.rand(p.shape, generator=generator).to(p.dtype) for p in net.ps]
+            opt.step(lambda factors=factors, net=net: net(factors).backward())
         saved = handle.consolidate_state_dict(to=1) if shard else opt.state_dict()
         assert (saved is not None) == (not shard or dist.get_rank() == 1)
         seen.append((snapshot(net.parameters()), saved))
@@ -72,24 +107,12 @@ def compares_bits(base: str, m: Any, cap: float) -> None:
         assert groups[0] == groups[1]
 
 
-@pytest.mark.parametrize("cap", [1e-5, SMALL, 25.0])
-@pytest.mark.parametrize(("base", "m"), [*((b, "rank") for b in BASES), ("nesterov", "world")])
-def test_weights_and_state_have_the_bits_of_whole_state(base: str, m: str, cap: float, pair: Ranks) -> None:
-    # Of two numbers the sum does not depend on the order: with more ranks the oracle is the judge.
-    pair.run(compares_bits, base, m, cap)
-
-
 def holds(ranks_per_e: Any) -> tuple[int, int]:
     net = nn.Sequential(nn.Linear(61, 541), nn.Tanh(), nn.Linear(541, 3))
     opt = FusedSAM(net.parameters(), Adam, rho=RHO, lr=0.013)
     data_parallel(net, opt, m_sharpness=ranks_per_e, shard_state=True, bucket_cap_mb=0.01)
-    x = torch.randn(4, 61)
     for _ in range(2):
-        net(x).square().mean().backward()
-        opt.first_step(zero_grad=True)
-        net(x).square().mean().backward()
-        opt.step()
-        opt.zero_grad()
+        opt.step(squares_of(net, torch.randn(4, 61)))
     return elements(opt), 2 * sum(p.numel() for p in net.parameters())
 
 
@@ -114,7 +137,7 @@ def saves(path: str, base: str, shard: bool) -> None:
     dist.barrier()
 
 
-def resumes(path: str, base: str, shard: bool, first_loads: bool) -> None:
+def goes_on(path: str, base: str, shard: bool, first_loads: bool) -> None:
     size, net = dist.get_world_size(), small_net()
     oracle = oracle_for(net, base)
     for number in range(3):
@@ -132,8 +155,16 @@ def resumes(path: str, base: str, shard: bool, first_loads: bool) -> None:
     steps(net, opt, oracle, range(3, 6), size)
 
 
-@pytest.mark.parametrize("base", ORACLES)
-@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("before", "after", "base"),
+    [
+        (True, True, "nesterov"),
+        (True, True, "amsgrad"),
+        (True, False, "amsgrad"),
+        (False, True, "nesterov"),
+        (False, False, "nesterov"),
+    ],
+)
 def test_resuming_with_another_number_of_ranks(
     before: bool, after: bool, base: str, four: Ranks, pair: Ranks, tmp_path: Path
 ) -> None:
@@ -141,10 +172,11 @@ def test_resuming_with_another_number_of_ranks(
     torch.manual_seed(0)
     four.run(saves, path, base, before)
     for first_loads in (False, True):
-        pair.run(resumes, path, base, after, first_loads)
+        pair.run(goes_on, path, base, after, first_loads)
 
 
-def becomes_whole() -> None:
+@on_pair
+def test_whole_again() -> None:
     """remove() hands the state out; both ways of going on agree."""
     net = small_net()
     opt, oracle = optimizer_for(net, "nesterov"), oracle_for(net, "nesterov")
@@ -169,11 +201,9 @@ def becomes_whole() -> None:
     steps(net, opt, oracle, range(2, 4), 2)
 
 
-def test_whole_again(pair: Ranks) -> None:
-    pair.run(becomes_whole)
-
-
-def clips(scaled: bool) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+@on_four
+def test_clipping(scaled: bool) -> None:
     """max_grad_norm is of the gradient of all ranks' parts; unscale_ finds what it divides."""
     size, rank, seen = dist.get_world_size(), dist.get_rank(), []
     for shard in (False, True):
@@ -204,12 +234,9 @@ def clips(scaled: bool) -> None:
         torch.testing.assert_close(a, b, rtol=CLIP_RTOL, atol=CLIP_RTOL)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_clipping(scaled: bool, four: Ranks) -> None:
-    four.run(clips, scaled)
-
-
-def has_less_than_there_are_ranks(group: str) -> None:
+@pytest.mark.parametrize("group", ["all", "one"])
+@on_four
+def test_a_rank_without_a_share(group: str) -> None:
     """Three weights, which make one share: other ranks update nothing, but take part. Or a group of one rank."""
     rank, size, weights = dist.get_rank(), dist.get_world_size(), []
     alone = [dist.new_group([r]) for r in range(size)]
@@ -242,12 +269,8 @@ def has_less_than_there_are_ranks(group: str) -> None:
     assert weights[0][1] == weights[1][1] == (2.0**7 if group == "one" and rank not in (1, 2) else 2.0**6)
 
 
-@pytest.mark.parametrize("group", ["all", "one"])
-def test_a_rank_without_a_share(group: str, four: Ranks) -> None:
-    four.run(has_less_than_there_are_ranks, group)
-
-
-def keeps_p_grad() -> None:
+@on_pair
+def test_what_is_in_p_grad() -> None:
     """p.grad is the mean in this rank's part and 0 elsewhere: parts of all ranks make the mean."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = small_net()
@@ -277,10 +300,6 @@ def keeps_p_grad() -> None:
     assert snapshot(net.parameters()) != w
 
 
-def test_what_is_in_p_grad(pair: Ranks) -> None:
-    pair.run(keeps_p_grad)
-
-
 def sends_frozen() -> list[int]:
     """The backbone is frozen, then thawed: elements that a step scatters and gathers."""
     from bench.ranks.counts import count
@@ -302,3 +321,41 @@ def test_frozen_buckets_are_not_sent(pair: Ranks) -> None:
     for frozen, thawed in pair.run(sends_frozen):
         assert thawed > frozen + 2 * 16 * 32 / 2
         assert frozen < 16 * 32
+
+
+# What is interrupted, and whether the step is made nevertheless.
+MOMENTS = {"all_gather": False, "_take_over": True}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@on_pair
+def test_a_step_is_made_wholly_or_not_at_all(moment: str) -> None:
+    """All ranks are interrupted once: weights and state are as before the step, or after it, and later steps right."""
+    size, net = dist.get_world_size(), small_net()
+    opt, oracle = optimizer_for(net, "amsgrad"), oracle_for(net, "amsgrad")
+    handle = data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL, check_replicas_every=1)
+    there, calls = getattr(sharded_state, moment), 0
+
+    def once(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt("mishap")
+        return there(*args)
+
+    for first in (0, 3):  # without state and with some
+        before = snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {})
+        setattr(sharded_state, moment, once)
+        calls = 0
+        torch.manual_seed(first)
+        shards = batches(size)
+        with pytest.raises(KeyboardInterrupt, match="mishap"):
+            opt.step(closure_for(net, shards[dist.get_rank()]))
+        setattr(sharded_state, moment, there)
+        assert not opt.perturbed
+        after = snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {})
+        assert (before != after) is MOMENTS[moment]
+        if MOMENTS[moment]:
+            oracle.step([[shard] for shard in shards])
+            close(list(net.parameters()), list(oracle.net.parameters()), "w after the interrupt")
+        steps(net, opt, oracle, range(first + 1, first + 3), size)

@@ -1,35 +1,23 @@
-"""Memory that others know of: addresses, views, layouts, autograd's version counters, compiled models."""
+"""Memory that others know of: addresses, views, autograd's version counters, every pattern of bits."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from helpers import (
-    FLOAT64_RTOL,
     HYPER,
-    LARGE,
     RHO,
     batches,
-    bits,
     closure_for,
     set_grads,
     small_net,
-    snapshot,
-    strided_pairs,
-    zeroing,
 )
 from torch import Tensor, nn
 
-from fused_sam import FusedSAM, ReferenceSAM
-
-every_base = pytest.mark.parametrize(
-    "base", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam], ids=["SGD", "Adam", "NAdam"]
-)
+from fused_sam import FusedSAM
 
 
-@every_base
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam], ids=["SGD", "Adam", "NAdam"])
 def test_addresses_and_strides_never_change(base: type[torch.optim.Optimizer], backend: str, device: str) -> None:
     net, data = small_net(torch.float32, device), batches(4, torch.float32, device)
     opt = FusedSAM(net.parameters(), base, rho=RHO, backend=backend, lr=0.13)
@@ -54,9 +42,10 @@ def test_addresses_and_strides_never_change(base: type[torch.optim.Optimizer], b
         state = now
 
 
-def test_views_of_a_flat_buffer_follow_every_write(backend: str, device: str) -> None:
+def test_views_of_a_flat_buffer_follow_every_write_and_their_neighbours_none(backend: str, device: str) -> None:
     """Adjacent slices of one buffer, as flat-parameter libraries make them."""
-    flat = torch.randn(37 + 130 + 9, device=device)
+    memory = torch.full((3 + 37 + 130 + 9 + 7,), 42.0, device=device)
+    flat = memory[3:-7].normal_()
     start = flat.clone()
     params = [nn.Parameter(flat[:37]), nn.Parameter(flat[37:167].view(13, 10)), nn.Parameter(flat[167:])]
     opt = FusedSAM(params, rho=RHO, backend=backend, lr=0.13)
@@ -67,56 +56,14 @@ def test_views_of_a_flat_buffer_follow_every_write(backend: str, device: str) ->
     set_grads(params, [second[:37], second[37:167].view(13, 10), second[167:]])
     opt.step()
     torch.testing.assert_close(flat, start - 0.13 * second)
+    assert bool((memory[:3] == 42).all())
+    assert bool((memory[-7:] == 42).all())
 
 
-@every_base
-def test_neighbours_of_sliced_parameters_are_untouched(
-    base: type[torch.optim.Optimizer], backend: str, device: str
-) -> None:
-    table = torch.full((37, 5), 42.0, device=device)
-    line = torch.full((1009,), 42.0, device=device)
-    params = [nn.Parameter(table[:, 2]), nn.Parameter(line[3:-7])]
-    opt = FusedSAM(params, base, rho=RHO, backend=backend, lr=0.13)
-    for _ in range(3):
-        set_grads(params, [torch.randn(p.shape) for p in params])
-        opt.first_step(zero_grad=True)
-        set_grads(params, [torch.randn(p.shape) for p in params])
-        opt.step()
-    assert bool((table[:, [0, 1, 3, 4]] == 42).all())
-    assert not bool((table[:, 2] == 42).any())
-    assert bool((line[:3] == 42).all())
-    assert bool((line[-7:] == 42).all())
-
-
-@pytest.mark.parametrize("zero_grad", [False, True])
-def test_strided_parameters_and_gradients_follow_the_reference(zero_grad: bool, backend: str, device: str) -> None:
-    cases = strided_pairs(torch.float64, device)
-    names, params = [n for n, _, _ in cases], [w for _, w, _ in cases]
-    wide = [w.clone() for w in params]
-    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
-    reference = ReferenceSAM(wide, rho=RHO, **HYPER)
-    for _ in range(3):
-        for second in (False, True):
-            for (_, p, g), w in zip(cases, wide, strict=True):
-                p.grad = g.clone() if g.layout is torch.strided and 0 not in g.stride() else g
-                w.grad = g.clone()
-            if second:
-                opt.step()
-                reference.second_step()
-            else:
-                opt.first_step(zero_grad=zero_grad)
-                reference.first_step(zero_grad=zero_grad)
-            for name, p, w in zip(names, params, wide, strict=True):
-                torch.testing.assert_close(p, w, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL, msg=name)
-
-
-@every_base
 @pytest.mark.parametrize("phase", ["first_step", "step", "restore"])
-def test_backward_through_a_stale_graph_raises(
-    base: type[torch.optim.Optimizer], phase: str, backend: str, device: str
-) -> None:
+def test_backward_through_a_stale_graph_raises(phase: str, backend: str, device: str) -> None:
     p = torch.randn(9, device=device).requires_grad_()
-    opt = FusedSAM([p], base, rho=RHO, backend=backend, lr=0.13)
+    opt = FusedSAM([p], rho=RHO, backend=backend, lr=0.13)
     stale = (p * p).sum()
     (p * p).sum().backward()
     opt.first_step()
@@ -125,53 +72,6 @@ def test_backward_through_a_stale_graph_raises(
         opt.step() if phase == "step" else opt.restore()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
-
-
-def test_a_fresh_graph_after_each_step_is_accepted(backend: str, device: str) -> None:
-    p = torch.randn(9, device=device).requires_grad_()
-    opt = FusedSAM([p], rho=RHO, backend=backend, lr=0.13)
-    for _ in range(3):
-        opt.zero_grad()
-        (p * p).sum().backward()
-        opt.first_step(zero_grad=True)
-        (p * p).sum().backward()
-        opt.step()
-    assert p.is_leaf
-    assert p.requires_grad
-
-
-def test_lstm_weights_are_not_replaced(backend: str, device: str) -> None:
-    """nn.LSTM keeps its weights in lists of their own; they must see every step."""
-    net = nn.LSTM(5, 7, num_layers=2, batch_first=True, dtype=torch.float64, device=device)
-    twin = copy.deepcopy(net)
-    x = torch.randn(3, 6, 5, dtype=torch.float64, device=device)
-    opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)
-    reference = ReferenceSAM(twin.parameters(), rho=RHO, **HYPER)
-    for _ in range(3):
-        for model, o in ((net, opt), (twin, reference)):
-
-            def closure(model: nn.Module = model) -> Tensor:
-                loss = model(x)[0].square().mean()
-                loss.backward()
-                return loss
-
-            o.step(zeroing(model, closure))
-    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-
-
-def test_a_compiled_model_trains_like_the_plain_one(backend: str, device: str) -> None:
-    net, data = small_net(device=device), batches(3, device=device)
-    twin = copy.deepcopy(net)
-    compiled = torch.compile(net, backend="eager")
-    opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)
-    plain = FusedSAM(twin.parameters(), rho=RHO, backend=backend, **HYPER)
-    for batch in data:
-        assert opt.step(closure_for(compiled, batch)).item() == pytest.approx(
-            plain.step(closure_for(twin, batch)).item(), rel=FLOAT64_RTOL
-        )
-    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -189,21 +89,3 @@ def test_every_pattern_of_16_bits_comes_back(dtype: torch.dtype, zero_grad: bool
         finish()
         assert torch.equal(param.view(torch.int16), patterns)
     assert moved.count_nonzero() == moved.numel()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("zero_grad", [False, True], ids=["backup", "swap"])
-def test_a_thousand_ascents_and_restores_change_no_bit(
-    dtype: torch.dtype, zero_grad: bool, backend: str, device: str
-) -> None:
-    params = [torch.randn(n).to(device=device, dtype=dtype) for n in (1, 67, LARGE)]
-    gradients = [torch.randn_like(p) for p in params]
-    opt = FusedSAM(params, rho=RHO, backend=backend, lr=0.13)
-    w = snapshot(params)
-    for i in range(1000):
-        set_grads(params, gradients)
-        opt.first_step(zero_grad=zero_grad)
-        if i % 100 == 0:
-            assert bits(params[2]) != w[2]
-        opt.restore()
-    assert snapshot(params) == w

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HYPER, RHO
-from rank_oracle import close, joined, wrapped
-from ranks import Ranks
+from rank_oracle import close, joined, squares_of, wrapped
+from ranks import on_pair
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -64,7 +64,14 @@ def displaced(net: nn.Sequential, grads: list[Tensor]) -> nn.Sequential:
     return there
 
 
-def follows_copies(kind: str, wrap: str, m: str) -> None:
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+KINDS = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=[pytest.mark.gpu, NO_GPU])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("wrap", "m"), [("ddp", "rank"), ("plain", "rank"), ("ddp", "world"), ("plain", "world")])
+@on_pair
+def test_an_e_is_of_the_losses_of_all_ranks(kind: str, wrap: str, m: str) -> None:
     """Against one process that has a copy of the weights for each rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = network(kind)
@@ -86,20 +93,8 @@ def follows_copies(kind: str, wrap: str, m: str) -> None:
 
         def closure(x: Tensor = xs[rank]) -> Tensor:
             seen[:] = [p.detach().clone() for p in net.parameters()]
-            loss = model(x).square().mean()
-            loss.backward()
-            return loss
+            return squares_of(model, x)()
 
         opt.step(closure)
         close(seen, list(there[rank].parameters()), "w + e")
         close(list(net.parameters()), list(oracle.parameters()), "w")
-
-
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-KINDS = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=[pytest.mark.gpu, NO_GPU])]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("wrap", "m"), [("ddp", "rank"), ("plain", "rank"), ("ddp", "world"), ("plain", "world")])
-def test_an_e_is_of_the_losses_of_all_ranks(kind: str, wrap: str, m: str, pair: Ranks) -> None:
-    pair.run(follows_copies, kind, wrap, m)

@@ -108,7 +108,8 @@ class TestLightning:
             lightning_losses(accumulate_grad_batches=2)
 
 
-def accelerate_losses(step: str) -> list[float]:
+@pytest.mark.parametrize("step", ["two calls", "closure"])
+def test_accelerate(step: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = net()
     accelerator = accelerate.Accelerator(cpu=True)
@@ -135,12 +136,7 @@ def accelerate_losses(step: str) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
         scheduler.step()
-    return losses
-
-
-@pytest.mark.parametrize("step", ["two calls", "closure"])
-def test_accelerate(step: str) -> None:
-    assert accelerate_losses(step) == by_hand()
+    assert losses == by_hand()
 
 
 class Labelled(nn.Module):
@@ -230,7 +226,7 @@ class TestLostGradients:
             optimizer.step(closure)
 
     @pytest.mark.filterwarnings("error")
-    def test_what_a_step_has_used_is_not_lost(self) -> None:
+    def test_what_a_step_has_used_or_a_failed_closure_has_left_is_not_lost(self) -> None:
         optimizer, closure = self.optimizer()
         for _ in range(2):
             optimizer.step(closure)
@@ -247,10 +243,6 @@ class TestLostGradients:
         closure()
         optimizer.step()
         optimizer.step(closure)
-
-    @pytest.mark.filterwarnings("error")
-    def test_what_a_failed_closure_has_left_is_not_lost(self) -> None:
-        optimizer, closure = self.optimizer()
 
         def failing() -> None:
             closure()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import pickle
 from typing import Any
 
@@ -121,89 +120,8 @@ def test_a_copy_has_a_step_of_its_own(how: Any) -> None:
     assert_same_bits(params, params_of_copy)
 
 
-class Whole(FusedSAM):
-    """A step in two calls."""
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        with torch.enable_grad():
-            loss = closure()
-        self.first_step(zero_grad=True)
-        with torch.enable_grad():
-            closure()
-        self.second_step()
-        return loss
-
-
-class Counting(FusedSAM):
-    steps = 0
-
-    def step(self, closure: Any = None, **options: Any) -> Any:
-        self.steps += 1
-        return super().step(closure, **options)
-
-
-def test_a_subclass_whose_step_makes_both_calls() -> None:
-    params = weights(9, 67)
-    opt = Whole(params, rho=RHO, **HYPER)
-    calls: list[int] = []
-    opt.register_step_pre_hook(lambda *_: calls.append(1))
-    for _ in range(3):
-        opt.zero_grad()
-        opt.step(quadratic(params))
-    assert_same_bits(params, trajectory())
-    assert len(calls) == 3
-    with pytest.raises(ZeroDivisionError):
-        opt.step(lambda: 1 / 0)
-    opt.step(quadratic(params))
-
-
-def test_second_step_is_one_call_of_the_outermost_step() -> None:
-    params = weights(9, 67)
-    opt = Counting(params, rho=RHO, **HYPER)
-    two_calls(opt, params)
-    assert opt.steps == 1
-
-
-def test_hooks_and_schedulers_see_second_step_once() -> None:
-    params = weights(9, 67)
-    opt = make(params)
-    hooks: list[int] = []
-    opt.register_step_post_hook(lambda *_: hooks.append(1))
-    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)  # warns unless it sees a step before its own
-    two_calls(opt, params)
-    scheduler.step()
-    assert len(hooks) == 1
-
-
-def test_the_ascent_takes_the_gradients_memory() -> None:
-    """Nothing but the step refers to the gradients then: w lies where they were."""
-    params = weights(40_000, 50_000)
-    opt = make(params)
-    two_calls(opt, params)
-    quadratic(params)()
-    places = [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
-    w = [p.detach().clone() for p in params]
-    opt.first_step(zero_grad=True)
-    bytes_of_w = [x.numpy().tobytes() for x in w]
-    assert [ctypes.string_at(at, x.nbytes) for at, x in zip(places, w, strict=True)] == bytes_of_w
-    opt.restore()
-
-
-def test_an_option_is_the_same_for_all() -> None:
-    opt = make(weights(9))
-    wrapper: Any = Wrapper(opt)
-    wrapper.max_grad_norm = 0.25
-    assert opt.max_grad_norm == 0.25
-
-
-def test_the_old_name_of_looksam_alpha_warns() -> None:
-    with pytest.warns(DeprecationWarning, match="looksam_alpha"):
-        opt = make(weights(9), interval=2, reuse=0.3)
-    assert opt.looksam_alpha == 0.3
-
-
 class Mixin:
-    """A step from beside the optimizer's own classes."""
+    """A step in two calls, from beside the optimizer's own classes."""
 
     def step(self, closure: Any) -> Any:
         loss = closure()
@@ -217,28 +135,71 @@ class Mixed(Mixin, FusedSAM):
     pass
 
 
-class Clearing(FusedSAM):
-    cleared = 0
+class Whole(FusedSAM):
+    step = Mixin.step  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Whole, Mixed])
+def test_a_subclass_whose_step_makes_both_calls(kind: type[FusedSAM]) -> None:
+    params = weights(9, 67)
+    opt = kind(params, rho=RHO, **HYPER)
+    calls: list[int] = []
+    opt.register_step_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        opt.zero_grad()
+        opt.step(quadratic(params))
+    assert_same_bits(params, trajectory())
+    assert len(calls) == 3
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+    opt.step(quadratic(params))
+    assert not opt.perturbed
+
+
+class Counting(FusedSAM):
+    steps = cleared = 0
+
+    def step(self, closure: Any = None, **options: Any) -> Any:
+        self.steps += 1
+        return super().step(closure, **options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.cleared += 1
         super().zero_grad(set_to_none)
 
 
-def test_a_step_from_a_mixin_may_call_both_halves() -> None:
+def test_the_outermost_step_and_zero_grad_are_called() -> None:
     params = weights(9, 67)
-    opt = Mixed(params, rho=RHO, **HYPER)
-    for _ in range(3):
-        opt.step(quadratic(params))
-    assert not opt.perturbed
-    assert_same_bits(params, trajectory())
-
-
-def test_the_closure_form_zeroes_by_the_outermost_zero_grad() -> None:
-    params = weights(9)
-    opt = Clearing(params, rho=RHO, **HYPER)
+    opt = Counting(params, rho=RHO, **HYPER)
+    two_calls(opt, params)
+    assert opt.steps == 1
+    opt.cleared = 0
     opt.step(quadratic(params))
     opt.step([quadratic(params)] * 2)
     assert opt.cleared == 3
+
+
+def test_hooks_and_schedulers_see_second_step_once() -> None:
+    params = weights(9, 67)
+    opt = make(params)
+    hooks: list[int] = []
+    opt.register_step_post_hook(lambda *_: hooks.append(1))
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)  # warns unless it sees a step before its own
+    two_calls(opt, params)
+    scheduler.step()
+    assert len(hooks) == 1
+
+
+def test_attributes_are_the_same_for_all() -> None:
+    opt = make(weights(9))
+    wrapper: Any = Wrapper(opt)
+    wrapper.max_grad_norm = 0.25
+    assert opt.max_grad_norm == 0.25
     opt.last = None
-    assert opt.last is None
+    assert wrapper.last is None
+
+
+def test_the_old_name_of_looksam_alpha_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="looksam_alpha"):
+        opt = make(weights(9), interval=2, reuse=0.3)
+    assert opt.looksam_alpha == 0.3
