@@ -367,6 +367,8 @@ class FusedSAM(Optimizer):
         try:
             check_group(group)
             require_numbers(group)
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError("Invalid params: a parameter is in its group twice. Must be there once.")
             if group["decay_in_ascent"] and step.base.is_decoupled(group):
                 raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
             if group.get("differentiable"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CLIP_RTOL, FLOAT64_RTOL, HYPER, RHO, assert_same_bits, snapshot
+from helpers import CLIP_RTOL, FLOAT64_RTOL, HYPER, RHO, assert_same_bits, small_net, snapshot
 from rank_oracle import Oracle, close, squares_of, two_calls
 from ranks import Ranks, on_pair
 from torch import Tensor, nn
@@ -265,3 +265,18 @@ def test_what_sharded_parameters_are_refused() -> None:
         data_parallel(model, opt)
     with pytest.raises(ValueError, match=r"^Invalid telemetry=True"):
         FusedSAM(model.parameters(), telemetry=True, **HYPER)
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@on_pair
+def test_shards_that_do_not_say_so_are_refused(use_orig_params: bool) -> None:
+    """Each rank would take the norm of its own part: e would be longer than rho."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = small_net(torch.float32)
+    net = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    with pytest.raises(ValueError, match=r"FullyShardedDataParallel.* Must be sharded by .*fully_shard"):
+        FusedSAM(net.parameters(), rho=RHO, **HYPER)
+    with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer.* Must be FusedSAM with .*shard_state=True"):
+        ZeroRedundancyOptimizer(small_net().parameters(), FusedSAM, rho=RHO, **HYPER)
