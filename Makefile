@@ -72,9 +72,8 @@ sanitize: $(READY)
 
 # Last the whole suite with torch's kernels for other processors: a loss or a bit that only these reach is no promise.
 soak: $(READY)
-	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_faults.py tests/test_large.py -k "grow or 32_bits" $(ARGS)
-	FUSED_SAM_SOAK=50000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py tests/test_cuda_build.py \
-	  tests/test_bench_gpu_driver.py tests/test_imagenet_ranks.py $(ARGS)
+	FUSED_SAM_SOAK=100000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py tests/test_interrupts.py \
+	  tests/test_large.py tests/test_cuda_build.py tests/test_bench_gpu_driver.py tests/test_imagenet_ranks.py $(ARGS)
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)
 	ATEN_CPU_CAPABILITY=default $(SUITE) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE $(SUITE) $(ARGS)

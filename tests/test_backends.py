@@ -71,6 +71,7 @@ def test_without_the_native_core_eager_steps_in_and_asking_for_native_says_what_
     assert "FUSED_SAM_NATIVE=ON pip install" in last
 
 
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     backends.for_device.cache_clear()
     with caplog.at_level(logging.INFO, logger="fused_sam"):

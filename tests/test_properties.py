@@ -18,6 +18,12 @@ from layouts import SEEDS, TENSORS, laid_out
 
 from fused_sam import FusedSAM, backends
 
+# Any order of calls: those that make no sense are warned of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:No parameter has a gradient"),
+    pytest.mark.filterwarnings("ignore:The second gradients were added"),
+]
+
 
 def machine(cls: type[Calls]) -> Any:
     """A test of a machine; skipped where its backend is not built."""

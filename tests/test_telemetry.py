@@ -127,6 +127,7 @@ def test_what_is_no_loss_is_not_kept(value: Any, expected: float | None, backend
     assert opt.last.loss_gap == (None if expected is None else 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_a_list_of_closures_has_one_entry_for_each(backend: str, device: str) -> None:
     params = leaves(9, LARGE, device=device, dtype=torch.float64)
     w = [p.detach().clone() for p in params]
@@ -174,6 +175,7 @@ def test_the_norm_that_clipping_takes_is_reported_as_it_was_before(backend: str,
     assert float(flat(p.grad for p in params).norm()) == pytest.approx(0.37, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_none_gradients_count_as_zero_and_no_gradient_has_no_angle(backend: str, device: str) -> None:
     params = leaves(9, 67, LARGE, device=device)
     opt = FusedSAM(params, rho=RHO, backend=backend, lr=0.13, telemetry=True)
