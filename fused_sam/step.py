@@ -135,7 +135,8 @@ class Step:
             if displacement.first is None and self.perturbation.takes_gradient:
                 self.once.warn(mistakes.NO_FIRST)
         except BaseException as error:
-            if displacement is not None and displacement.ascents == 0:
+            # A warning may be an error, too.
+            if displacement is not None and (displacement.ascents == 0 or displacement.first is None):
                 self.return_to_w()
             if isinstance(error, InvalidTensor):
                 raise parameters.named(error) from None
@@ -270,7 +271,7 @@ class Step:
             RuntimeError: in any other step.
         """
         parameters = self.parameters
-        rates = [ops.host_number(group.get("lr")) for group in parameters.groups]
+        rates = [ops.host_number(group.get("lr", 1.0)) for group in parameters.groups]
         if self.displacement or parameters.state or not all(isinstance(lr, float) and lr == 0.0 for lr in rates):
             raise RuntimeError("step() needs first_step() before it, or a closure: SAM takes two gradients per step.")
         parameters.refresh_masters()

@@ -206,6 +206,26 @@ def test_plain_steps_between_are_the_bases_own(base: Any, backend: str, device: 
     copy.deepcopy(opt.restore() or opt).plain_step()
 
 
+class WithoutRate(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
+
+
+def test_a_base_without_a_rate() -> None:
+    params = leaves(3)
+    opt = FusedSAM(params, WithoutRate, rho=RHO)
+    with pytest.raises(RuntimeError, match="needs first_step"):
+        opt.step()
+    w = snapshot(params)
+    train(params, opt, 1)
+    assert snapshot(params) != w
+
+
 def test_options_of_one_name_are_told_apart_or_refused() -> None:
     opt = FusedSAM(leaves(3), Clipped, rho=RHO, max_grad_norm=0.3, base_options={"max_grad_norm": 0.5, "lr": 0.1})
     assert (opt.max_grad_norm, opt.base_optimizer.max_grad_norm, opt.param_groups[0]["lr"]) == (0.3, 0.5, 0.1)

@@ -60,6 +60,19 @@ def test_a_mistake_is_warned_of_once(
     assert not opt.perturbed
 
 
+@pytest.mark.parametrize("loop", MISTAKES, ids=lambda x: x.__name__)
+def test_where_warnings_are_errors_nothing_stays_perturbed(
+    loop: Callable[[list[Tensor], FusedSAM], None], backend: str, device: str
+) -> None:
+    params = leaves(9, 5, device=device)
+    opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
+    w = snapshot(params)
+    with pytest.raises(UserWarning):
+        loop(params, opt)
+    assert not opt.perturbed
+    assert_same_bits(params, w)
+
+
 def cleared_in_place(params: list[Tensor], opt: FusedSAM) -> None:
     for p in params:
         p.grad.zero_()
