@@ -67,18 +67,40 @@ def by_hand(epochs: int = EPOCHS, **options: Any) -> list[float]:
     return losses
 
 
-def lightning_losses(**options: Any) -> list[float]:
+def lightning_losses(form: str = "automatic", **options: Any) -> list[float]:
     lightning = pytest.importorskip("pytorch_lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net, self.losses = net(), []
+            self.automatic_optimization = form == "automatic"
 
-        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        def loss(self, batch: list[Tensor]) -> Tensor:
             loss = F.cross_entropy(self.net(batch[0]), batch[1])
             self.losses.append(loss.item())
             return loss
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor | None:
+            if form == "automatic":
+                return self.loss(batch)
+            optimizer = self.optimizers()
+            if form == "closure":
+                optimizer.step(closure=lambda: self.manual_backward(self.loss(batch)))
+                return None
+            self.manual_backward(self.loss(batch))
+            optimizer.first_step(zero_grad=True)
+            self.manual_backward(self.loss(batch))
+            if form == "second_step":
+                optimizer.second_step(zero_grad=True)
+                return None
+            optimizer.step()
+            optimizer.zero_grad()
+            return None
+
+        def on_train_epoch_end(self) -> None:
+            if form != "automatic":
+                self.lr_schedulers().step()
 
         def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
             optimizer = sam(self)
@@ -90,6 +112,8 @@ def lightning_losses(**options: Any) -> list[float]:
     )
     module = Module()
     trainer.fit(module, DataLoader(data(), BATCH))
+    if form != "automatic":
+        assert trainer.global_step == len(module.losses) // 2
     return module.losses
 
 
@@ -97,6 +121,12 @@ def lightning_losses(**options: Any) -> list[float]:
 class TestLightning:
     def test_as_it_is(self) -> None:
         assert lightning_losses() == by_hand()
+
+    @pytest.mark.parametrize("form", ["step", "second_step", "closure"])
+    def test_manual_optimization(self, form: str) -> None:
+        """Steps are counted as SAM makes them, and `max_steps` ends training."""
+        assert lightning_losses(form) == by_hand()
+        assert lightning_losses(form, max_steps=5) == by_hand()[:10]
 
     def test_clipping(self) -> None:
         losses = lightning_losses(gradient_clip_val=0.2)
