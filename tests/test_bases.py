@@ -129,7 +129,8 @@ def test_a_checkpoint_of_a_base_resumes_as_in_the_base_itself(name: str, backend
         results.append([t.clone() for t in (*params, *state_tensors(opt))])
     for tensors in results[1:]:
         assert [t.dtype for t in tensors] == [t.dtype for t in results[0]]
-        assert_bits_of_torch(tensors, results[0])
+        same = assert_bits_of_torch if base in (torch.optim.Adam, torch.optim.AdamW) else assert_same_bits
+        same(tensors, results[0])
 
 
 def test_a_checkpoint_without_counts_of_steps_is_refused(backend: str, device: str) -> None:
