@@ -43,25 +43,25 @@ def first_of(tensors: list[Tensor], grads: TensorList, left: bool) -> First | No
     return None
 
 
-def look_at_second(
-    first: First | None, groups: list[dict[str, Any]], found_inf: Any, grad_scale: Tensor | None
-) -> str | None:
-    """Return what to warn of in the gradients of the second pass; None where there is nothing.
-
-    Raises:
-        RuntimeError: where a GradScaler has unscaled the first gradients, and therefore does not unscale these.
-    """
+def look_at_second(first: First | None, groups: list[dict[str, Any]]) -> str | None:
+    """Return what to warn of in the gradients of the second pass; None where there is nothing."""
     grad = None if first is None else first.param.grad
     if first is None or grad is None:
         return None if any(p.grad is not None for group in groups for p in group["params"]) else NO_SECOND
-    writes = grad._version
-    if found_inf is not None and grad_scale is None and writes < first.writes:
+    # Cleared in place it would have been written twice. Several backwards, each of which writes once, hide it.
+    return SUM if grad is first.grad and grad._version == first.writes + 1 else None
+
+
+def require_unscaled_second(passes: set[bool]) -> None:
+    """Refuse gradients of which a GradScaler thinks that it has unscaled them: it does so once in a step.
+
+    ``passes``: whether the weights were perturbed when it did. Where it was not seen nothing is refused.
+    """
+    if passes == {False}:
         raise RuntimeError(
             "The second gradients are still scaled: scaler.unscale_(optimizer) was called before first_step(). Call it "
             "after the second backward only: the perturbation does not depend on the scale."
         )
-    # Cleared in place it would have been written twice. Several backwards, each of which writes once, hide it.
-    return SUM if grad is first.grad and writes == first.writes + 1 else None
 
 
 class Once:

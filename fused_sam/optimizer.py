@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections import defaultdict
 from types import MethodType
@@ -172,6 +173,9 @@ class FusedSAM(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Return torch.optim's groups of parameters."""
+        # All that a GradScaler does with an optimizer when it unscales is to ask for these.
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_name == "_unscale_grads_":
+            self._step.unscaled.add(self.perturbed)
         return self._step.parameters.groups
 
     @param_groups.setter

@@ -83,6 +83,7 @@ class Step:
         last: what the last step saw.
         once: the warnings that have been given.
         cleared: whether zero_grad was called since the last step: no step has seen the gradients that there are.
+        unscaled: whether the weights were perturbed when a GradScaler unscaled gradients, since the last step.
         within: how many calls of a subclass's ``step`` are running.
     """
 
@@ -101,10 +102,11 @@ class Step:
         self.cleared = False
         self.once = mistakes.Once()
         self.within = 0
+        self.unscaled: set[bool] = set()
         self._journal: Journal = []  # of a step at w
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"displacement": None, "last": Report(), "within": 0, "_journal": []}
+        fresh: dict[str, Any] = {"displacement": None, "last": Report(), "within": 0, "unscaled": set(), "_journal": []}
         return {**self.__dict__, **fresh, "peers": self.peers.copied()}
 
     @property
@@ -167,7 +169,9 @@ class Step:
         try:
             peers.average_second(parameters)
             if displacement is not None:
-                mistake = mistakes.look_at_second(displacement.first, parameters.groups, found_inf, grad_scale)
+                if found_inf is not None and grad_scale is None:
+                    mistakes.require_unscaled_second(self.unscaled)
+                mistake = mistakes.look_at_second(displacement.first, parameters.groups)
                 if mistake is not None:
                     self.once.warn(mistake)
             if found_inf is not None:
@@ -187,6 +191,7 @@ class Step:
         except InvalidTensor as error:
             raise parameters.named(error) from None
         finally:
+            self.unscaled.clear()
             self.return_to_w()
         if displacement is None and parameters.masters is not None:
             parameters.note_masters()
