@@ -22,34 +22,40 @@ NO_SECOND = (
     "step(), too."
 )
 SUM = (
-    "The second gradients were added to the first: the step takes g1 + g2. Call first_step(zero_grad=True), or "
-    "zero_grad() after it."
+    "The second gradients seem to have been added to the first: each was written once since first_step(). The step "
+    "then takes g1 + g2. Call first_step(zero_grad=True), or zero_grad() after it."
 )
 
 
 class First(NamedTuple):
-    """A parameter with a gradient in the first pass: how often that had been written, and itself if it was left."""
+    """The gradients of the first pass: a parameter that had one, and what they would be if the second were added.
+
+    ``sums`` has, for each parameter with a gradient that was left in p.grad, its identity and its version after one
+    more write. It does not hold the gradients, whose memory may be wanted.
+    """
 
     param: Tensor
-    writes: int
-    grad: Tensor | None
+    sums: list[tuple[int, int] | None]
 
 
 def first_of(tensors: list[Tensor], grads: TensorList, left: bool) -> First | None:
     """Return what `look_at_second` compares with; None without any gradient."""
     for p, grad in zip(tensors, grads):
         if grad is not None:
-            return First(p, grad._version, grad if left else None)
+            return First(p, [None if g is None else (id(g), g._version + 1) for g in grads] if left else [])
     return None
 
 
 def look_at_second(first: First | None, groups: list[dict[str, Any]]) -> str | None:
     """Return what to warn of in the gradients of the second pass; None where there is nothing."""
-    grad = None if first is None else first.param.grad
-    if first is None or grad is None:
+    if first is None or first.param.grad is None:
         return None if any(p.grad is not None for group in groups for p in group["params"]) else NO_SECOND
-    # Cleared in place it would have been written twice. Several backwards, each of which writes once, hide it.
-    return SUM if grad is first.grad and grad._version == first.writes + 1 else None
+    if not first.sums:
+        return None
+    # Cleared in place they would have been written twice. Several backwards, each of which writes once, hide it.
+    grads = (p.grad for group in groups for p in group["params"])
+    is_sum = all(s is None or (g is not None and (id(g), g._version) == s) for g, s in zip(grads, first.sums))
+    return SUM if is_sum else None
 
 
 def require_unscaled_second(passes: set[bool]) -> None:

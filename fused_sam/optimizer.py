@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import warnings
 from collections import defaultdict
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fused_sam import backends, closures, dtensor, masters, schedules
 from fused_sam.ascent import make_perturbation
 from fused_sam.backends.memory import require_disjoint
 from fused_sam.descent import checkpoints, make_base
-from fused_sam.options import Options, check_group, require_no_clash, require_numbers
+from fused_sam.options import Options, check_group, check_new_group, given_once, require_no_clash
 from fused_sam.parameters import Parameters
 from fused_sam.peers import SingleProcess
 from fused_sam.report import Report
@@ -150,7 +150,7 @@ class FusedSAM(Optimizer):
         rest = decay_in_ascent, master_weights, telemetry
         options = Options(base_optimizer, p, replay_rng, capturable, max_grad_norm, *passes, *rest)
         backend = backends.requested(backend)
-        base_options = {**same, **(base_options or {})}
+        base_options = given_once(same, base_options or {})
         if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
             base_options["capturable"] = True
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
@@ -301,6 +301,7 @@ class FusedSAM(Optimizer):
             raise RuntimeError("second_order=True needs the closure form: step(closure).")
         step.ascend(zero_grad)
 
+    @Optimizer.profile_hook_step
     def plain_step(self) -> None:
         """Make one step of the base optimizer, with the gradients that there are, whatever step is due.
 
@@ -310,30 +311,28 @@ class FusedSAM(Optimizer):
             RuntimeError: while the weights are perturbed.
         """
         self._step.require_unperturbed("plain_step()")
+        self._opt_called = True  # which a scheduler asks for
         self._step.descend(plain=True)
 
     @property
     def base_optimizer(self) -> Optimizer:
         """Return the base optimizer, on our groups and our state: for schedulers and loops that ask for it.
 
-        Its ``step()`` is `plain_step`.
+        Its ``step()`` is `plain_step`, after a closure if there is one; it loads and adds groups as we do.
         """
-        inner = self._step.base.shared(self._step.parameters)
-        if "step" not in vars(inner):
-            inner.step = MethodType(lambda _: self.plain_step(), inner)  # type: ignore[method-assign]
-            # A scheduler built on it does not see our steps, and would warn that there are none.
-            inner._opt_called = True  # type: ignore[attr-defined]
-        return inner
+        ours = self.plain_step, self.load_state_dict, self.add_param_group
+        return self._step.base.exposed(self._step.parameters, *ours)
 
     def __getattr__(self, name: str) -> Any:
         """Return ``train`` or ``eval`` of a base that has them, as Schedule-Free's; the latter at w only."""
-        if name in ("train", "eval"):
-            inner = self._step.base.shared(self._step.parameters)
-            if hasattr(inner, name):
-                if name == "eval":
-                    self._step.require_unperturbed("eval()")
-                return getattr(inner, name)
+        if name in ("train", "eval") and hasattr(self._step.base.inner, name):
+            return functools.partial(self._set_mode, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _set_mode(self, name: str) -> Any:
+        if name == "eval":
+            self._step.require_unperturbed("eval()")
+        return getattr(self._step.base.shared(self._step.parameters), name)()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Call ``step()``, the outermost there is, once; then set the gradients to None if asked.
@@ -369,18 +368,11 @@ class FusedSAM(Optimizer):
         super().add_param_group(param_group)
         group, step = self.param_groups[-1], self._step
         try:
-            check_group(group)
-            require_numbers(group)
-            if len(set(group["params"])) < len(group["params"]):
-                raise ValueError("Invalid params: a parameter is in its group twice. Must be there once.")
-            if group["decay_in_ascent"] and step.base.is_decoupled(group):
-                raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
-            if group.get("differentiable"):
-                raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
+            check_new_group(group, step.base.is_decoupled(group))
             tensors = dtensor.local_parts(step.parameters.tensors())
             require_disjoint([p for p in tensors if p.layout == torch.strided])
             step.add_parameters(group["params"])
-        except (TypeError, ValueError):
+        except BaseException:
             self.param_groups.pop()
             raise
 

@@ -122,11 +122,25 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {decay_in_ascent=}. The base optimizer must have a weight_decay.")
 
 
-def require_numbers(group: dict[str, Any]) -> None:
-    """Refuse NaN for what a base reads from its groups: few bases look, and all weights would be NaN."""
+def check_new_group(group: dict[str, Any], is_decoupled: bool) -> None:
+    """Refuse what `check_group` does, and what cannot become wrong later. Few bases refuse NaN themselves."""
+    check_group(group)
     for name, value in group.items():
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"Invalid {name}=nan. Must be a number.")
+    if len(set(group["params"])) < len(group["params"]):
+        raise ValueError("Invalid params: a parameter is in its group twice. Must be there once.")
+    if group["decay_in_ascent"] and is_decoupled:
+        raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
+    if group.get("differentiable"):
+        raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
+
+
+def given_once(options: dict[str, Any], base_options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the base, which come in two ways; refuse one that comes in both."""
+    for name in options.keys() & base_options.keys():
+        raise ValueError(f"Invalid {name}={options[name]!r} and {name}={base_options[name]!r}. Must be given once.")
+    return {**options, **base_options}
 
 
 def require_no_clash(inner: Optimizer, ours: dict[str, Any]) -> None:

@@ -67,6 +67,7 @@ def announced(step: Callable[..., Any]) -> Any:
             state.within -= 1
 
     counted.announced = True  # type: ignore[attr-defined]
+    counted.hooked = False  # type: ignore[attr-defined] # it may have come along from our own: torch is to wrap this one
     return counted
 
 

@@ -165,12 +165,14 @@ def test_modes_of_a_base_are_its_own(backend: str) -> None:
     params = leaves(9)
     opt = FusedSAM(params, Averaged, rho=RHO, backend=backend, **HYPER)
     opt.train()
+    held = opt.eval
     train(params, opt, 2)
     quadratic(params)()
     opt.first_step(zero_grad=True)
     opt.train()
-    with pytest.raises(RuntimeError, match=r"eval\(\) while the weights are perturbed"):
-        opt.eval()
+    for evaluate in (held, opt.eval):
+        with pytest.raises(RuntimeError, match=r"eval\(\) while the weights are perturbed"):
+            evaluate()
     opt.restore()
     opt.eval()
     with pytest.raises(AssertionError):
@@ -227,9 +229,48 @@ def test_a_base_without_a_rate() -> None:
     assert snapshot(params) != w
 
 
+def test_what_is_done_to_the_base_optimizer_is_done_to_ours(backend: str) -> None:
+    params, more = leaves(9, 5), leaves(4)
+    opt = FusedSAM(params, rho=RHO, backend=backend, fused=True, **HYPER)
+    train(params, opt, 1)
+    other = FusedSAM(params, rho=RHO, backend=backend, fused=True, **{**HYPER, "lr": 0.7})
+    other.base_optimizer.load_state_dict(opt.base_optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == HYPER["lr"]
+    assert_same_bits(state_tensors(other), state_tensors(opt))
+    opt.base_optimizer.add_param_group({"params": more})
+    assert opt.param_groups[1]["rho"] == RHO
+    train([*params, *more], opt, 1)
+    seen = []
+    opt.register_step_post_hook(lambda *_: seen.append(opt.perturbed))
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    assert opt.base_optimizer.step(quadratic([*params, *more])).item() > 0
+    assert seen == [False]
+    scheduler.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_steps_the_base_optimizer(fused: bool, backend: str) -> None:
+    """It unscales, and skips a step that overflows."""
+    params = leaves(9, 5)
+    twins = copy.deepcopy(params)
+    opt, plain = FusedSAM(params, rho=RHO, backend=backend, fused=fused, **HYPER), torch.optim.SGD(twins, **HYPER)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (1.0, math.inf):
+        w = snapshot(params)
+        opt.zero_grad()
+        scaler.scale(factor * sum(1.5 * (p * p).sum() for p in params)).backward()
+        scaler.step(opt.base_optimizer)
+        scaler.update()
+        assert (snapshot(params) == w) == (factor == math.inf)
+    train(twins, plain, 1)
+    torch.testing.assert_close(params, twins)
+
+
 def test_options_of_one_name_are_told_apart_or_refused() -> None:
     opt = FusedSAM(leaves(3), Clipped, rho=RHO, max_grad_norm=0.3, base_options={"max_grad_norm": 0.5, "lr": 0.1})
     assert (opt.max_grad_norm, opt.base_optimizer.max_grad_norm, opt.param_groups[0]["lr"]) == (0.3, 0.5, 0.1)
+    with pytest.raises(ValueError, match=r"Invalid lr=0\.1 and lr=0\.7\. Must be given once"):
+        FusedSAM(leaves(3), rho=RHO, lr=0.1, base_options={"lr": 0.7})
     with pytest.raises(ValueError, match=r"Adadelta\. Must have no 'rho' in its groups"):
         FusedSAM(leaves(3), torch.optim.Adadelta, rho=RHO)
 
@@ -242,6 +283,9 @@ def test_what_is_no_number_is_refused(option: dict[str, float]) -> None:
     opt = FusedSAM(leaves(3), rho=RHO)
     with pytest.raises(ValueError, match=f"Invalid {name}=nan"):
         opt.add_param_group({"params": leaves(2), **option})
+    assert len(opt.param_groups) == 1
+    with pytest.raises(RuntimeError):
+        opt.add_param_group({"params": leaves(2), "eta": torch.ones(2)})
     assert len(opt.param_groups) == 1
 
 

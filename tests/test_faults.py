@@ -44,7 +44,7 @@ def state_of(opt: torch.optim.Optimizer) -> list[bytes]:
 def test_an_exception_in_a_closure_leaves_weights_and_state_as_they_were(
     error: type[BaseException], backend: str, device: str
 ) -> None:
-    """Of any kind, before and after the backward of either pass; in test_promises.py with every option and base."""
+    """Raise before and after the backward of either pass; test_promises.py does with every option and base."""
     params = leaves(9, LARGE, device=device)
     opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
     for failing_pass, backward_first in ((1, False), (2, True), (1, True), (2, False)):

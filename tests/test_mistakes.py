@@ -41,7 +41,7 @@ MISTAKES = {
     nothing: "No parameter has a gradient at first_step",
     nothing_at_the_second_pass: "No parameter has a gradient at w + e",
     a_closure_without_backward: "No parameter has a gradient at first_step",
-    a_sum: "takes g1 + g2",
+    a_sum: "then takes g1 + g2",
 }
 
 
@@ -87,11 +87,16 @@ def replaced(params: list[Tensor], opt: FusedSAM) -> None:
         p.grad = torch.zeros_like(p)
 
 
+def skipped_first(params: list[Tensor], opt: FusedSAM) -> None:
+    """The second pass does without it, as a layer that is dropped at random."""
+    cleared_in_place(params, opt)
+
+
 def frozen_first(params: list[Tensor], opt: FusedSAM) -> None:
     params[0].grad = None
 
 
-@pytest.mark.parametrize("clear", [cleared_in_place, cleared_by_torch, replaced, frozen_first])
+@pytest.mark.parametrize("clear", [cleared_in_place, cleared_by_torch, replaced, frozen_first, skipped_first])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_gradients_cleared_in_any_way_are_no_mistake(
     clear: Callable[[list[Tensor], FusedSAM], None], passes: int, backend: str, device: str
@@ -105,7 +110,7 @@ def test_gradients_cleared_in_any_way_are_no_mistake(
         opt.first_step()
         clear(params, opt)
         for _ in range(passes):
-            quadratic(params[1:] if clear is frozen_first else params)()
+            quadratic(params[1:] if clear in (frozen_first, skipped_first) else params)()
         opt.step()
         cleared_in_place(params[1:], opt)
 

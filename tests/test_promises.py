@@ -33,7 +33,7 @@ def everything(opt: FusedSAM) -> list[bytes]:
 
 @every_mode
 def test_an_exception_in_any_pass_leaves_weights_and_state(mode: str, base: str, backend: str, device: str) -> None:
-    """Of the first three steps, in each of which every pass fails once before it is made."""
+    """Go through the first three steps, in each of which every pass fails once before it is made."""
     opt = make(mode, base, backend, device, LARGE)
     twin = copy.deepcopy(opt)
     batches, left = 1 if mode == "LookSAM" else 2, 0

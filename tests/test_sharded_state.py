@@ -43,7 +43,7 @@ def flat_state(state_dict: State) -> dict[tuple[int, str], Any]:
 
 
 def elements(opt: FusedSAM) -> int:
-    """Of state, but for the counts of steps."""
+    """Return how many elements the state has, counts of steps aside."""
     return sum(x.numel() for s in opt.state.values() for key, x in s.items() if key != "step")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -177,6 +178,26 @@ def test_the_outermost_step_and_zero_grad_are_called() -> None:
     opt.step(quadratic(params))
     opt.step([quadratic(params)] * 2)
     assert opt.cleared == 3
+
+
+class Decorated(FusedSAM):
+    step = torch.no_grad()(FusedSAM.step)
+
+
+class Wrapping(FusedSAM):
+    @functools.wraps(FusedSAM.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("optimizer", [Decorated, Wrapping])
+def test_hooks_see_one_step_of_a_class_whose_step_looks_like_ours(optimizer: type[FusedSAM]) -> None:
+    params = leaves(9)
+    opt = optimizer(params, rho=RHO, lr=0.13)
+    seen: list[int] = []
+    opt.register_step_post_hook(lambda *_: seen.append(1))
+    opt.step(quadratic(params))
+    assert seen == [1]
 
 
 def test_hooks_and_schedulers_see_second_step_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -32,6 +33,15 @@ class Base(Protocol):
 
     def shared(self, parameters: Parameters) -> Optimizer:
         """Return the base optimizer, on the groups and the state that there are now."""
+
+    def exposed(
+        self,
+        parameters: Parameters,
+        plain_step: Callable[[], Any],
+        load_state_dict: Callable[[dict[str, Any]], Any],
+        add_param_group: Callable[[dict[str, Any]], Any],
+    ) -> Optimizer:
+        """Return the base optimizer for users, who may step it, load into it or add to it: by the methods given."""
 
     def require_loadable(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that the base would misread.

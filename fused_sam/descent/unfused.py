@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -39,6 +42,29 @@ class AnyBase:
         self.inner.state = parameters.state  # type: ignore[assignment]
         return self.inner
 
+    def exposed(
+        self,
+        parameters: Parameters,
+        plain_step: Callable[[], Any],
+        load_state_dict: Callable[[dict[str, Any]], Any],
+        add_param_group: Callable[[dict[str, Any]], Any],
+    ) -> Optimizer:
+        """Return the base optimizer for users, who may step it, load into it or add to it: by the methods given."""
+        inner: Any = self.shared(parameters)
+        if "step" not in vars(inner):
+
+            def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+                with torch.enable_grad():
+                    loss = None if closure is None else closure()
+                plain_step()
+                return loss
+
+            inner.step = MethodType(step, inner)
+            inner.load_state_dict, inner.add_param_group = load_state_dict, add_param_group
+            inner._step_supports_amp_scaling = False  # a GradScaler then unscales, and skips, by itself
+            inner._opt_called = True  # a scheduler built on it does not see SAM's steps, and would warn of none
+        return cast(Optimizer, inner)
+
     def require_loadable(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that the base would misread: none, as far as is known here."""
 
@@ -48,7 +74,7 @@ class AnyBase:
         """
         if type(self.inner).load_state_dict is not Optimizer.load_state_dict:
             inner = self.shared(parameters)
-            inner.load_state_dict(state_dict)
+            type(inner).load_state_dict(inner, state_dict)
             parameters.groups, parameters.state = inner.param_groups, inner.state
 
     def update(
