@@ -61,8 +61,9 @@ FUSED_SAM_HD double power_of(double x, double scale, double q) {
 
 // w + e for finite q > 1. `norm` is positive and finite.
 FUSED_SAM_HD double displaced(double w, double g, const AscentGroup& group, double rho, double q, double norm) {
-  const double t = neighbourhood(w, group), x = scaled(w, g, group);
-  return w + ::copysign(1.0, x) * (rho * t * ::pow(::fabs(x) / norm, q - 1.0));
+  const double x = scaled(w, g, group);
+  const double most = ::copysign(1.0, x) * (rho * neighbourhood(w, group));  // as one number, over a call of pow
+  return w + most * ::pow(::fabs(x) / norm, q - 1.0);
 }
 
 // w + e for infinite q, at the one element that moves: by all of rho, in the direction of x.

@@ -13,7 +13,7 @@ template <class G, class M>
 constexpr int kBlocks<OneType<float, G, M>> = 3;
 
 template <class Types, int kBytes>
-__global__ void __launch_bounds__(kThreads, kBlocks<Types>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Types> - kFewerBlocks)
     adam_kernel(const __grid_constant__ Arguments<AdamTerms, kBytes> arguments, const UpdateTerms terms) {
   const Place here = place(false);
   if (here.unit >= arguments.units) return;

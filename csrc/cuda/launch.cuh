@@ -26,6 +26,14 @@ inline void check(cudaError_t error, const char* what) {
                            cudaGetErrorName(error) + ").");
 }
 
+// How many blocks fewer a processor holds of a kernel that needs all of its registers: from compute capability 10.0 on
+// the compiler takes a few more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFewerBlocks = 1;
+#else
+constexpr int kFewerBlocks = 0;
+#endif
+
 // The unit that a warp works on. `reverse` starts with the last block: its data is what the cache still holds.
 struct Place {
   uint32_t unit;

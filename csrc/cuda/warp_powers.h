@@ -57,17 +57,17 @@ FUSED_SAM_HD void power_perturb_unit(const Unit<SlimEntry>& u, const AscentTerms
   const bool active = ascent_scalars(rho, terms.group, q, norm.value, true).active;
   const bool infinite = q > 1.7976931348623157e308;
   const bool here = infinite && static_cast<double>(tensor_number(*u.entry)) == norm.tensor;
-  const int64_t element = here ? static_cast<int64_t>(norm.element) : -1;
+  const int64_t element = here ? static_cast<int64_t>(norm.element) - u.begin : -1;
   dispatch(u.entry->dtype(), u.entry->grad_dtype(), u.entry->rounded_dtype(), [&](auto p, auto g, auto m) {
     using P = decltype(p);
     using Out = RoundedOr<P, decltype(m)>;
     constexpr bool kHasRounded = std::is_same<Out, decltype(m)>::value;
-    P* w = static_cast<P*>(u.entry->param());
-    Out* target = static_cast<Out*>(kHasRounded ? u.entry->rounded() : u.entry->param());
-    P* backup = static_cast<P*>(u.entry->backup());
-    const auto* gradient = static_cast<const decltype(g)*>(u.entry->grad());
+    P* w = static_cast<P*>(u.entry->param()) + u.begin;
+    Out* target = static_cast<Out*>(kHasRounded ? u.entry->rounded() : u.entry->param()) + u.begin;
+    P* backup = kHasRounded ? nullptr : static_cast<P*>(u.entry->backup()) + u.begin;
+    const auto* gradient = static_cast<const decltype(g)*>(u.entry->grad()) + u.begin;
     FUSED_SAM_ROLLED
-    for (int64_t i = u.begin + lane; i < u.begin + u.count; i += kWarp) {
+    for (int i = lane; i < static_cast<int>(u.count); i += kWarp) {
       const P old = w[i];
       const double x = widen(gradient[i]);  // before the backup is written: it may be the same memory
       if (!kHasRounded) backup[i] = old;
