@@ -1,4 +1,4 @@
-"""Mistakes of the loop around a step that can be seen without waiting for the device, each said once."""
+"""Mistakes of the loop around a step that can be seen without waiting for the device. Each is warned of once."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Parameters:
         """Prepare for a step that begins at w.
 
         Raises:
-            RuntimeError: where its launches would go into a CUDA graph that nobody has asked for.
+            RuntimeError: where its launches would go into a CUDA graph, without ``capturable``.
         """
         params = [] if capturable else self.groups[0]["params"]
         if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():

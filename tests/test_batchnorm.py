@@ -176,7 +176,7 @@ def test_a_forward_that_raises_in_pass_2_thaws(backend: str) -> None:
 
 
 def test_a_model_with_the_hooks_can_be_averaged(backend: str) -> None:
-    """torch's weight averaging deep-copies the model, hooks included; the copy is nobody's to freeze."""
+    """torch's weight averaging deep-copies the model, hooks included; the copy is not to be frozen."""
     net, x = Normed(), images()
     opt = FusedSAM(net.parameters(), rho=RHO, backend=backend, **HYPER)
     first_pass_only(net, opt)

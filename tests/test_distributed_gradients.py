@@ -38,7 +38,7 @@ from fused_sam.distributed import data_parallel
 @pytest.mark.parametrize(
     ("wrap", "silent", "wrap_option"),
     [
-        # What a DistributedDataParallel has not averaged, nobody does.
+        # What a DistributedDataParallel has not averaged stays as it is.
         ("ddp", "none", "default"),
         ("ddp", "all but the last", "default"),
         ("ddp", "none", "static"),
@@ -98,7 +98,7 @@ class TwoHeads(nn.Module):
 @pytest.mark.parametrize("m", ["rank", "world"])
 @on_pair
 def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str) -> None:
-    """Rank 0 has no gradient of the second head in odd steps, nobody has one in every fourth."""
+    """Rank 0 has no gradient of the second head in odd steps, no rank has one in every fourth."""
     rank, size = dist.get_rank(), dist.get_world_size()
     net = TwoHeads().double()
     oracle = Oracle(net, size if m == "world" else 1, rho=RHO, **HYPER)
@@ -123,7 +123,7 @@ def test_gradients_that_are_none_on_some_ranks(wrap: str, m: str) -> None:
 
 
 def trains_in_two_worlds(wrap: str) -> bytes:
-    """Ranks 0, 1 and 2, 3 train apart from each other; the latter share an e."""
+    """Ranks 0, 1 and 2, 3 train apart from each other; the latter share a perturbation."""
     rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = groups[rank // 2]

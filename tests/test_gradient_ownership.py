@@ -1,4 +1,4 @@
-"""The first gradient's memory may hold w between the passes, but only where nobody else can see it."""
+"""The first gradient's memory may hold w between the passes, but only where nothing else can see it."""
 
 from __future__ import annotations
 

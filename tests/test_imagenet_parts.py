@@ -125,7 +125,7 @@ SEVERAL = [
     ("options", "scaled"), [*((o, False) for o in ONE_E + SEVERAL), *((o, True) for o in ONE_E)], ids=str
 )
 def test_a_step_is_that_of_the_optimizer(options, scaled):
-    """For any cut into micro-batches; with one e under a GradScaler, too."""
+    """For any cut into micro-batches; with one perturbation under a GradScaler, too."""
     weights, loss = train(make_trainer(ALONE, scaled, **options))
     expected, expected_loss = by_hand(options)
     torch.testing.assert_close(weights, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
@@ -149,7 +149,7 @@ MICRO = {"micro_batches": 2, "m_sharpness": "micro"}
     ids=str,
 )
 def test_ranks_are_micro_batches_that_run_at_once(pair, on_two_ranks, alone):
-    """Who shares an e with whom, over ranks and in one process."""
+    """Who shares a perturbation with whom, over ranks and in one process."""
     expected, expected_loss = train(make_trainer(ALONE, **alone))
     for weights, loss in pair.run(train_on_this_rank, **on_two_ranks):
         torch.testing.assert_close(weights, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)

@@ -251,7 +251,7 @@ FREED.untyped_storage().resize_(0)
 )
 @pytest.mark.parametrize("perturbed", [True, False])
 def test_a_part_that_was_edited_is_refused_by_name(edited: Any, perturbed: bool, backend: str, device: str) -> None:
-    """A freed one ended the process: nobody looked at what was mixed with the new part."""
+    """A freed one ended the process: what was mixed with the new part was not checked."""
     params = leaves(9, 67, device=device)
     names = [("absent", params[0]), ("culprit", params[1])]
     opt = FusedSAM(names, rho=RHO, interval=2, looksam_alpha=ALPHA, backend=backend, **HYPER)

@@ -105,7 +105,7 @@ class Twin:
                 p.grad = p.grad * scale.double().reciprocal().float().double()
 
     def step(self, closures: list[Callable[[], Any]]) -> None:
-        """The closure form; several closures have an e each."""
+        """The closure form; several closures have a perturbation each."""
         grads = []
         for run in closures:
             self.clear()

@@ -138,7 +138,7 @@ class Job(rounds.Job):
             gc.enable()
 
     def moved_bytes(self, name: str) -> int | None:
-        """Return what the variant's operations read and write in a step; None where nobody counted."""
+        """Return what the variant's operations read and write in a step; None where that was not counted."""
         if name == FLOOR:
             return self.subjects[FLOOR].moved_bytes
         moved = self.variants[name].moved(self.dtype)

@@ -115,7 +115,7 @@ def static_gradients(shapes: Sequence[Shape], dtype: torch.dtype, device: str, c
 class GraphSubject:
     """Both halves of a step of all copies in one CUDA graph.
 
-    Gradients stay (`zero_grad=False`), so nobody may lend their memory to the old weights: every variant keeps
+    Gradients stay (`zero_grad=False`), so their memory cannot hold the old weights: every variant keeps
     those in memory of its own, at as many bytes.
     """
 
@@ -187,7 +187,7 @@ class Floor:
         return Sample(time.device_s / self.copies, time.host_s / self.copies)
 
     def count(self) -> Counts | None:
-        """Return None: nobody asks how a copy is made."""
+        """Return None: how a copy is made is not asked for."""
         return None
 
     def _copy(self) -> None:

@@ -17,7 +17,7 @@ MEMORY_OPERATIONS = ("Memcpy", "Memset")
 
 
 def collect(device: str) -> None:
-    """Give back what nobody holds any more: parameters, graphs, the allocator's cache."""
+    """Give back what is no longer held: parameters, graphs, the allocator's cache."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -5,8 +5,8 @@
     python -m bench.imagenet --synthetic --batch-size 256                   only measure throughput
 
 DIR holds train/CLASS/*.jpeg and val/CLASS/*.jpeg. The defaults are the recipe of Foret et al. (ICLR 2021): batches of
-4096 images, learning rate 1.0 on a cosine, label smoothing 0.1, rho 0.05, an e for each accelerator. BatchNorm
-statistics come from the first pass of a SAM step only. Ctrl-C or SIGTERM saves the run at the end of the step; the same
+4096 images, learning rate 1.0 on a cosine, label smoothing 0.1, rho 0.05, a perturbation for each accelerator.
+BatchNorm statistics come from the first pass of a SAM step only. Ctrl-C or SIGTERM saves the run at the end of the step; the same
 command with --resume goes on from there, with the same images.
 """
 
@@ -81,7 +81,13 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
     add("--adaptive", choices=("all", "weights"), default=False, help="adaptive SAM, of all parameters or weights only")
     add("--eta", type=float, default=0.0, help="added to |w| in adaptive SAM")
     add("--p", type=float, default=2.0, help="norm in which the perturbation has length rho; inf, too")
-    add("--m-sharpness", type=_scope, default="rank", metavar="micro|rank|world|N", help=f"who shares an e: {SCOPES}")
+    add(
+        "--m-sharpness",
+        type=_scope,
+        default="rank",
+        metavar="micro|rank|world|N",
+        help=f"who shares a perturbation: {SCOPES}",
+    )
     add("--ascent-part", type=float, default=1.0, metavar="P", help="part of the images that the first pass takes")
     add("--interval", type=int, default=1, metavar="K", help="perturb every K-th step only")
     add("--looksam-alpha", type=float, metavar="ALPHA", help="LookSAM in the steps between")

@@ -75,7 +75,7 @@ class Config:
             raise ValueError("Invalid decay_in_ascent=True with amp='fp16'. The decay has not the scale of the loss.")
         if self.looksam_alpha is not None and self.m_sharpness == "micro":
             given = f"looksam_alpha={self.looksam_alpha}"
-            raise ValueError(f"Invalid {given} with m_sharpness='micro'. Must have one e on a rank.")
+            raise ValueError(f"Invalid {given} with m_sharpness='micro'. Must have one perturbation on a rank.")
         if self.direction == "momentum" and self.ascent_part != 1:
             raise ValueError(f"Invalid ascent_part={self.ascent_part} with direction='momentum'. No gradient is taken.")
 

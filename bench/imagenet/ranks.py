@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Ranks:
-    """One process, alone as long as nobody says otherwise.
+    """One process, alone unless torchrun has started several.
 
     Attributes:
         rank: the number of this process, counted over all machines.

@@ -54,7 +54,7 @@ class Trainer:
         self.epoch = self.step = 0  # of the epoch
         self.loss_sum, self.seconds = 0.0, 0.0
         self.history: list[dict[str, Any]] = []
-        self._pending: list[Tensor] = []  # losses that nobody has looked at, still on the device
+        self._pending: list[Tensor] = []  # losses not read yet, still on the device
         self._looked = time.perf_counter()
 
     @property
@@ -100,7 +100,7 @@ class Trainer:
         self._pending.append(loss)
 
     def _step_by_closures(self, parts: list[Batch]) -> Tensor:
-        """Make a step with one closure for each group of parts that share an e."""
+        """Make a step with one closure for each group of parts that share a perturbation."""
         groups = [[part] for part in parts] if self.config.m_sharpness == "micro" else [parts]
         whole = [functools.partial(self._gradient, group) for group in groups]
         if self.config.ascent_part == 1:

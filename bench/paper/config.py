@@ -43,7 +43,7 @@ class Config:
     optimizer: str = "sgd"  # a name in methods.STEPPERS
     options: dict[str, Any] = field(default_factory=dict)  # of the optimizer: rho, p, interval, ...
     ascent: float | None = None  # the part of each batch that e is made from
-    micro_batch: int | None = None  # examples that share an e: the m of m-sharpness
+    micro_batch: int | None = None  # examples that share a perturbation: the m of m-sharpness
     freeze_batchnorm: bool = False  # normalise by the running statistics, and leave them alone
     measurements: int = 1  # points of the history, the last one at the end
     extra: dict[str, Any] = field(default_factory=dict)  # what only one experiment knows

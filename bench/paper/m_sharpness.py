@@ -1,4 +1,4 @@
-"""m-sharpness (section 4.1, figure 3): SAM with an e of its own for every m images of a batch, for several m and rho.
+"""m-sharpness (section 4.1, figure 3): SAM with a perturbation for every m images of a batch, for several m and rho.
 
 Part of the training labels is wrong, so that there is something that should not be learnt. Of each trained network it
 measures the m-sharpness for several m and radii, and how well that predicts the generalisation gap. The gap is that of
@@ -32,7 +32,7 @@ NEIGHBOURS = 3  # of scikit-learn's estimator, which needs more runs than that
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--m", type=int, nargs="+", default=[64, 16, 4], help="images that share an e in training (64 16 4)")
+    add("--m", type=int, nargs="+", default=[64, 16, 4], help="images that share a perturbation in training (64 16 4)")
     add("--rhos", type=float, nargs="+", default=[0.1, 0.2], metavar="RHO", help="radii to train with")
     add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong (0.2)")
     add("--measured-m", type=int, nargs="+", default=[4, 16, 64, 256], metavar="M", help="to measure (4 16 64 256)")

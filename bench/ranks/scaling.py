@@ -97,7 +97,7 @@ def both(job: Job, cluster: Cluster, ranks: int) -> float:
 
 
 def by_machine(job: Job, cluster: Cluster, ranks: int) -> float:
-    """Return seconds where the ranks of a machine share one e."""
+    """Return seconds where the ranks of a machine share a perturbation."""
     first = cluster.all_reduce(job, min(ranks, cluster.per_machine))
     return ours(job, cluster, ranks) + exposed(job, first, job.backward)
 

@@ -97,7 +97,7 @@ class ForeachSAM:
     """The best of torch's own multi-tensor operations: one call per term, lasting backup.
 
     With `sync` the host reads the norm, to pass the scale as a number. Without, the scale stays on the device,
-    where torch has no operation that multiplies by it and adds at once: 8 bytes more and nobody waits.
+    where torch has no operation that multiplies by it and adds at once: 8 bytes more, and no wait.
     """
 
     def __init__(self, params: Iterable[Tensor], rho: float = RHO, sync: bool = True, **base_options: Any) -> None:

@@ -151,7 +151,7 @@ class Columns:
     """The columns that are in device memory, for each device and stream: another stream would have to wait for them.
 
     Under CUDA graph capture every column is sent anew, by a copy that becomes part of the graph. Both ends of that copy
-    then belong to the graph, which nobody can ask how long it lives: they are kept for good. That is some 10 bytes per
+    then belong to the graph, whose end is not known: they are kept for good. That is some 10 bytes per
     tensor and 8 per chunk of 8192 elements for each op captured.
     """
 
