@@ -1,4 +1,4 @@
-"""Several backward calls for one gradient, and step([closure_1, ..., closure_k]): a perturbation for each group of examples."""
+"""Several backward calls for one gradient, and lists of closures: a perturbation for each group of examples."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@
 
 DIR holds train/CLASS/*.jpeg and val/CLASS/*.jpeg. The defaults are the recipe of Foret et al. (ICLR 2021): batches of
 4096 images, learning rate 1.0 on a cosine, label smoothing 0.1, rho 0.05, a perturbation for each accelerator.
-BatchNorm statistics come from the first pass of a SAM step only. Ctrl-C or SIGTERM saves the run at the end of the step; the same
-command with --resume goes on from there, with the same images.
+BatchNorm statistics come from the first pass of a SAM step only. Ctrl-C or SIGTERM saves the run at the end of the
+step; the same command with --resume goes on from there, with the same images.
 """
 
 from __future__ import annotations
