@@ -275,12 +275,13 @@ class FusedSAM(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _make_step(self, closure: closures.Closures | None = None, ascent: closures.Closures | None = None) -> Any:
-        found_inf = getattr(self, "found_inf", None)
+        # A GradScaler's, only while it calls. Asked for by name, what is not there would go through __getattr__.
+        found_inf = self.__dict__.get("found_inf")
         if closure is not None:
             return closures.run(self._step, closure, self.zero_grad, ascent, found_inf is not None)
         if ascent is not None:
             raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
-        self._step.descend(getattr(self, "grad_scale", None), found_inf)
+        self._step.descend(self.__dict__.get("grad_scale"), found_inf)
         return None
 
     _observed_step = Optimizer.profile_hook_step(_make_step)
@@ -340,7 +341,7 @@ class FusedSAM(Optimizer):
         Within a subclass's ``step``, which has been called already, make the second half of the step here.
         """
         if self._step.within:
-            self._step.descend(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._step.descend(self.__dict__.get("grad_scale"), self.__dict__.get("found_inf"))
         else:
             self.step()
         if zero_grad:
