@@ -20,7 +20,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
 
 from fused_sam import FusedSAM
-from fused_sam.distributed import data_parallel, sharded_state
+from fused_sam.distributed import data_parallel, zero
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def loses_a_rank(wrap: str, form: str, moment: str, path: str) -> None:
         return closure_for(model, batch)()
 
     if rank == 1 and moment == "gather":
-        sharded_state.all_gather = dies
+        zero.all_gather = dies
     step = functools.partial(opt.step if form == "closure" else functools.partial(two_calls, opt), closure)
     with pytest.raises(RuntimeError, match="by peer"):  # not a timeout: it does not wait for the dead
         step()

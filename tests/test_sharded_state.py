@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fused_sam import FusedSAM
-from fused_sam.distributed import data_parallel, sharded_state
+from fused_sam.distributed import data_parallel, zero
 
 BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "plain": (SGD, {"lr": 0.13, "weight_decay": 0.017}),
@@ -334,7 +334,7 @@ def test_a_step_is_made_wholly_or_not_at_all(moment: str) -> None:
     size, net = dist.get_world_size(), small_net()
     opt, oracle = optimizer_for(net, "amsgrad"), oracle_for(net, "amsgrad")
     handle = data_parallel(net, opt, shard_state=True, bucket_cap_mb=SMALL, check_replicas_every=1)
-    there, calls = getattr(sharded_state, moment), 0
+    there, calls = getattr(zero, moment), 0
 
     def once(*args: Any) -> Any:
         nonlocal calls
@@ -345,13 +345,13 @@ def test_a_step_is_made_wholly_or_not_at_all(moment: str) -> None:
 
     for first in (0, 3):  # without state and with some
         before = snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {})
-        setattr(sharded_state, moment, once)
+        setattr(zero, moment, once)
         calls = 0
         torch.manual_seed(first)
         shards = batches(size)
         with pytest.raises(KeyboardInterrupt, match="mishap"):
             opt.step(closure_for(net, shards[dist.get_rank()]))
-        setattr(sharded_state, moment, there)
+        setattr(zero, moment, there)
         assert not opt.perturbed
         after = snapshot(net.parameters()), flat_state(handle.consolidate_state_dict(to=None) or {})
         assert (before != after) is MOMENTS[moment]

@@ -115,7 +115,7 @@ Batch::Batch(const py::list& params, const py::object& grads, const py::object& 
   for (Py_ssize_t i = 0; i < count_; ++i) {
     if (!describe(i, &tensors_[static_cast<size_t>(i)])) unsupported_.push_back(i);
   }
-  if (kept) adopt_backups(backups.cast<const Batch&>());
+  if (kept) use_backups_of(backups.cast<const Batch&>());
 }
 
 bool Batch::describe(Py_ssize_t index, Tensor* out) {
@@ -168,7 +168,7 @@ void Batch::read_steps(const py::object& steps) {
 }
 
 // A parameter that the ascent moved and that has no gradient now takes part too: it is restored.
-void Batch::adopt_backups(const Batch& ascent) {
+void Batch::use_backups_of(const Batch& ascent) {
   if (ascent.count_ > count_ || ascent.device_ != device_)
     throw py::value_error("Invalid backups. Must be of the same parameters.");
   for (Py_ssize_t i = 0; i < ascent.count_; ++i) {

@@ -66,7 +66,7 @@ class Batch {
  private:
   bool describe(Py_ssize_t index, Tensor* out);
   bool read_weights(Py_ssize_t index, TensorView* param, TensorView* master, Tensor* out) const;
-  void adopt_backups(const Batch& ascent);
+  void use_backups_of(const Batch& ascent);
 
   Device device_;
   bool for_cuda_;

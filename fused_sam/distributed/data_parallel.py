@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_sam.distributed import agreement, scopes
+from fused_sam.distributed import agreement, ranks
+from fused_sam.distributed.backward_hooks import BackwardHooks
 from fused_sam.distributed.buckets import AllReduce, cap_in_bytes
 from fused_sam.distributed.ddp import LocalFirstPass
-from fused_sam.distributed.overlap import Overlap
 from fused_sam.distributed.replicas import Replicas, require_members
-from fused_sam.distributed.sharded_state import ShardedState, require_sliceable
 from fused_sam.distributed.slices import ReduceScatter, SlicedLayout
+from fused_sam.distributed.zero import ShardedState, require_sliceable
 from fused_sam.optimizer import FusedSAM
 from fused_sam.options import DATA_PARALLEL, NOT_WORLD, refuse
 from fused_sam.peers import SingleProcess
@@ -32,7 +32,7 @@ class DataParallel:
         self,
         step: Step,
         state_dict: Callable[[], dict[str, Any]],
-        averager: Overlap | DistributedDataParallel,
+        averager: BackwardHooks | DistributedDataParallel,
         local_first: LocalFirstPass | None,
     ) -> None:
         self._step = step
@@ -42,7 +42,7 @@ class DataParallel:
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Keep backwards inside the block from communicating: around all backwards of a pass but the last."""
-        return self._averager.skipped() if isinstance(self._averager, Overlap) else self._averager.no_sync()
+        return self._averager.skipped() if isinstance(self._averager, BackwardHooks) else self._averager.no_sync()
 
     def consolidate_state_dict(self, to: int | None = 0) -> dict[str, Any] | None:
         """Return the optimizer's ``state_dict()`` as without ``shard_state``: any number of ranks can load it.
@@ -73,7 +73,7 @@ class DataParallel:
             self._step.require_unperturbed("remove()")
             peers.make_whole(self._step.parameters)
         for hooks in (self._averager, self._local_first):
-            if isinstance(hooks, Overlap | LocalFirstPass):
+            if isinstance(hooks, BackwardHooks | LocalFirstPass):
                 hooks.remove()
         self._step.peers = SingleProcess()
 
@@ -140,7 +140,7 @@ def data_parallel(
     ddp = model if isinstance(model, DistributedDataParallel) else None
     group = _group(ddp, process_group)
     world_size = dist.get_world_size(group)
-    size = scopes.ranks_per_e(m_sharpness, world_size)
+    size = ranks.ranks_per_perturbation(m_sharpness, world_size)
     if shard_state and ddp is not None:
         raise ValueError(f"Invalid {shard_state=} with a DistributedDataParallel, which averages whole gradients.")
     refuse(step.options, DATA_PARALLEL, *([] if size == world_size else [NOT_WORLD]))
@@ -153,7 +153,7 @@ def data_parallel(
     if ddp is not None:
         require_members(names, ddp)
     ddp_averages_first = ddp is not None and size == world_size
-    scope = scopes.scope_of_this_rank(size, group, timeout) if size > 1 and not ddp_averages_first else None
+    scope = ranks.scope_of_this_rank(size, group, timeout) if size > 1 and not ddp_averages_first else None
     common: Any = names, group, scope, cap_bytes, int(check_replicas_every)
     if ddp is not None:
         step.peers = Replicas(*common, ddp)
@@ -162,7 +162,7 @@ def data_parallel(
     agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
     layout = SlicedLayout(list(names), cap_bytes, group) if shard_state else None
     averaging = AllReduce(cap_bytes, group) if layout is None else ReduceScatter(layout)
-    averager = Overlap(list(names), averaging, lambda: not step.is_ascent_due)
+    averager = BackwardHooks(list(names), averaging, lambda: not step.is_ascent_due)
     peers = Replicas(*common, averager) if layout is None else ShardedState(*common, averager, layout)
     peers.loaded(step.parameters)
     step.peers = peers

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam.distributed import agreement
+from fused_sam.distributed.backward_hooks import BackwardHooks
 from fused_sam.distributed.buckets import Layout, Mean
-from fused_sam.distributed.overlap import Overlap
 from fused_sam.dtensor import is_sharded
 from fused_sam.parameters import Parameters
 from fused_sam.peers import Peers, SingleProcess, any_of
@@ -35,7 +35,7 @@ class Replicas(Peers):
         scope: dist.ProcessGroup | None,
         cap_bytes: float,
         check_every: int,
-        averager: Overlap | DistributedDataParallel,
+        averager: BackwardHooks | DistributedDataParallel,
     ) -> None:
         self._names = names
         self._group = group
@@ -52,7 +52,7 @@ class Replicas(Peers):
         if isinstance(self._averager, DistributedDataParallel):
             require_members(named, self._averager)
         agreement.require_same(agreement.entries((name, p) for p, name in named.items()), "parameters", self._group)
-        if isinstance(self._averager, Overlap):
+        if isinstance(self._averager, BackwardHooks):
             agreement.broadcast(params, self._group)
             self._averager.watch(params)
         self._names.update(named)
@@ -65,7 +65,7 @@ class Replicas(Peers):
             Mean(self._layout.of(parameters.tensors()), self._scope).finish()
 
     def average_second(self, parameters: Parameters) -> None:
-        if isinstance(self._averager, Overlap) and self._averager.pending:
+        if isinstance(self._averager, BackwardHooks) and self._averager.pending:
             self._averager.finish()
 
     def any_overflow(self, found_inf: Tensor | None, parameters: Parameters) -> Tensor | None:
@@ -73,7 +73,7 @@ class Replicas(Peers):
 
     def deferred(self) -> contextlib.AbstractContextManager[None]:
         # A DistributedDataParallel can only average what a backward has just made.
-        return self._averager.skipped() if isinstance(self._averager, Overlap) else contextlib.nullcontext()
+        return self._averager.skipped() if isinstance(self._averager, BackwardHooks) else contextlib.nullcontext()
 
     def finish(self, parameters: Parameters) -> None:
         self._steps += 1
@@ -87,11 +87,11 @@ class Replicas(Peers):
             )
 
     def cleared(self) -> None:
-        if isinstance(self._averager, Overlap):
+        if isinstance(self._averager, BackwardHooks):
             self._averager.abandon()
 
     def reset(self) -> None:
-        if isinstance(self._averager, Overlap):
+        if isinstance(self._averager, BackwardHooks):
             self._averager.reset()
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_sam.distributed.buckets import Flat, Mean, aligned, grad_dtype, make_buckets
-from fused_sam.distributed.collectives import reduce_scatter
+from fused_sam.distributed.ranks import reduce_scatter
 
 
 class Piece(NamedTuple):

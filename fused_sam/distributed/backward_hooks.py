@@ -23,7 +23,7 @@ class Averaging(Protocol):
         """Prepare for the next step."""
 
 
-class Overlap:
+class BackwardHooks:
     """Sends a bucket as soon as backward has made its last gradient, and waits for all of them when backward ends.
 
     So ``p.grad`` is the mean after every backward, as with DistributedDataParallel. Several backwards before a step may

@@ -23,8 +23,8 @@ from fused_sam import ops
 from fused_sam.backends.interface import AscentGroup, Journal
 from fused_sam.backends.memory import is_dense
 from fused_sam.distributed import state_slices
-from fused_sam.distributed.collectives import all_gather
-from fused_sam.distributed.overlap import Overlap
+from fused_sam.distributed.backward_hooks import BackwardHooks
+from fused_sam.distributed.ranks import all_gather
 from fused_sam.distributed.replicas import Replicas
 from fused_sam.distributed.slices import Piece, SlicedBucket, SlicedLayout
 from fused_sam.options import SHARDED_STATE, Options, refuse
@@ -44,7 +44,7 @@ class ShardedState(Replicas):
         scope: dist.ProcessGroup | None,
         cap_bytes: float,
         check_every: int,
-        averager: Overlap,
+        averager: BackwardHooks,
         layout: SlicedLayout,
     ) -> None:
         super().__init__(names, group, scope, cap_bytes, check_every, averager)
