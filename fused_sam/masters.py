@@ -86,7 +86,8 @@ def load(
     """
     if masters is None:
         for entries in state.values():
-            entries.pop(MASTER, None)
+            if isinstance(entries, dict):  # a base may keep anything
+                entries.pop(MASTER, None)
         return
     masters.note([])
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import warnings
 from collections import defaultdict
@@ -17,10 +16,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fused_sam import backends, closures, dtensor, masters, schedules
 from fused_sam.ascent import make_perturbation
-from fused_sam.backends.memory import require_disjoint
-from fused_sam.descent import checkpoints, make_base
+from fused_sam.descent import Maker, checkpoints, make_base, make_inner
 from fused_sam.options import Options, check_group, check_new_group, given_once, require_no_clash
-from fused_sam.parameters import Parameters
+from fused_sam.parameters import Parameters, listed
 from fused_sam.peers import SingleProcess
 from fused_sam.report import Report
 from fused_sam.step import Step, announced, untraced
@@ -61,8 +59,9 @@ class FusedSAM(Optimizer):
     Args:
         params: parameters, named parameters, or dicts of parameter groups, which may set ``rho``, ``adaptive``,
             ``eta``, ``perturb`` and ``decay_in_ascent``.
-        base_optimizer: class of the base optimizer. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run fused with the
-            restore, any other class runs its own ``step``.
+        base_optimizer: class of the base optimizer, its name (``"torch.optim.AdamW"``), or a callable that returns its
+            instance. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run fused with the restore, any other class runs its
+            own ``step``.
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
         adaptive: elementwise scale-invariant perturbation; ``"weights"`` leaves tensors of fewer than two dimensions,
             biases and the scales of normalisation layers, at T = 1.
@@ -105,7 +104,7 @@ class FusedSAM(Optimizer):
         **same: likewise, for all other names (``lr``, ``momentum``, ...).
 
     Raises:
-        TypeError: if ``base_optimizer`` is not a class of optimizer, or does not know one of the options.
+        TypeError: if ``base_optimizer`` makes no optimizer, or does not know one of the options.
         ValueError: for a value out of range, options that exclude each other, or parameters that overlap in memory.
         RuntimeError: if the backend asked for cannot be used.
     """
@@ -117,7 +116,7 @@ class FusedSAM(Optimizer):
     def __init__(
         self,
         params: Any,
-        base_optimizer: type[Optimizer] = SGD,
+        base_optimizer: Maker | str = SGD,
         rho: float = 0.05,
         adaptive: bool | str = False,
         *,
@@ -148,13 +147,10 @@ class FusedSAM(Optimizer):
             looksam_alpha = reuse
         passes = interval, start, stop, direction, ascent_steps, second_order, looksam_alpha
         rest = decay_in_ascent, master_weights, telemetry
-        options = Options(base_optimizer, p, replay_rng, capturable, max_grad_norm, *passes, *rest)
         backend = backends.requested(backend)
-        base_options = given_once(same, base_options or {})
-        if capturable and "capturable" in inspect.signature(base_optimizer).parameters:
-            base_options["capturable"] = True
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
-        inner = base_optimizer(params, **base_options)
+        inner = make_inner(base_optimizer, listed(params), given_once(same, base_options or {}), capturable)
+        options = Options(type(inner), p, replay_rng, capturable, max_grad_norm, *passes, *rest)
         require_no_clash(inner, ascent)
         parameters = Parameters([], {}, backend, masters.Masters() if master_weights else None)
         self._step = Step(parameters, options, make_perturbation(options, inner), make_base(inner), SingleProcess())
@@ -366,15 +362,22 @@ class FusedSAM(Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Do as `torch.optim.Optimizer.add_param_group`; ``rho`` and ``adaptive`` default to the constructor's."""
-        super().add_param_group(param_group)
-        group, step = self.param_groups[-1], self._step
+        step, there = self._step, len(self.param_groups)
         try:
-            check_new_group(group, step.base.is_decoupled(group))
-            tensors = dtensor.local_parts(step.parameters.tensors())
-            require_disjoint([p for p in tensors if p.layout == torch.strided])
-            step.add_parameters(group["params"])
+            if any(group is param_group for group in step.base.inner.param_groups):
+                super().add_param_group(param_group)  # the base has arranged it in its constructor
+            else:
+                listed([*self.param_groups, param_group])
+                step.base.add_param_group(step.parameters, param_group)
+            added = self.param_groups[there:]
+            for group in added:
+                for name, default in self.defaults.items():
+                    group.setdefault(name, default)
+                check_new_group(group, step.base.is_decoupled(group))
+            step.parameters.require_disjoint(dtensor.local_parts)
+            step.add_parameters([p for group in added for p in group["params"]])
         except BaseException:
-            self.param_groups.pop()
+            del self.param_groups[there:]
             raise
 
     def state_dict(self) -> dict[str, Any]:

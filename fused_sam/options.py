@@ -61,7 +61,7 @@ def _require(name: str, value: Any) -> None:
 
 @dataclass
 class Options:
-    """The options of `FusedSAM` that are no parameter group's, as its arguments.
+    """The options of `FusedSAM` that are no parameter group's, as its arguments; the base optimizer's class as one.
 
     Raises:
         TypeError, ValueError: for a value out of range, or for two options that exclude each other.
@@ -84,10 +84,6 @@ class Options:
     telemetry: bool = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.base_optimizer, type) and issubclass(self.base_optimizer, Optimizer)):
-            raise TypeError(
-                f"Invalid base_optimizer={self.base_optimizer!r}. Must be a subclass of torch.optim.Optimizer."
-            )
         for name in ("max_grad_norm", "looksam_alpha"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
@@ -128,8 +124,6 @@ def check_new_group(group: dict[str, Any], is_decoupled: bool) -> None:
     for name, value in group.items():
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"Invalid {name}=nan. Must be a number.")
-    if len(set(group["params"])) < len(group["params"]):
-        raise ValueError("Invalid params: a parameter is in its group twice. Must be there once.")
     if group["decay_in_ascent"] and is_decoupled:
         raise ValueError("Invalid decay_in_ascent=True. Must be False: decoupled decay is no part of the loss.")
     if group.get("differentiable"):

@@ -9,12 +9,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fused_sam.backends.interface import AscentGroup, InvalidTensor, TensorList
+from fused_sam.backends.memory import require_disjoint
 from fused_sam.masters import MASTER, Masters
 from fused_sam.ops.groups import host_number
 from fused_sam.ops.lists import get_grads, lookup
 from fused_sam.options import check_group
+
+
+def listed(params: Any) -> Any:
+    """Return the argument of an optimizer with lists for iterators, which can be read once only.
+
+    Raises:
+        ValueError: for a parameter that is there twice, as tied weights may be.
+    """
+    if isinstance(params, Tensor | dict | set):
+        return params  # torch says what is wrong
+    params = list(params)
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+    seen: dict[int, tuple[int, str]] = {}
+    for k, group in enumerate(groups):
+        if isinstance(group["params"], Tensor | set):
+            continue
+        group["params"] = list(group["params"])
+        names = group.get("param_names") or [f"{i} of group {k}" for i in range(len(group["params"]))]
+        for name, entry in zip(names, group["params"]):
+            name, p = entry if isinstance(entry, tuple) else (name, entry)
+            if id(p) in seen:
+                j, other = seen[id(p)]
+                twice = "in its group twice, first" if j == k else f"in group {j} too,"
+                raise ValueError(f"Invalid parameter {name}: it is {twice} as {other}. Must be in one group, once.")
+            seen[id(p)] = k, name
+    return params
 
 
 def identity(tensors: TensorList) -> TensorList:
@@ -122,13 +150,28 @@ class Parameters:
         if self.masters is not None:
             self.masters.note(self.tensors())
 
+    def names(self) -> list[str]:
+        """Return what the user knows each parameter by."""
+        return [
+            group["param_names"][i] if "param_names" in group else f"{i} of group {k}"
+            for k, group in enumerate(self.groups)
+            for i in range(len(group["params"]))
+        ]
+
+    def require_disjoint(self, local: Callable[[TensorList], TensorList]) -> None:
+        """Refuse parameters that share memory, by their names. A lazy module's have none yet.
+
+        ``local`` returns what this rank has of each.
+
+        Raises:
+            ValueError: naming two of them.
+        """
+        parts: list[Any] = local(self.tensors())
+        there = [i for i, part in enumerate(parts) if not is_lazy(part) and part.layout == torch.strided]
+        names = self.names()
+        require_disjoint([parts[i] for i in there], [names[i] for i in there])
+
     def named(self, error: InvalidTensor) -> ValueError:
         """Return the refusal of a tensor, with the parameter named as the user knows it."""
-        index = error.index
-        for k, group in enumerate(self.groups):
-            if index < len(group["params"]):
-                name = group["param_names"][index] if "param_names" in group else f"{index} of group {k}"
-                shape = list(group["params"][index].shape)
-                return ValueError(f"Invalid parameter {name} (shape {shape}): {error.reason}.")
-            index -= len(group["params"])
-        raise AssertionError("index beyond the last group")
+        name, shape = self.names()[error.index], list(self.tensors()[error.index].shape)
+        return ValueError(f"Invalid parameter {name} (shape {shape}): {error.reason}.")

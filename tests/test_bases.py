@@ -289,13 +289,6 @@ def test_what_is_no_number_is_refused(option: dict[str, float]) -> None:
     assert len(opt.param_groups) == 1
 
 
-@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_a_parameter_twice_in_a_group_is_said_to_be() -> None:
-    (p,) = leaves(3)
-    with pytest.raises(ValueError, match="a parameter is in its group twice"):
-        FusedSAM([p, p], rho=RHO)
-
-
 def test_another_default_device_changes_nothing(backend: str) -> None:
     params, twins = leaves(9), leaves(9)
     with torch.no_grad():

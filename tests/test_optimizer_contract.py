@@ -266,14 +266,6 @@ def test_groups_without_perturbation_and_without_parameters(backend: str, device
     assert bits(params[0]) != bits(w[0])
 
 
-def test_a_group_cannot_be_added_with_a_parameter_known_already(backend: str, device: str) -> None:
-    params = leaves(9, device=device)
-    opt = FusedSAM(params, backend=backend, lr=0.13)
-    with pytest.raises(ValueError, match="more than one"):
-        opt.add_param_group({"params": params})
-    assert len(opt.param_groups) == 1
-
-
 def test_named_parameters(backend: str, device: str) -> None:
     params = leaves(9, 130, device=device)
     twins = [p.detach().clone().requires_grad_() for p in params]

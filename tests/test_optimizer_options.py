@@ -33,8 +33,6 @@ def test_unknown_options_are_refused_by_name(backend: str) -> None:
             FusedSAM(leaves(3), base, backend=backend, momentun=0.9)
     with pytest.raises(ValueError, match="empty parameter list"):
         FusedSAM([], backend=backend)
-    with pytest.raises(TypeError, match="base_optimizer"):
-        FusedSAM(leaves(3), base_optimizer="SGD", backend=backend)
     with pytest.raises((ValueError, RuntimeError), match="abacus"):
         FusedSAM(leaves(3), backend="abacus")
 

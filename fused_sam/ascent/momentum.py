@@ -58,6 +58,6 @@ class AlongMomentum:
             found = parameters.entries(tensors, key)
             if any(m is not None for m in found):
                 return found
-        if any(parameters.state.values()):
+        if any(entry for entry in parameters.state.values() if isinstance(entry, dict)):
             raise RuntimeError(f"direction='momentum' needs a base optimizer that keeps one of {list(KEYS)}.")
         return [None] * len(tensors)

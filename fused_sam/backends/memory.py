@@ -19,21 +19,22 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def require_disjoint(tensors: list[Tensor]) -> None:
+def require_disjoint(tensors: list[Tensor], names: list[str] | None = None) -> None:
     """Refuse tensors on the same memory: they would be written twice, in no particular order.
 
     Raises:
         ValueError: if two of the tensors share an element. (Slices may well interleave.)
     """
-    places = sorted(_Place.of(x) for x in tensors if x.numel() > 0 and x.device.type != "meta")
+    named = zip(tensors, names or ["a tensor"] * len(tensors))
+    places = sorted(_Place.of(x, name) for x, name in named if x.numel() > 0 and x.device.type != "meta")
     active: list[_Place] = []
     for place in places:
         active = [a for a in active if a.device == place.device and a.end > place.begin]
         for a in active:
             if _share_memory(a, place):
                 raise ValueError(
-                    f"Invalid memory layout: tensors of shape {list(a.shape)} and {list(place.shape)} overlap. "
-                    "Parameters, backups and state must be disjoint."
+                    f"Invalid memory layout: {a.name} of shape {list(a.shape)} and {place.name} of shape "
+                    f"{list(place.shape)} overlap. Parameters, backups and state must be disjoint."
                 )
         active.append(place)
 
@@ -48,13 +49,14 @@ class _Place(NamedTuple):
     dense: bool
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    name: str
 
     @classmethod
-    def of(cls, x: Tensor) -> _Place:
+    def of(cls, x: Tensor, name: str) -> _Place:
         item, begin = x.element_size(), x.data_ptr()
         last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
         strides = tuple(item * stride for stride in x.stride())
-        return cls(str(x.device), begin, begin + item * (last + 1), item, is_dense(x), tuple(x.shape), strides)
+        return cls(str(x.device), begin, begin + item * (last + 1), item, is_dense(x), tuple(x.shape), strides, name)
 
     def addresses(self) -> Tensor:
         a = torch.tensor([self.begin], device="cpu")

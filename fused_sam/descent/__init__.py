@@ -10,11 +10,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fused_sam.backends.interface import Journal
 from fused_sam.descent.adam import FusedAdam
+from fused_sam.descent.inner import Maker, make_inner
 from fused_sam.descent.sgd import FusedSGD
 from fused_sam.descent.unfused import AnyBase
 from fused_sam.parameters import Parameters
 
-__all__ = ["AnyBase", "Base", "FusedAdam", "FusedSGD", "make_base"]
+__all__ = ["AnyBase", "Base", "FusedAdam", "FusedSGD", "Maker", "make_base", "make_inner"]
 
 
 class Base(Protocol):
@@ -33,6 +34,9 @@ class Base(Protocol):
 
     def shared(self, parameters: Parameters) -> Optimizer:
         """Return the base optimizer, on the groups and the state that there are now."""
+
+    def add_param_group(self, parameters: Parameters, group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, and so to the parameters."""
 
     def exposed(
         self,

@@ -81,6 +81,8 @@ def keep(parameters: Parameters, firsts: TensorList, found_inf: Tensor | None, j
 
 def _last_part(state: dict[str, Any], index: int, param: Tensor) -> Tensor:
     """Return g_v of a parameter; zeros where there is none yet."""
+    if not isinstance(state, dict):
+        raise ops.InvalidTensor(index, f"the base keeps a {type(state).__name__} as its state: no place for {KEY}")
     like = state.get(MASTER, param)  # as all state of a parameter that has an fp32 master
     last = state.get(KEY)
     if last is None:

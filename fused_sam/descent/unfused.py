@@ -38,9 +38,26 @@ class AnyBase:
 
     def shared(self, parameters: Parameters) -> Optimizer:
         """Return the base optimizer, on the groups and the state that there are now."""
-        self.inner.param_groups = parameters.groups
-        self.inner.state = parameters.state  # type: ignore[assignment]
+        inner: Any = self.inner
+        try:
+            inner.param_groups = parameters.groups
+        except AttributeError:  # a property of its class, which is what has the groups
+            inner.param_groups[:] = parameters.groups
+            parameters.groups = inner.param_groups
+        try:
+            inner.state = parameters.state
+        except AttributeError:
+            if inner.state is not parameters.state:  # a checkpoint's
+                inner.state.clear()
+                inner.state.update(parameters.state)
+                parameters.state = inner.state
         return self.inner
+
+    def add_param_group(self, parameters: Parameters, group: dict[str, Any]) -> None:
+        """Let the base add a group its own way: it knows its defaults, and may keep more beside them."""
+        inner = self.shared(parameters)
+        type(inner).add_param_group(inner, group)
+        parameters.groups = inner.param_groups
 
     def exposed(
         self,

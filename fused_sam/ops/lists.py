@@ -28,8 +28,9 @@ def clear_grads(params: TensorList) -> None:
 
 
 def lookup(state: dict[Tensor, dict[str, Any]], params: TensorList, key: str) -> TensorList:
-    """Return the entry of each parameter's state, None where there is none."""
-    return [state[p].get(key) if p in state else None for p in params]
+    """Return the entry of each parameter's state, None where there is none, or where its state is no dict."""
+    entries = [state.get(p) for p in params]
+    return [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
 
 
 def all_present(tensors: TensorList) -> bool:
