@@ -9,6 +9,7 @@ and one base step at w with g.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import numbers
 from collections.abc import Callable, Sequence
@@ -17,10 +18,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fused_sam import ops, rng
+from fused_sam import mistakes, ops, rng
 from fused_sam.ascent import second_order
 from fused_sam.backends.interface import AccumulateGroup, InvalidTensor, Journal
-from fused_sam.options import ASCENT_CLOSURE, CLOSURES, refuse
+from fused_sam.options import ASCENT_CLOSURE, CLOSURES, USE_GRADIENTS, refuse
 from fused_sam.report import Report, stacked
 from fused_sam.step import Step, untraced
 
@@ -30,14 +31,23 @@ Closures: TypeAlias = Closure | Sequence[Closure]
 
 @torch.no_grad()
 def run(
-    step: Step, closure: Closures, zero_grad: Callable[[], Any], ascent: Closures | None = None, scaled: bool = False
+    step: Step,
+    closure: Closures,
+    zero_grad: Callable[[], Any],
+    ascent: Closures | None = None,
+    scaled: bool = False,
+    use_gradients: bool = False,
 ) -> Any:
     """Make a whole step; arguments, result and errors are those of `FusedSAM.step`.
 
     At w + e only the second half: the closure is run once. ``zero_grad`` is the optimizer's, which a subclass may have
     its own of. ``scaled``: whether a GradScaler has looked at gradients.
     """
-    _check(step, closure, ascent)
+    _check(step, closure, ascent, use_gradients)
+    if not step.once.looked:
+        step.once.looked = True
+        if any(map(mistakes.scales_loss, [closure] if callable(closure) else closure)):
+            step.once.warn(mistakes.SCALED)
     if scaled:
         raise RuntimeError(
             "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
@@ -51,8 +61,10 @@ def run(
     try:
         if second_half and callable(closure):  # without zeroing: wrappers pass a closure that does nothing
             loss, report = _call(closure), None
+        elif use_gradients and callable(closure):
+            loss, report = _second_gradient(step, closure)
         else:
-            _warn_of_lost(step)
+            _look_for_lost(step, closure)
             first: Any = closure if ascent is None else ascent
             if callable(closure):
                 loss, report = _gradient(step, closure, first, zero_grad)
@@ -67,18 +79,33 @@ def run(
     return loss
 
 
-def _warn_of_lost(step: Step) -> None:
-    """Warn, once, of gradients that a backward outside of the closure has left: they take no part in the step."""
+def _look_for_lost(step: Step, closure: Any) -> None:
+    """Warn, once, of gradients that a backward outside of the closure has left: they take no part in the step.
+
+    Raises:
+        RuntimeError: where Lightning's automatic optimization has left them, which accumulates there.
+    """
     if not step.cleared or all(p.grad is None for p in step.parameters.tensors()):
         return
+    innermost = closure.args[-1] if isinstance(closure, functools.partial) and closure.args else None
+    if type(innermost).__module__.partition(".")[0] in ("lightning", "pytorch_lightning"):
+        raise RuntimeError(
+            "step(closure) starts without gradients, and those of earlier batches would be lost. Lightning's "
+            "accumulate_grad_batches must be 1, or the module a fused_sam.integrations.lightning.SAMModule."
+        )
     step.once.warn(
-        "step(closure) starts without gradients: what a backward before it has left is lost. To accumulate, put every "
-        "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches must be 1.)"
+        "step(closure) starts without gradients: what a backward before it has left is lost. To make these the first "
+        "gradients, call step(closure, use_gradients=True). To accumulate, put every backward into the closure, or "
+        "give step a list of closures."
     )
 
 
-def _check(step: Step, closure: Any, ascent: Any) -> None:
+def _check(step: Step, closure: Any, ascent: Any, use_gradients: bool) -> None:
     _check_one("closure", closure)
+    if use_gradients:
+        refuse(step.options, USE_GRADIENTS)
+        if not callable(closure) or ascent is not None:
+            raise ValueError(f"Invalid {use_gradients=}. Must be False with a list of closures, or one for the ascent.")
     if not callable(closure) and len(closure) > 1:
         refuse(step.options, CLOSURES)
     if ascent is None:
@@ -123,6 +150,21 @@ def _gradient(step: Step, closure: Closure, ascent: Closure, zero_grad: Callable
         step.ascend(take_grads=True)
     loss_perturbed = _call(closure, state)
     return loss, step.make_report(loss, loss_perturbed)
+
+
+def _second_gradient(step: Step, closure: Closure) -> tuple[Any, Report]:
+    """Go on from the gradient at w, which is in p.grad, to that at w + e. Return the loss there.
+
+    In a step that is not perturbed there is nothing more to make, and no loss.
+    """
+    if not step.is_ascent_due:
+        return None, step.make_report()
+    step.ascend(take_grads=True)
+    while step.is_ascent_due:
+        _call(closure)
+        step.ascend(take_grads=True)
+    loss = _call(closure)
+    return loss, step.make_report(None, loss)
 
 
 def _second_order_pass(step: Step, closure: Closure, state: Any) -> Any:

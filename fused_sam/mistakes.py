@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from fused_sam.backends.interface import TensorList
 
@@ -22,27 +25,30 @@ NO_SECOND = (
     "step(), too."
 )
 SUM = (
-    "The second gradients seem to have been added to the first: each was written once since first_step(). The step "
+    "The second gradients seem to have been added to the first: each was written as often as in one pass. The step "
     "then takes g1 + g2. Call first_step(zero_grad=True), or zero_grad() after it."
+)
+SCALED = (
+    "step(closure) with a GradScaler: the closure seems to scale its loss, and nothing unscales the gradients, so that "
+    "the step is too long by the scale. Use first_step() and then scaler.step(optimizer); bf16 needs no scaler."
 )
 
 
 class First(NamedTuple):
-    """The gradients of the first pass: a parameter that had one, and what they would be if the second were added.
+    """The gradients of the first pass: a parameter that had one, and all that were left in p.grad.
 
-    ``sums`` has, for each parameter with a gradient that was left in p.grad, its identity and its version after one
-    more write. It does not hold the gradients, whose memory may be wanted.
+    ``left`` has the identity and the version of each of these. It does not hold them: their memory may be wanted.
     """
 
     param: Tensor
-    sums: list[tuple[int, int] | None]
+    left: list[tuple[int, int] | None]
 
 
 def first_of(tensors: list[Tensor], grads: TensorList, left: bool) -> First | None:
     """Return what `look_at_second` compares with; None without any gradient."""
     for p, grad in zip(tensors, grads):
         if grad is not None:
-            return First(p, [None if g is None else (id(g), g._version + 1) for g in grads] if left else [])
+            return First(p, [None if g is None else (id(g), g._version) for g in grads] if left else [])
     return None
 
 
@@ -50,12 +56,32 @@ def look_at_second(first: First | None, groups: list[dict[str, Any]]) -> str | N
     """Return what to warn of in the gradients of the second pass; None where there is nothing."""
     if first is None or first.param.grad is None:
         return None if any(p.grad is not None for group in groups for p in group["params"]) else NO_SECOND
-    if not first.sums:
+    if not first.left:
         return None
-    # Cleared in place they would have been written twice. Several backwards, each of which writes once, hide it.
-    grads = (p.grad for group in groups for p in group["params"])
-    is_sum = all(s is None or (g is not None and (id(g), g._version) == s) for g, s in zip(grads, first.sums))
-    return SUM if is_sum else None
+    grads = [p.grad for group in groups for p in group["params"]]
+    pairs = [(g, *there) for g, there in zip(grads, first.left) if there is not None]
+    if any(g is None or id(g) != identity for g, identity, _ in pairs):
+        return None
+    # The first of k backwards makes a gradient, some with version 0, and the others write to it. Then k more backwards
+    # write k times, and clearing in place would write once more.
+    passes = {1, 1 + min(version for _, _, version in pairs)}
+    writes = {g._version - version for g, _, version in pairs}
+    return SUM if len(writes) == 1 and writes <= passes else None
+
+
+def scales_loss(closure: Any) -> bool:
+    """Return whether a closure seems to call ``scale`` of an enabled GradScaler: by the names in it, without a call."""
+    while isinstance(closure, functools.partial):
+        closure = closure.func
+    names = getattr(getattr(closure, "__code__", None), "co_names", ())
+    if "scale" not in names:
+        return False
+    function = getattr(closure, "__func__", closure)
+    known = [getattr(closure, "__self__", None), *(function.__defaults__ or ())]
+    known += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    known += [function.__globals__.get(name) for name in names]
+    known += [vars(x).get(name) for x in known if hasattr(x, "__dict__") for name in names]
+    return any(isinstance(x, GradScaler) and x.is_enabled() for x in known)
 
 
 def require_unscaled_second(passes: set[bool]) -> None:
@@ -71,10 +97,11 @@ def require_unscaled_second(passes: set[bool]) -> None:
 
 
 class Once:
-    """Warnings that have been given."""
+    """Warnings that have been given; ``looked``: whether a closure has been looked into."""
 
     def __init__(self) -> None:
         self.given: set[str] = set()
+        self.looked = False
 
     def warn(self, message: str) -> None:
         """Give a warning at the line that has called us, also by way of torch; unless it has been given."""

@@ -227,7 +227,13 @@ class FusedSAM(Optimizer):
         """Return the backend that was asked for; None: the best for each device."""
         return self._step.parameters.backend
 
-    def step(self, closure: closures.Closures | None = None, *, ascent: closures.Closures | None = None) -> Any:
+    def step(
+        self,
+        closure: closures.Closures | None = None,
+        *,
+        ascent: closures.Closures | None = None,
+        use_gradients: bool = False,
+    ) -> Any:
         r"""Make a whole SAM step with a closure; without, the second half of one that ``first_step`` began.
 
         The closure runs forward and backward and returns the loss. It is called at w and again at w + e, with gradients
@@ -247,36 +253,47 @@ class FusedSAM(Optimizer):
         ``ascent`` is called at w instead of the closure, and may be for a part of the examples only: with a quarter of
         them a step costs about as much as 1.25 steps of SGD. With a list of closures it is a list as long.
 
+        ``use_gradients`` takes what is in ``p.grad`` for the gradient at w: after a backward before the step the
+        closure is called at w + e only, and not at all in a step that is not perturbed.
+
         Returns:
             The loss at w, of ``ascent`` where there is one; None without a closure. With a list, the mean of the
             losses, detached; the list of what the closures returned if that is not tensors of one element, or numbers.
-            Where the closure is not called at w (``direction="momentum"``, after ``first_step``), the loss at w + e.
+            Where the closure is not called at w (``direction="momentum"``, after ``first_step``, ``use_gradients``),
+            the loss at w + e.
 
         Raises:
             RuntimeError: without a closure, if there was no ``first_step`` in a step that is to be perturbed; with one
                 under a GradScaler; after ``first_step`` with a list, an ``ascent``, or when another one is due.
             TypeError: for what is neither a callable nor a list or tuple of callables.
-            ValueError: for an empty list, or an ``ascent`` that does not go with the closure.
+            ValueError: for an empty list, an ``ascent`` that does not go with the closure, or ``use_gradients`` with
+                either.
         """
         # torch wraps the `step` of a subclass itself. Else only a hook or a profiler has anything to see.
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         observed = (hooks or _profiler_enabled()) and type(self).step is FusedSAM.step
         if observed or torch.compiler.is_compiling():
-            given = {} if ascent is None else {"ascent": ascent}
+            given: dict[str, Any] = {} if ascent is None else {"ascent": ascent}
+            given |= {"use_gradients": True} if use_gradients else {}
             return self._observed_step(*(() if closure is None else (closure,)), **given)
-        return self._make_step(closure, ascent)
+        return self._make_step(closure, ascent, use_gradients)
 
     # torch would wrap it, which takes a seventh of a small step. `_observed_step` is wrapped instead.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _make_step(self, closure: closures.Closures | None = None, ascent: closures.Closures | None = None) -> Any:
+    def _make_step(
+        self,
+        closure: closures.Closures | None = None,
+        ascent: closures.Closures | None = None,
+        use_gradients: bool = False,
+    ) -> Any:
         # A GradScaler's, only while it calls. Asked for by name, what is not there would go through __getattr__.
         found_inf = self.__dict__.get("found_inf")
         if closure is not None:
-            return closures.run(self._step, closure, self.zero_grad, ascent, found_inf is not None)
-        if ascent is not None:
-            raise ValueError(f"Invalid {ascent=} without a closure. Must go with one.")
+            return closures.run(self._step, closure, self.zero_grad, ascent, found_inf is not None, use_gradients)
+        if ascent is not None or use_gradients:
+            raise ValueError(f"Invalid {ascent=}, {use_gradients=} without a closure. Must go with one.")
         self._step.descend(self.__dict__.get("grad_scale"), found_inf)
         return None
 
@@ -353,8 +370,7 @@ class FusedSAM(Optimizer):
     @untraced
     def _zero_gradients(self) -> None:
         super().zero_grad(set_to_none=False)
-        self._step.peers.cleared()
-        self._step.cleared = False
+        self._step.note_zeroed()
 
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""

@@ -172,6 +172,7 @@ CASES = (
     Case("telemetry", "`telemetry=True`", lambda o: o.telemetry),
     Case("capturable", "`capturable=True`", lambda o: bool(o.capturable)),
     Case("decay_in_ascent", "`decay_in_ascent=True`", lambda o: o.decay_in_ascent),
+    Case("replay_rng", "`replay_rng=True`", lambda o: bool(o.replay_rng)),
     Case("p", "`p` other than 2", lambda o: o.p != 2),
     Case("interval", "`interval` > 1", lambda o: o.interval > 1),
     Case("start", "`start` > 0", lambda o: o.start > 0),
@@ -185,6 +186,7 @@ EVERY_STEP = "interval=1"
 NO_MOMENTUM = "momentum=0"
 CLOSURES = "a list of closures"
 ASCENT_CLOSURE = "a closure for the ascent"
+USE_GRADIENTS = "use_gradients=True"
 DATA_PARALLEL = "data_parallel()"
 NOT_WORLD = "m_sharpness other than 'world'"
 SHARDED_STATE = "shard_state=True"
@@ -207,6 +209,7 @@ EXCLUDES = (
     Exclusion("second_order", "master_weights", "Autograd sees the rounded weights only."),
     Exclusion("second_order", DATA_PARALLEL, "The averaging of gradients cuts their graph."),
     Exclusion("second_order", DTENSORS, _WHOLE),
+    Exclusion("second_order", USE_GRADIENTS, "The closure makes the first gradient, with its graph."),
     Exclusion("looksam_alpha", EVERY_STEP, "Must have interval > 1: there is no step between."),
     Exclusion("looksam_alpha", CLOSURES, "Must be one closure."),
     Exclusion("looksam_alpha", NOT_WORLD, "Must be 'world': what is reused must be the same on all ranks."),
@@ -219,6 +222,7 @@ EXCLUDES = (
     Exclusion("direction", "decay_in_ascent", "The momentum holds the weight decay already."),
     Exclusion("direction", NO_MOMENTUM, "There must be a momentum to follow."),
     Exclusion("direction", ASCENT_CLOSURE, "It takes no gradient at w."),
+    Exclusion("direction", USE_GRADIENTS, "It takes no gradient at w."),
     Exclusion("direction", SHARDED_STATE, f"{_STATE} e follows the momentum of all parameters."),
     Exclusion("ascent_steps", DTENSORS, _WHOLE),
     Exclusion(
@@ -232,6 +236,7 @@ EXCLUDES = (
         DTENSORS,
         "fully_shard has fp32 weights of its own: MixedPrecisionPolicy(param_dtype=...).",
     ),
+    Exclusion("replay_rng", USE_GRADIENTS, "The random state at their forward is not known."),
     Exclusion("telemetry", SHARDED_STATE, f"{_STATE} it looks at whole gradients."),
     Exclusion("telemetry", DTENSORS, _WHOLE),
     Exclusion("capturable", "interval", "A graph replays one step."),

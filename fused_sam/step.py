@@ -223,6 +223,14 @@ class Step:
         self.peers.cleared()
         self.cleared = True
 
+    def note_zeroed(self) -> None:
+        """Take in that all gradients have been set to zero where they are."""
+        self.peers.cleared()
+        self.cleared = False
+        displacement = self.displacement
+        if displacement is not None and displacement.first is not None:
+            displacement.first = displacement.first._replace(left=[])
+
     def make_report(self, loss: Any = None, loss_perturbed: Any = None) -> Report:
         """Return what is known once both gradients have been taken, and before the base step."""
         displacement = self.displacement

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import types
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,11 +40,41 @@ def a_sum(params: list[Tensor], opt: FusedSAM) -> None:
     opt.zero_grad()
 
 
+def a_sum_over_micro_batches(params: list[Tensor], opt: FusedSAM) -> None:
+    for half in (opt.first_step, opt.step):
+        for _ in range(3):
+            sum(p.exp().sum() for p in params).backward()
+        half()
+    opt.zero_grad()
+
+
+SCALER = torch.amp.GradScaler("cpu")
+
+
+def a_scaled_closure(params: list[Tensor], opt: FusedSAM) -> None:
+    opt.step(lambda: SCALER.scale(sum((p * p).sum() for p in params)).backward())
+
+
+class Trainer:
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params, self.scaler = params, torch.amp.GradScaler("cpu")
+
+    def closure(self, weight: float) -> None:
+        self.scaler.scale(weight * sum((p * p).sum() for p in self.params)).backward()
+
+
+def a_method_that_scales(params: list[Tensor], opt: FusedSAM) -> None:
+    opt.step([functools.partial(Trainer(params).closure, 0.3)])
+
+
 MISTAKES = {
     nothing: "No parameter has a gradient at first_step",
     nothing_at_the_second_pass: "No parameter has a gradient at w + e",
     a_closure_without_backward: "No parameter has a gradient at first_step",
     a_sum: "then takes g1 + g2",
+    a_sum_over_micro_batches: "then takes g1 + g2",
+    a_scaled_closure: "seems to scale its loss",
+    a_method_that_scales: "seems to scale its loss",
 }
 
 
@@ -82,6 +115,11 @@ def cleared_by_torch(params: list[Tensor], opt: FusedSAM) -> None:
     opt.zero_grad(set_to_none=False)
 
 
+def cleared_by_torch_in_a_twin_network(params: list[Tensor], opt: FusedSAM) -> None:
+    """Each parameter is used twice, so that one backward writes its gradient twice."""
+    opt.zero_grad(set_to_none=False)
+
+
 def replaced(params: list[Tensor], opt: FusedSAM) -> None:
     for p in params:
         p.grad = torch.zeros_like(p)
@@ -96,7 +134,26 @@ def frozen_first(params: list[Tensor], opt: FusedSAM) -> None:
     params[0].grad = None
 
 
-@pytest.mark.parametrize("clear", [cleared_in_place, cleared_by_torch, replaced, frozen_first, skipped_first])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "scaler", [torch.amp.GradScaler("cpu", enabled=False), types.SimpleNamespace(scale=lambda loss: 0.3 * loss)]
+)
+def test_a_closure_that_scales_otherwise_is_no_mistake(scaler: Any) -> None:
+    params = leaves(9)
+    FusedSAM(params, rho=RHO, **HYPER).step(lambda: scaler.scale((params[0] * params[0]).sum()).backward())
+
+
+@pytest.mark.parametrize(
+    "clear",
+    [
+        cleared_in_place,
+        cleared_by_torch,
+        cleared_by_torch_in_a_twin_network,
+        replaced,
+        frozen_first,
+        skipped_first,
+    ],
+)
 @pytest.mark.parametrize("passes", [1, 2])
 def test_gradients_cleared_in_any_way_are_no_mistake(
     clear: Callable[[list[Tensor], FusedSAM], None], passes: int, backend: str, device: str
@@ -104,13 +161,18 @@ def test_gradients_cleared_in_any_way_are_no_mistake(
     """Warnings are errors here."""
     params = leaves(9, 5, device=device)
     opt = FusedSAM(params, rho=RHO, backend=backend, **HYPER)
+    twice = 2 if clear is cleared_by_torch_in_a_twin_network else 1
+
+    def backward(used: list[Tensor]) -> None:
+        sum(torch.stack([p * p, p.exp()]).sum() for p in used * twice).backward()
+
     for _ in range(4):
         for _ in range(passes):
-            quadratic(params)()
+            backward(params)
         opt.first_step()
         clear(params, opt)
         for _ in range(passes):
-            quadratic(params[1:] if clear in (frozen_first, skipped_first) else params)()
+            backward(params[1:] if clear in (frozen_first, skipped_first) else params)
         opt.step()
         cleared_in_place(params[1:], opt)
 

@@ -23,6 +23,7 @@ IN_FORCE = {
     "telemetry": True,
     "capturable": True,
     "decay_in_ascent": True,
+    "replay_rng": True,
     "p": 3.0,
     "interval": 2,
     "start": 1,

@@ -133,8 +133,8 @@ class TestLightning:
         assert losses == pytest.approx(by_hand(max_grad_norm=0.2), rel=1e-5)
         assert losses != pytest.approx(by_hand(), rel=1e-3)
 
-    def test_accumulation_that_would_lose_gradients_is_warned_of(self) -> None:
-        with pytest.warns(UserWarning, match="accumulate_grad_batches must be 1"):
+    def test_accumulation_that_would_lose_gradients_is_refused(self) -> None:
+        with pytest.raises(RuntimeError, match="accumulate_grad_batches must be 1"):
             lightning_losses(accumulate_grad_batches=2)
 
 
