@@ -2,6 +2,7 @@
 
 from fused_sam import backends, batchnorm, distributed, ops, rng
 from fused_sam._version import __version__
+from fused_sam.integrations.forward import ascend_on_forward
 from fused_sam.optimizer import FusedSAM
 from fused_sam.reference import ReferenceSAM
 from fused_sam.schedules import RhoTiedToLR
@@ -11,6 +12,7 @@ __all__ = [
     "ReferenceSAM",
     "RhoTiedToLR",
     "__version__",
+    "ascend_on_forward",
     "backends",
     "batchnorm",
     "distributed",

@@ -28,6 +28,10 @@ SUM = (
     "The second gradients seem to have been added to the first: each was written as often as in one pass. The step "
     "then takes g1 + g2. Call first_step(zero_grad=True), or zero_grad() after it."
 )
+NO_FORWARD = (
+    "No training forward of the model has moved the weights since the last step, which is one of the base optimizer "
+    "then. ascend_on_forward() must be given the model that the loop calls."
+)
 SCALED = (
     "step(closure) with a GradScaler: the closure seems to scale its loss, and nothing unscales the gradients, so that "
     "the step is too long by the scale. Use first_step() and then scaler.step(optimizer); bf16 needs no scaler."

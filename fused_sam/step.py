@@ -86,6 +86,8 @@ class Step:
         cleared: whether zero_grad was called since the last step: no step has seen the gradients that there are.
         unscaled: whether the weights were perturbed when a GradScaler unscaled gradients, since the last step.
         within: how many calls of a subclass's ``step`` are running.
+        forwards: how many forwards of the model have moved the weights since the last step; None where ``first_step``
+            is to be called (`fused_sam.integrations.forward`).
     """
 
     def __init__(
@@ -103,12 +105,13 @@ class Step:
         self.cleared = False
         self.once = mistakes.Once()
         self.within = 0
+        self.forwards: int | None = None
         self.unscaled: set[bool] = set()
         self._journal: Journal = []  # of a step at w
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {"displacement": None, "last": Report(), "within": 0, "unscaled": set(), "_journal": []}
-        return {**self.__dict__, **fresh, "peers": self.peers.copied()}
+        return {**self.__dict__, **fresh, "forwards": None, "peers": self.peers.copied()}
 
     @property
     def is_ascent_due(self) -> bool:
@@ -161,8 +164,11 @@ class Step:
         displacement = self.displacement
         at_w_or_on_the_way = displacement is None or displacement.ascents < self.perturbation.ascents
         if at_w_or_on_the_way and not plain and self.is_ascent_due:
-            self._make_state()
-            return
+            if self.forwards is None:
+                self._make_state()
+                return
+            if self.forwards == 0:
+                self.once.warn(mistakes.NO_FORWARD)
         parameters, options, peers = self.parameters, self.options, self.peers
         journal = self._journal if displacement is None else displacement.journal
         if displacement is None:
@@ -198,6 +204,8 @@ class Step:
             parameters.note_masters()
         self.last = seen
         self.cleared = False
+        if self.forwards:
+            self.forwards = 0
         peers.finish(parameters)
 
     def return_to_w(self) -> None:
@@ -264,7 +272,9 @@ class Step:
             self.peers, self.parameters.local = peers, dtensor.local_parts
 
     def require_unperturbed(self, what: str) -> None:
-        """Refuse what would see the weights at w + e."""
+        """Refuse what would see the weights at w + e; go back to w where the next forward moves them again."""
+        if self.forwards is not None:
+            self.return_to_w()
         if self.displacement is not None:
             raise RuntimeError(f"{what} while the weights are perturbed. Call step() or restore() first.")
 
