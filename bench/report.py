@@ -18,12 +18,11 @@ from bench import records, tables
 from bench.gpu import plot as gpu_plot
 from bench.gpu import tables as gpu_tables
 from bench.paper import runner as paper
-from bench.ranks import scaling
 from bench.speed import plot as step_plot
 from bench.tables import latest
 
 PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md", "docs/paper.md")
-BLOCKS = tables.BLOCKS | {"bench:scaling": scaling.block} | gpu_tables.BLOCKS | paper.blocks()
+BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS | paper.blocks()
 PLOTS = {
     "docs/step_cpu.png": step_plot.draw,
     f"docs/{gpu_tables.STEP_PICTURE}": gpu_plot.draw_steps,

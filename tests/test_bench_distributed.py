@@ -61,7 +61,7 @@ def test_rows_and_table_of_steps_over_limited_links() -> None:
     options = overlap.parse_arguments(["--ranks", "4", "--megabits", "200"])
     seconds = {name: [2.0, 3.0, 4.0] for name in overlap.VARIANTS}
     seconds |= {overlap.SILENT: [1.0, 2.0, 2.0], overlap.LATE: [4.0, 4.0, 5.0]}
-    rows = overlap.rows(options, seconds, dict.fromkeys(seconds, 2.5e6), {"parameters": 77})
+    rows = overlap.rows(options, seconds, dict.fromkeys(seconds, 2.5e6))
     shown = {row["variant"]: row for row in rows}["FusedSAM"]
     assert shown["ratio_to_silent"]["median"] == 2.0
     assert shown["ratio_to_late"]["median"] == 0.75

@@ -25,11 +25,9 @@ from torch import nn
 
 from bench import records
 from bench.ranks import links
-from bench.ranks.steps import OPTIONS, Batch, Step, eager, ours
+from bench.ranks.steps import Step, eager, ours
 from bench.records import Spread
 from bench.training.models import WideResNet, parameter_count
-from fused_sam import FusedSAM
-from fused_sam.distributed import data_parallel
 
 RANKS = 2
 MEGABITS = 500.0
@@ -66,42 +64,8 @@ def _slowest(seconds: float) -> float:
     return float(time_)
 
 
-def stages(net: nn.Module, batch: Batch, steps: int) -> dict[str, float]:
-    """Return median seconds, on this rank, of the parts of a step without communication that say what can be hidden.
-
-    One backward; all of the optimizer; of that, the base step with the way back to w; and a collective of one number
-    over all ranks.
-    """
-    opt = FusedSAM(net.parameters(), **OPTIONS)
-    data_parallel(net, opt, process_group=_alone(), bucket_cap_mb=BUCKET_MB)
-    parts: dict[str, list[float]] = {"backward_s": [], "optimizer_s": [], "update_s": [], "smallest_s": []}
-
-    def since(begin: float, part: str) -> None:
-        parts[part].append(time.perf_counter() - begin)
-
-    for _ in range(steps):
-        ascent = 0.0
-        for second in (False, True):
-            loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
-            begin = time.perf_counter()
-            loss.backward()
-            since(begin, "backward_s")
-            begin = time.perf_counter()
-            (opt.second_step if second else opt.first_step)(zero_grad=True)
-            if second:
-                since(begin, "update_s")
-                parts["optimizer_s"].append(ascent + parts["update_s"][-1])
-            else:
-                ascent = time.perf_counter() - begin
-        dist.barrier()
-        begin = time.perf_counter()
-        dist.all_reduce(torch.zeros(1))
-        since(begin, "smallest_s")
-    return {part: records.median(seconds) for part, seconds in parts.items()}
-
-
-def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
-    """Return seconds of a step in each round and bytes sent in one, by variant; and parameters and `stages`."""
+def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return seconds of a step in each round and bytes sent in one, by variant."""
     torch.manual_seed(dist.get_rank())
     batch = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
     made = {}
@@ -122,9 +86,7 @@ def measure(rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, 
             seconds = time.perf_counter() - start
             sent[name] += links.sent_bytes() - before
             times[name].append(_slowest(seconds) / steps)
-    net = WideResNet(2, 4)
-    subject = {"parameters": parameter_count(net)} | stages(net, batch, rounds * steps)
-    return times, {name: total / (rounds * steps) for name, total in sent.items()}, subject
+    return times, {name: total / (rounds * steps) for name, total in sent.items()}
 
 
 def _work(options: argparse.Namespace) -> None:
@@ -132,19 +94,17 @@ def _work(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = links.DEVICE
     dist.init_process_group("gloo", f"file://{options.store}", world_size=options.ranks, rank=options.rank)
-    times, sent, subject = measure(options.rounds, options.steps)
+    times, sent = measure(options.rounds, options.steps)
     if options.rank == 0:
-        records.write_rows(rows(options, times, sent, subject), options.out)
+        records.write_rows(rows(options, times, sent), options.out)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def rows(
-    options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float], subject: dict[str, float]
-) -> list[records.Row]:
+def rows(options: argparse.Namespace, times: dict[str, list[float]], sent: dict[str, float]) -> list[records.Row]:
     """Return one for each variant, its times over those in the same rounds without communication and after backward."""
     common = {
-        **{"model": MODEL, "batch": BATCH, **subject, "bucket_mb": BUCKET_MB},
+        **{"model": MODEL, "batch": BATCH, "parameters": parameter_count(WideResNet(2, 4)), "bucket_mb": BUCKET_MB},
         **{"ranks": options.ranks, "megabits": options.megabits, "rounds": options.rounds, "steps": options.steps},
     }
     made = []
