@@ -61,11 +61,15 @@ PyObject* Attribute::call(PyObject* object) const {
 TorchApi::TorchApi()
     : tensor_type(imported("torch", "Tensor")),
       strided(imported("torch", "strided")),
+      uint8(imported("torch", "uint8")),
+      empty(imported("torch", "empty")),
+      empty_like(imported("torch", "empty_like")),
       dtypes{imported("torch", "float32"), imported("torch", "float64"), imported("torch", "bfloat16"),
              imported("torch", "float16")},
       storage_use_count(imported_or_null("torch._C", "_storage_Use_Count")),
       grad(tensor_type, "grad"),
       is_neg(tensor_type, "is_neg"),
+      data_ptr(tensor_type, "data_ptr"),
       use_count(tensor_type, "_use_count"),
       untyped_storage(tensor_type, "untyped_storage"),
       storage_cdata(imported("torch", "UntypedStorage"), "_cdata") {

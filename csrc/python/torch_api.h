@@ -35,10 +35,11 @@ struct TorchApi {
 
   PyObject* tensor_type;
   PyObject* strided;
+  PyObject *uint8, *empty, *empty_like;
   std::array<PyObject*, 4> dtypes;  // in the order of DType
   PyObject* storage_use_count;      // null where this torch has none
   int (*describe)(void*, dlpack::Description*) = nullptr;
-  Attribute grad, is_neg, use_count, untyped_storage, storage_cdata;
+  Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata;
 
   // How often the C++ tensor, its storage and the storage's Python object are referred to.
   struct Uses {
