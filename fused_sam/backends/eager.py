@@ -238,6 +238,8 @@ def _sgd_tensor(
         d = d.add(w, alpha=group.weight_decay)
     if buffer is not None:
         m = d if group.first else (wide(buffer) * group.momentum).add(d, alpha=1 - group.dampening)
+        if buffer.dtype != param.dtype:
+            m = m.to(buffer.dtype)  # as torch does, which goes on with what is stored
         d = d.add(m, alpha=group.momentum) if group.nesterov else m
         _write(buffer, m, found_inf)
     if isinstance(group.lr, Tensor):
