@@ -1,5 +1,6 @@
 """FusedSAM: Sharpness-Aware Minimization with compiled multi-tensor kernels, as a drop-in PyTorch optimizer."""
 
+import fused_sam._torch  # noqa: F401, before all that needs torch
 from fused_sam import backends, batchnorm, distributed, ops, rng
 from fused_sam._version import __version__
 from fused_sam.optimizer import FusedSAM
