@@ -2,6 +2,7 @@
 // CPU and CUDA kernels.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "convert.h"
@@ -54,7 +55,19 @@ FUSED_SAM_HD double scaled(double w, double g, const AscentGroup& group) {
   return WeightedGradient{group.adaptive, group.decay != 0.0, group.eta, group.decay}(w, g);
 }
 
-// (|x| / scale)^q of an element of x. The scale is the largest |x|, so that no q overflows.
+// What the 2-norm is to be taken again in units of, where squares have left the range of fp64; else 0. A power of two:
+// nothing but the range changes.
+FUSED_SAM_HD double far_scale(double norm) {
+  if (norm > 1.7976931348623157e308) return 0x1p600;
+  return norm < 0x1p-480 ? 0x1p-600 : 0.0;
+}
+
+// Whether a list holds gradients that can take a norm there.
+inline bool holds_f64(const Tensor* tensors, size_t count) {
+  return std::any_of(tensors, tensors + count, [](const Tensor& t) { return t.grad_dtype == DType::f64; });
+}
+
+// (|x| / scale)^q of an element of x. The scale is the largest |x|, or that of a norm far out: no q overflows.
 FUSED_SAM_HD double power_of(double x, double scale, double q) {
   return ::pow(::fabs(x) / scale, q);
 }

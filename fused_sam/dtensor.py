@@ -58,13 +58,14 @@ class Shards(Peers):
         members: dict[Sharding, set[int]] = {}
         for i, p in enumerate(tensors):
             members.setdefault(_sharding(p), set()).add(i)
-        norms = []
+        norms, far = [], ops.holds_fp64(tensors)
         for (mesh, dims), index in members.items():
             norm: Any = (ascent if len(members) == 1 else ascent.of(index)).norm()
-            norms.append(_gathered(_owned(norm), mesh, dims, ascent.q))
+            norms.append(_gathered(_owned(norm), mesh, dims, ascent.q, far))
         if not norms:
             return ascent.norm()
-        joint = norms[0] if len(norms) == 1 else ops.joint_norm([n.to(norms[0].device) for n in norms], ascent.q)
+        there = [n.to(norms[0].device) for n in norms]
+        joint = norms[0] if len(norms) == 1 else ops.joint_norm(there, ascent.q, far)
         if joint.dim() == 0:
             return joint
         mine = joint[3] == dist.get_rank()
@@ -97,8 +98,8 @@ def _owned(norm: Tensor) -> Tensor:
     return norm if norm.dim() == 0 else torch.cat([norm, torch.full_like(norm[:1], dist.get_rank())])
 
 
-def _gathered(norm: Tensor, mesh: Any, dims: tuple[int, ...], q: float) -> Tensor:
+def _gathered(norm: Tensor, mesh: Any, dims: tuple[int, ...], q: float, far: bool) -> Tensor:
     """Return the joint norm of the ranks along some dimensions of a mesh."""
     for dim in dims:
-        norm = gathered(norm, mesh.get_group(dim), q)
+        norm = gathered(norm, mesh.get_group(dim), q, far)
     return norm

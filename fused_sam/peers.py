@@ -140,11 +140,11 @@ def _is_within(name: str) -> bool:
     return False
 
 
-def gathered(norm: Tensor, group: dist.ProcessGroup, q: float) -> Tensor:
+def gathered(norm: Tensor, group: dist.ProcessGroup, q: float, far: bool) -> Tensor:
     """Return the joint norm of the ranks of a group, in one order on all of them: no power overflows."""
     norms = [torch.empty_like(norm) for _ in range(dist.get_world_size(group))]
     dist.all_gather(norms, norm.contiguous(), group=group)
-    return ops.joint_norm(norms, q)
+    return ops.joint_norm(norms, q, far)
 
 
 def any_of(flag: Tensor | None, device: torch.device, group: dist.ProcessGroup) -> Tensor:

@@ -24,7 +24,9 @@ def dual_norm(xs: Sequence[Tensor], p: float) -> Tensor:
     """Return ||x||_q of all tensors together, 1/p + 1/q = 1; shape []."""
     flat = torch.cat([x.flatten() for x in xs]) if any(x.numel() for x in xs) else torch.zeros(1)
     q = math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
-    return torch.linalg.vector_norm(flat, ord=q)
+    largest = flat.detach().abs().max()  # the unit in which no power overflows
+    unit = largest if 0 < largest < math.inf else 1.0
+    return unit * torch.linalg.vector_norm(flat / unit, ord=q)
 
 
 def direction(xs: Sequence[Tensor], p: float) -> list[Tensor]:

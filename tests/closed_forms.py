@@ -18,12 +18,12 @@ def exact(tensor: Tensor) -> Array:
 
 def exact_norm(pairs: Iterable[tuple[Tensor, Tensor | None, bool]]) -> float:
     """||T g|| over (param, grad, adaptive) triples, T = |w| where adaptive, 1 elsewhere."""
-    squares: list[float] = []
+    values: list[float] = []
     for w, g, adaptive in pairs:
         if g is not None:
             scaled = g.detach().double() * w.detach().double() if adaptive else g.detach().double()
-            squares.extend(scaled.square().reshape(-1).tolist())
-    return math.sqrt(math.fsum(squares))
+            values.extend(scaled.reshape(-1).tolist())
+    return math.hypot(*values)  # whose squares overflow nowhere
 
 
 def exact_ascent(w: Array, g: Array, norm: float, rho: float, adaptive: bool) -> Array:

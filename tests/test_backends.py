@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +20,8 @@ from helpers import PATIENCE
 
 from fused_sam import FusedSAM, backends
 from fused_sam.__main__ import main
+
+ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -117,6 +125,91 @@ def test_the_report_checks_a_step_on_each_backend(
     monkeypatch.setenv("FUSED_SAM_BACKEND", "nativ")
     assert main([]) == 1
     assert "Invalid backend='nativ'" in capsys.readouterr().out
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What is known of backends is found out anew, and again after the test."""
+    for known in (backends._load, backends.for_device):
+        known.cache_clear()
+    yield
+    for known in (backends._load, backends.for_device):
+        known.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no driver\nat all"), OSError("libfoo.so"), AttributeError("triton.jit")]
+)
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_a_backend_that_raises_when_it_is_imported_is_a_line_and_the_next_one_steps_in(
+    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def broken(module: str) -> Any:
+        if module == f"fused_sam.backends.{name}":
+            raise error
+        return importlib.import_module(module)
+
+    monkeypatch.setattr(backends, "importlib", SimpleNamespace(import_module=broken))
+    monkeypatch.setattr("fused_sam.cli.doctor.environment", dict)
+    said = f"{type(error).__name__}: {error!s}".replace("\n", " ")
+    assert backends.available()[name].startswith(f"{said} (to get it: ")
+    with pytest.raises(RuntimeError, match=re.escape(f"backend={name!r} was asked for but cannot be used: {said}. ")):
+        FusedSAM([torch.zeros(1)], backend=name)
+    p = torch.ones(3, requires_grad=True)
+    FusedSAM([p], lr=0.5).step(lambda: p.sum().backward())
+    assert p.tolist() == [0.5, 0.5, 0.5]
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert re.search(rf"^cpu   {name} +{re.escape(said)} \(to get it: ", report, re.MULTILINE)
+    assert f"cpu   in use: {'eager' if name == 'native' else 'native'}" in report
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_backend_that_fails_later_is_a_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it is asked for a device, the next one steps in; in the step that is to be checked, the status is 1."""
+
+    def fails(*_: object) -> None:
+        raise OSError("no such\ndevice")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_sam.backends.native.why_not", fails)
+        assert backends.for_device("cpu").__name__ == "fused_sam.backends.eager"
+        assert main([]) == 0
+        assert (
+            "native       it fails where it is asked for cpu tensors: OSError: no such device"
+            in capsys.readouterr().out
+        )
+    backends.for_device.cache_clear()
+    monkeypatch.setattr("fused_sam.backends.eager.Batch.norm", fails)
+    assert main([]) == 1
+    report = capsys.readouterr().out
+    assert "eager        FAILED: OSError: no such device" in report
+    assert "native       ok, one step checked" in report
+
+
+@pytest.mark.parametrize("error", ["ImportError('No module named torch')", "OSError('libcudart.so: cannot open')"])
+def test_without_torch_a_command_says_so_in_one_line(error: str, tmp_path: Path) -> None:
+    """A program gets the error itself."""
+    (tmp_path / "torch.py").write_text(f"raise {error}\n")
+    script = tmp_path / "fused-sam"  # as pip writes it
+    script.write_text("import sys\nfrom fused_sam.cli.main import main\nsys.exit(main())\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=PATIENCE)
+
+    reason = error.replace("('", ": ").replace("')", "")
+    for command, name in ((["-m", "fused_sam"], "python -m fused_sam"), ([str(script)], "fused-sam")):
+        for arguments in ([], ["doctor"], ["sharpness", "nets:sgd"]):
+            done = run(*command, *arguments)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr == f"{name}: torch cannot be imported ({reason}). To get it: pip install torch\n"
+    done = run("-c", "import fused_sam")
+    assert done.stderr.splitlines()[-1] == reason
 
 
 OLDER_TORCH = """

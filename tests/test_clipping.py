@@ -181,6 +181,18 @@ def test_a_norm_that_is_not_finite_does_what_it_does_in_torch(bad: float, backen
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, equal_nan=True)
 
 
+def test_fp64_gradients_whose_squares_leave_its_range_are_clipped(backend: str, device: str) -> None:
+    params = leaves(9, LARGE, device=device, dtype=torch.float64)
+    opt = FusedSAM(params, rho=RHO, backend=backend, max_grad_norm=3e155, lr=0.13)
+    for half in (opt.first_step, opt.step):
+        set_grads(params, [torch.randn_like(p) * 1e160 for p in params])
+        before = torch.cat([p.grad.flatten() for p in params])
+        half()
+    length = math.hypot(*before.tolist())
+    after = torch.cat([p.grad.flatten() for p in params])
+    torch.testing.assert_close(after, before / length * 3e155, rtol=CLIP_RTOL, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:No parameter has a gradient")
 def test_no_gradients_and_zero_gradients_are_left_alone(backend: str, device: str) -> None:
     params = leaves(9, device=device)

@@ -170,16 +170,21 @@ def test_along_the_momentum_of_all_shards(base: str) -> None:
         close(whole(model.parameters()), list(exact.parameters()), f"w after step {step}")
 
 
-@pytest.mark.parametrize("p", [2.0, 1.0])
+@pytest.mark.parametrize(("p", "scale"), [(2.0, 1.0), (1.0, 1.0), (2.0, 1e160), (2.0, 1e-170)])
 @on_pair
-def test_partial_gradients_are_summed(p: float) -> None:
-    """A replicated parameter whose gradient is yet to be summed, beside one that is cut into shards."""
+def test_partial_gradients_are_summed(p: float, scale: float) -> None:
+    """A replicated parameter whose gradient is yet to be summed, beside one that is cut into shards.
+
+    ``scale``: of first gradients whose squares leave the range of fp64.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
     w, parts = [torch.randn(n, dtype=torch.float64) for n in (7, 5)], torch.randn(2, 2, 7, dtype=torch.float64)
     shards = torch.randn(2, 5, dtype=torch.float64)
+    for gradients in (parts, shards):
+        gradients[0] *= scale
     exact = [nn.Parameter(x.clone()) for x in w]
     params = [nn.Parameter(distribute_tensor(x.clone(), mesh, [how])) for x, how in zip(w, (Replicate(), Shard(0)))]
     reference = ReferenceSAM(exact, rho=RHO, p=p, **HYPER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from closed_forms import assert_within_ulp, exact, exact_ascent, exact_norm, exact_sgd
@@ -122,3 +124,110 @@ def test_the_optimizer_takes_fp32_gradients_of_bf16_weights(backend: str, device
                 p.grad = g.clone()
             half(zero_grad=True)
     assert_same_bits(ours, [p.bfloat16() for p in exact_ones], "weight")
+
+
+CASTS = [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float64),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float16),
+]
+every_cast = pytest.mark.parametrize(("before", "after"), CASTS, ids=ids)
+# Beside one ulp of a weight: torch rounds decay and momentum by themselves in 16 bits, which count for less.
+CAST_ULP = 2
+
+
+def both_steps(optimizer: torch.optim.Optimizer, params: list[Tensor], backend: str | None) -> None:
+    """A step with the same second gradients for torch's optimizer, and for ours from w + e."""
+    generator = torch.Generator().manual_seed(sum(p.numel() for p in params))
+    firsts, seconds = ([torch.randn(p.shape, generator=generator) for p in params] for _ in range(2))
+    if backend is not None:
+        for p, g in zip(params, firsts, strict=True):
+            p.grad = g.to(p)
+        optimizer.first_step(zero_grad=True)  # type: ignore[attr-defined]
+    for p, g in zip(params, seconds, strict=True):
+        p.grad = g.to(p)
+    optimizer.step()
+
+
+@every_cast
+@pytest.mark.parametrize("rho", [0.0, RHO])
+def test_after_a_model_has_got_another_dtype_sgd_steps_as_torchs(
+    before: torch.dtype, after: torch.dtype, rho: float, backend: str, device: str
+) -> None:
+    """The buffers of the steps before keep their dtype, a parameter that comes to them later has none."""
+    ours = nn.ParameterList(torch.randn(n, device=device, dtype=before) for n in (7, LARGE, 9)).requires_grad_(True)
+    torchs = nn.ParameterList(p.detach().clone() for p in ours)
+    config = {"lr": 0.13, "momentum": 0.87, "nesterov": True, "weight_decay": 0.017}
+    opt, plain = FusedSAM(ours, rho=rho, backend=backend, **config), torch.optim.SGD(torchs, foreach=False, **config)
+    for model, optimizer in ((ours, opt), (torchs, plain)):
+        both_steps(optimizer, list(model)[:2], backend if optimizer is opt else None)
+        model.to(after)
+        for _ in range(2):
+            both_steps(optimizer, list(model), backend if optimizer is opt else None)
+    for p, q in zip(ours, torchs, strict=True):
+        buffer, expected = opt.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"]
+        assert (p.dtype, buffer.dtype) == (after, expected.dtype)
+        for value, other in ((p.detach(), q.detach()), (buffer, expected)):
+            narrowest = min((before, after), key=lambda dtype: -torch.finfo(dtype).eps)
+            tolerance = CAST_ULP * torch.finfo(narrowest).eps
+            torch.testing.assert_close(value, other, rtol=tolerance, atol=tolerance)
+
+
+def test_after_a_model_has_got_another_dtype_adam_refuses_as_torchs(backend: str, device: str) -> None:
+    """By name, before anything is changed; loading its own state is the way on."""
+    net = nn.Linear(3, 2).to(device)
+    opt = FusedSAM(net.named_parameters(), torch.optim.AdamW, rho=RHO, lr=0.013, backend=backend)
+    both_steps(opt, list(net.parameters()), backend)
+    net.half()
+    weights, state = snapshot(net.parameters()), snapshot(opt.state[net.weight].values())
+    with pytest.raises(ValueError, match=r"Invalid parameter weight .*float32 .*float16 .*load_state_dict"):
+        both_steps(opt, list(net.parameters()), backend)
+    assert (snapshot(net.parameters()), snapshot(opt.state[net.weight].values())) == (weights, state)
+    opt.load_state_dict(opt.state_dict())
+    both_steps(opt, list(net.parameters()), backend)
+    assert opt.state[net.weight]["exp_avg"].dtype == torch.float16
+    assert opt.state[net.weight]["step"] == 2
+
+
+@every_cast
+def test_after_a_model_has_got_another_dtype_its_momentum_still_leads(
+    before: torch.dtype, after: torch.dtype, backend: str, device: str
+) -> None:
+    p = nn.Parameter(torch.randn(67, device=device, dtype=before))
+    holder = nn.ParameterList([p])
+    opt = FusedSAM([p], rho=30.0, direction="momentum", momentum=0.9, lr=0.1, backend=backend)
+    opt.first_step()  # which stays: there is no momentum yet
+    p.grad = torch.randn_like(p)
+    opt.step()
+    holder.to(after)
+    w, m = p.detach().double().clone(), opt.state[p]["momentum_buffer"].double()
+    opt.first_step()
+    e = p.detach().double() - w
+    torch.testing.assert_close(e, -30.0 * m / math.hypot(*m.tolist()), rtol=0, atol=8 * torch.finfo(after).eps)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_model_made_smaller_gets_masters_where_they_are_asked_for(
+    base: type[torch.optim.Optimizer], backend: str, device: str
+) -> None:
+    """Its fp32 state is theirs: the bits of going on in fp32, rounded."""
+    start = [torch.randn(n, device=device).half() for n in (7, LARGE)]
+    ours, exact_ones = (nn.ParameterList(w.float() for w in start) for _ in range(2))
+    config = {"rho": RHO, "lr": 0.013, "master_weights": True, "backend": backend}
+    config |= {"momentum": 0.9} if base is torch.optim.SGD else {}
+    for model in (ours, exact_ones):
+        opt = FusedSAM(model, base, **config)
+        for step in range(2):
+            if step == 1:
+                with torch.no_grad():
+                    for p in model:
+                        p.copy_(p.half())
+                if model is ours:
+                    model.half()
+            for half in (opt.first_step, opt.step):
+                for k, p in enumerate(model):
+                    p.grad = torch.linspace(-1, 1 + k, p.numel(), device=device).half().to(p.dtype)
+                half(zero_grad=True) if half == opt.first_step else half()
+    assert_same_bits(ours, [p.half() for p in exact_ones], "weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -65,8 +66,14 @@ def test_norm_of_one_tensor_at_an_odd_offset(dtype: torch.dtype, size: int, back
     assert float(value) == pytest.approx(expected, rel=NORM_RTOL[dtype], abs=0)
 
 
-@pytest.mark.parametrize("exponent", [-30, -20, -12, 0, 20, 30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [
+        *itertools.product([torch.float32, torch.float64, torch.bfloat16], [-30, -20, -12, 0, 20, 30]),
+        *((torch.float64, exponent) for exponent in (-306, -170, -153, -140, 150, 160, 304)),
+    ],
+    ids=ids,
+)
 def test_norm_of_any_scale(dtype: torch.dtype, exponent: int, backend: str, device: str) -> None:
     grads = [(torch.randn(n, dtype=torch.float64) * 10.0**exponent).to(device=device, dtype=dtype) for n in (3, 1009)]
     params = [torch.ones_like(g) for g in grads]
@@ -121,7 +128,7 @@ def test_norm_of_non_finite_gradients_is_not_finite(
     g = torch.ones(1009, dtype=dtype, device=device)
     g[where] = bad
     value = ops.norm([torch.ones_like(g)], [g], ascent_groups(1), backend=backend)
-    assert not math.isfinite(float(value))
+    assert str(float(value)) == str(abs(bad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ids)
@@ -159,6 +166,27 @@ def test_perturb_matches_the_closed_form(
     assert_same_bits(backups, old_bits, "backup")
     if not swap:
         assert_same_bits(lists.grads, grads, "gradient")
+    lists.check_neighbours()
+
+
+@pytest.mark.parametrize("exponent", [-300, -158, 153, 160, 300])
+@adaptive_or_not
+def test_norm_and_perturb_of_fp64_whose_squares_leave_its_range(
+    adaptive: bool, exponent: int, backend: str, device: str
+) -> None:
+    """Of two parts, one of them strided, each with a norm far out."""
+    lists = Lists(FEW_SIZES, torch.float64, device)
+    params = [*lists.params, torch.randn(37, 5, dtype=torch.float64).to(device)[:, 2]]
+    grads = [*lists.grads, torch.randn(37, dtype=torch.float64).to(device)]
+    grads = [g.mul_(10.0**exponent) for g in grads]
+    groups, old = ascent_groups(len(params), adaptive=adaptive), [exact(w) for w in params]
+    expected = exact_norm((w, g, adaptive) for w, g in zip(params, grads, strict=True))
+    value = ops.norm(params, grads, groups, backend=backend)
+    assert float(value) == pytest.approx(expected, rel=NORM_RTOL[torch.float64], abs=0)
+    ops.perturb(params, grads, [torch.empty_like(w) for w in params], value, groups, backend=backend)
+    for w, w_old, g in zip(params, old, grads, strict=True):
+        e = exact_ascent(w_old, exact(g), float(value), RHO, adaptive)
+        assert_within_ulp(w, w_old + e, np.maximum(abs(w_old), abs(w_old + e)), PERTURB_ULP, "w + e")
     lists.check_neighbours()
 
 

@@ -105,7 +105,7 @@ def test_norm_and_perturb(p: float, dtype: torch.dtype, adaptive: bool, swap: bo
 
 
 @every_p
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30], ids=str)
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1.0, 1e30, 1e300], ids=str)
 def test_the_displacement_has_length_rho_in_the_p_norm(p: float, scale: float, backend: str, device: str) -> None:
     """From w = 0, for gradients of any scale: powers of 21 of 1e30 overflow nowhere."""
     grads = [(torch.randn(n, dtype=torch.float64) * scale).to(device) for n in (1009, 3, 130)]

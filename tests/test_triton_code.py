@@ -34,7 +34,7 @@ def assembly(name: str, dtypes: tuple[str, str], target: tuple[str, Any, int], a
     constants = {"P": param, "G": grad, "C": tl.float64 if peak or param == tl.float64 else tl.float32}
     kernel = kernel_of(name)
     total = name.endswith("_total")
-    constants |= {"CHUNK": kernels.CHUNK, "PEAK": peak, **kernels.tiles_of(kernel)}
+    constants |= {"CHUNK": kernels.CHUNK, "PEAK": peak, "AGAIN": F64 in dtypes, **kernels.tiles_of(kernel)}
     if total:
         constants["TILE"] = kernels.PEAK_TOTAL_TILE if name == "peak_total" else kernels.TOTAL_TILE
     if not amp:

@@ -148,15 +148,17 @@ Norm largest(const Partition& partition, const Tensor* tensors, const AscentGrou
 
 Norm norm(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, int threads) {
   const Partition partition(tensors, count, has_grad);
-  if (q == 2.0) return two_norm(partition, groups, threads);
-  const Norm peak_of_all = largest(partition, tensors, groups, threads);
-  if (std::isinf(q) || !(peak_of_all.value > 0.0) || std::isinf(peak_of_all.value)) return peak_of_all;
+  const bool square = q == 2.0;
+  const Norm first = square ? two_norm(partition, groups, threads) : largest(partition, tensors, groups, threads);
+  const double scale = square ? far_scale(first.value) : first.value;
+  if (std::isinf(q) || !(scale > 0.0) || std::isinf(scale) || (square && !holds_f64(tensors, count))) return first;
   std::vector<double> partials(static_cast<size_t>(partition.blocks()));
   for_each_block(partition, threads, Order::ascending, [&](const Tensor& t, int64_t begin, int64_t n, int64_t block) {
-    partials[static_cast<size_t>(block)] = sum_of_powers(t, begin, n, groups[t.group], q, peak_of_all.value);
+    partials[static_cast<size_t>(block)] = sum_of_powers(t, begin, n, groups[t.group], q, scale);
   });
   const double sum = std::accumulate(partials.begin(), partials.end(), 0.0);
-  return {peak_of_all.value * std::pow(sum, 1.0 / q), -1.0, -1.0};
+  if (std::isnan(sum)) return first;  // an infinite gradient, of which Kahan's sum makes that
+  return {scale * std::pow(sum, 1.0 / q), -1.0, -1.0};
 }
 
 void perturb(const Tensor* tensors, size_t count, const AscentGroup* groups, double q, const Norm& norm, int threads) {

@@ -102,8 +102,9 @@ void norm(const Target& target, const std::vector<Tensor>& tensors, const std::v
   if (most_norm_blocks(tensors) == 0) return ops.clear(target, out);
   // Which units share a block must not depend on how much a launch takes.
   const Cut cut{shift_of(tensors, has_grad), ops.capacity(), true, true};
+  const bool again = q == 2.0 ? holds_f64(tensors.data(), tensors.size()) : !std::isinf(q);
   const auto run_pass = [&](Launch<AscentTerms, NormTerms> pass) {
-    NormTerms terms{q, partials, out, 0, 0, 0, false};
+    NormTerms terms{q, partials, out, 0, 0, 0, false, again};
     for_each_launch(tensors, groups, cut, has_grad, [&](const WorkList<AscentTerms>& list, bool last, size_t) {
       terms.first_block = terms.blocks;
       terms.blocks += list.blocks();
@@ -111,9 +112,8 @@ void norm(const Target& target, const std::vector<Tensor>& tensors, const std::v
       pass(target, list, terms);
     });
   };
-  if (q == 2.0) return run_pass(ops.norm);
-  run_pass(ops.peak);
-  if (!std::isinf(q)) run_pass(ops.powers);
+  run_pass(q == 2.0 ? ops.norm : ops.peak);
+  if (again) run_pass(ops.powers);
 }
 
 void perturb(const Target& target, const std::vector<Tensor>& tensors, const std::vector<AscentTerms>& groups, double q,

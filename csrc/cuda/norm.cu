@@ -1,5 +1,6 @@
 // ||T g||_2 of all tensors: a partial sum for each block, added by the block that finishes last. For q other than 2 the
-// largest |x| in the same way, and then the sum of powers scaled by it.
+// largest |x| in the same way, and then the sum of powers scaled by it; for q = 2 that sum only where squares have left
+// the range of fp64.
 #include "last_block.cuh"
 #include "ops.cuh"
 #include "warp_ascent.h"
@@ -22,12 +23,13 @@ __global__ void __launch_bounds__(kThreads, Types::kConstant ? kBlocks : 2)
   }
   if (!leave_sum(sum, terms)) return;
   sum = add_partials(terms);
-  if (threadIdx.x == 0) *terms.out = {sqrt(sum), -1.0, -1.0};
+  if (threadIdx.x == 0) *terms.out = norm_of_squares(sum, terms.again);
 }
 
 template <int kBytes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     powers_kernel(const __grid_constant__ Arguments<AscentTerms, kBytes> arguments, const NormTerms terms) {
+  if (terms.out->tensor < 0.0) return;  // all blocks do
   const Place here = place(false);
   double sum = 0.0;
   if (here.unit < arguments.units) {

@@ -68,7 +68,7 @@ size_t capacity() {
 void norm(const Target&, const WorkList<AscentTerms>& list, const NormTerms& terms) {
   const double sum =
       with_types(list.types(), [&](auto types) { return add_blocks(list, terms, norm_unit<decltype(types)>); });
-  if (terms.last) *terms.out = {std::sqrt(sum), -1.0, -1.0};
+  if (terms.last) *terms.out = norm_of_squares(sum, terms.again);
 }
 
 void peak(const Target&, const WorkList<AscentTerms>& list, const NormTerms& terms) {
@@ -86,6 +86,7 @@ void peak(const Target&, const WorkList<AscentTerms>& list, const NormTerms& ter
 }
 
 void powers(const Target&, const WorkList<AscentTerms>& list, const NormTerms& terms) {
+  if (terms.out->tensor < 0.0) return;
   const double scale = terms.out->value;
   const double sum = add_blocks(list, terms, [&](const Unit<SlimEntry>& unit, const AscentGroup& group, int lane) {
     return powers_unit(unit, group, terms.q, scale, lane);

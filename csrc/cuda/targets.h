@@ -7,15 +7,15 @@
 namespace fused_sam::cuda {
 
 // What a norm adds to the arguments: where its blocks leave their numbers, how many blocks there are up to this launch,
-// and whether it is the one that adds them up, with a counter of its own. `out` is a Norm; its value is read as the
-// scale of the powers by the second of two passes.
+// and whether it is the one that adds them up, with a counter of its own. `out` is a Norm. Where `again` says that a
+// pass over powers follows, it finds their scale in the value, and is over at once unless there is a tensor.
 struct NormTerms {
   double q;
   double* partials;
   Norm* out;
   uint32_t first_block, blocks;
   uint32_t ticket;
-  bool last;
+  bool last, again;
 };
 struct PerturbTerms {
   double q;

@@ -78,7 +78,14 @@ FUSED_SAM_HD void power_perturb_unit(const Unit<SlimEntry>& u, const AscentTerms
   });
 }
 
-// From the largest |x| and the sum of (|x| / largest)^q. A largest that is zero or not finite is the norm itself.
+// From the sum of x^2: the norm, or what the pass over powers that follows has to know.
+FUSED_SAM_HD Norm norm_of_squares(double sum, bool again) {
+  const double norm = ::sqrt(sum), scale = again ? far_scale(norm) : 0.0;
+  return scale > 0.0 ? Norm{scale, 0.0, -1.0} : Norm{norm, -1.0, -1.0};
+}
+
+// From the largest |x|, or another scale, and the sum of (|x| / scale)^q. A largest that is zero or not finite is the
+// norm itself.
 FUSED_SAM_HD Norm norm_of_powers(double scale, double sum, double q) {
   const bool usable = scale > 0.0 && scale <= 1.7976931348623157e308;
   return {usable ? scale * ::pow(sum, 1.0 / q) : scale, -1.0, -1.0};

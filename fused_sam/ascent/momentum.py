@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fused_sam import ops
 from fused_sam.ascent.displacement import Displacement
-from fused_sam.backends.interface import TensorList
+from fused_sam.backends.interface import TensorList, can_mix
 from fused_sam.ops.lists import clear_grads
 from fused_sam.options import Options
 from fused_sam.parameters import Parameters
@@ -57,7 +58,14 @@ class AlongMomentum:
         for key in KEYS:
             found = parameters.entries(tensors, key)
             if any(m is not None for m in found):
-                return found
+                return [m if m is None or m.dtype == p.dtype else _mixable(m, p) for m, p in zip(found, tensors)]
         if any(entry for entry in parameters.state.values() if isinstance(entry, dict)):
             raise RuntimeError(f"direction='momentum' needs a base optimizer that keeps one of {list(KEYS)}.")
         return [None] * len(tensors)
+
+
+def _mixable(momentum: Tensor, p: Tensor) -> Tensor:
+    """Return the momentum in a dtype that goes with the parameter's: it keeps its own where a model gets another."""
+    if can_mix(p.dtype, momentum.dtype):
+        return momentum
+    return momentum.double() if p.dtype == torch.float64 else momentum.float()

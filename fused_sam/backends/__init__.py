@@ -49,10 +49,10 @@ REGISTRY = (
 
 @functools.cache
 def _load(backend: Candidate) -> Any:
-    """Return the module, or the ImportError that it raises."""
+    """Return the module, or what importing it raises: a broken Triton may raise anything."""
     try:
         return importlib.import_module(backend.module)
-    except ImportError as error:
+    except Exception as error:
         return error
 
 
@@ -63,14 +63,24 @@ def available(device_type: str | None = None) -> dict[str, str]:
 
 def _state(backend: Candidate, device_type: str | None) -> str:
     module = _load(backend)
-    if isinstance(module, ImportError):
-        return f"{module} (to get it: {_remedy(backend, module)})"
-    return (device_type and module.why_not(device_type)) or "ok"
+    if isinstance(module, Exception):
+        return f"{_message(module)} (to get it: {_remedy(backend, module)})"
+    try:
+        return (device_type and module.why_not(device_type)) or "ok"
+    except Exception as error:
+        return f"it fails where it is asked for {device_type} tensors: {_message(error)}"
 
 
-def _remedy(backend: Candidate, error: ImportError) -> str:
+def _message(error: Exception) -> str:
+    """Return what an error says in one line, and of which kind it is where that is no matter of course."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
+
+
+def _remedy(backend: Candidate, error: Exception) -> str:
     """Return how to get a backend that does not load: that of another backend, if the error names one that it needs."""
-    return next((needed.remedy for needed in REGISTRY if needed.module == error.name), backend.remedy)
+    name = getattr(error, "name", None)
+    return next((needed.remedy for needed in REGISTRY if needed.module == name), backend.remedy)
 
 
 def requested(name: str | None = None) -> str | None:
@@ -86,10 +96,10 @@ def requested(name: str | None = None) -> str | None:
     known = {b.name: b for b in REGISTRY}
     if name not in known:
         raise ValueError(f"Invalid backend={name!r}. Must be one of {sorted(known)}.")
-    if isinstance(reason := _load(known[name]), ImportError):
+    if isinstance(reason := _load(known[name]), Exception):
         usable = [n for n, state in available().items() if state == "ok"]
         raise RuntimeError(
-            f"backend={name!r} was asked for but cannot be used: {reason}. Usable: {usable}. To get it: "
+            f"backend={name!r} was asked for but cannot be used: {_message(reason)}. Usable: {usable}. To get it: "
             f"{_remedy(known[name], reason)}"
         )
     return name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.interface import AccumulateGroup, AdamGroup, AscentGroup, Journal, SGDGroup, TensorList
-from fused_sam.backends.memory import ordered_sum, overlaps_itself, wide
+from fused_sam.backends.memory import ordered_sum, overlaps_itself, two_norm, wide
 
 NEEDS_DENSE = False
 BASE_STEPS = ("sgd_update", "adam_update")
@@ -70,8 +70,7 @@ class Batch:
             zeros = torch.zeros(3, dtype=torch.float64, device=self.params[0].device)
             return zeros if q == math.inf else zeros[0]
         if q == 2:
-            norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for _, x in members]
-            return torch.linalg.vector_norm(torch.stack(norms))
+            return two_norm([x for _, x in members], far=any(self.grads[i].dtype == torch.float64 for i, _ in members))
         peaks = torch.stack([x.abs().amax().double() for _, x in members])
         if q == math.inf:
             first = peaks.argmax()  # of NaN and of equal ones the first
@@ -239,6 +238,8 @@ def _sgd_tensor(
         d = d.add(w, alpha=group.weight_decay)
     if buffer is not None:
         m = d if group.first else (wide(buffer) * group.momentum).add(d, alpha=1 - group.dampening)
+        if buffer.dtype != param.dtype:
+            m = m.to(buffer.dtype)  # as torch does, which goes on with what is stored
         d = d.add(m, alpha=group.momentum) if group.nesterov else m
         _write(buffer, m, found_inf)
     if isinstance(group.lr, Tensor):

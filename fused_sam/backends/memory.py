@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -105,4 +106,19 @@ def ordered_sum(x: Tensor) -> Tensor:
     return x.sum()
 
 
+def two_norm(tensors: list[Tensor], far: bool) -> Tensor:
+    """Return ||x||_2 over all tensors in fp64, shape [].
+
+    With ``far`` also of numbers whose squares leave the range of fp64: those are looked at again in other units, which
+    change no bit of others. Only on a CPU can the host see, without a wait, that there is no need.
+    """
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if not far or (norm.is_cpu and not (norm == math.inf or norm < _LEAST)):
+        return norm
+    scale = torch.where(norm == math.inf, 2.0**600, torch.where(norm < _LEAST, 2.0**-600, torch.ones_like(norm)))
+    return scale * two_norm([x.double() / scale for x in tensors], far=False)
+
+
+_LEAST = 2.0**-480  # below, squares that matter may be subnormal
 _ROW = 4096  # far fewer than torch adds up with several threads

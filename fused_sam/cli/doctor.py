@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; 1 if a backend that loads computes a wrong step, or the one asked for is not usable."""
+    """Print the report; 1 if a backend that loads makes no step or a wrong one, or the one asked for is not usable."""
     for name, value in environment().items():
         print(f"{name:<12} {value}")
     print()
@@ -45,16 +45,24 @@ def report(device: str) -> int:
     failures = 0
     for name, state in backends.available(device).items():
         if state == "ok":
-            error = step_error(name, device)
-            ok = error <= TOLERANCE
+            ok, state = check(name, device)
             failures += not ok
-            state = f"ok, one step checked: largest error {error:.1e}" if ok else f"WRONG: error {error:.1e}"
         print(f"{device:<6}{name:<12} {state}")
     asked = os.environ.get("FUSED_SAM_BACKEND")
-    first = next(name for name, state in backends.available(device).items() if state == "ok")
+    first = next((name for name, state in backends.available(device).items() if state == "ok"), "none")
     usable = backends.available(device).get(asked or "") == "ok"
     print(f"{device:<6}in use: {f'{asked} (FUSED_SAM_BACKEND)' if usable else first}\n")
     return failures
+
+
+def check(backend: str, device: str) -> tuple[bool, str]:
+    """Return whether one step on a backend is right, and what there is to say of it."""
+    try:
+        error = step_error(backend, device)
+    except Exception as raised:
+        return False, f"FAILED: {type(raised).__name__}: {' '.join(str(raised).split())}"
+    ok = error <= TOLERANCE
+    return ok, f"ok, one step checked: largest error {error:.1e}" if ok else f"WRONG: error {error:.1e}"
 
 
 def environment() -> dict[str, str]:

@@ -64,7 +64,8 @@ class ShardedState(Replicas):
         """Return the norm over all shares: one fp64 number from each rank."""
         grads = [g for g in map(_grad, self._slices.pieces(self._slices.rank).values()) if g is not None]
         norm: Any = ops.norm(grads, grads, [AscentGroup(len(grads), 0.0, False)], parameters.backend)
-        return gathered(norm.to(parameters.tensors()[0].device), self._group, 2.0)
+        params = parameters.tensors()  # the same on all ranks, as the norm must be
+        return gathered(norm.to(params[0].device), self._group, 2.0, ops.holds_fp64(params))
 
     @contextlib.contextmanager
     def stage(self, parameters: Parameters, journal: Journal) -> Iterator[tuple[Parameters, Journal]]:

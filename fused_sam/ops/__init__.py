@@ -16,7 +16,7 @@ fp32, fp64, bf16 and fp16 tensors; 16-bit data is computed in fp32 and the norm 
 """
 
 from fused_sam.backends.interface import AccumulateGroup, AdamGroup, AscentGroup, InvalidTensor, Journal, SGDGroup
-from fused_sam.ops.ascent import Ascent, joint_norm, norm, perturb
+from fused_sam.ops.ascent import Ascent, holds_fp64, joint_norm, norm, perturb
 from fused_sam.ops.descent import adam_update, restore, restore_accumulate, sgd_update
 from fused_sam.ops.groups import dual_exponent, host_number, is_capturing
 from fused_sam.ops.journal import NewState, StateEntry, joint_backup, restore_weights, roll_back
@@ -33,6 +33,7 @@ __all__ = [
     "StateEntry",
     "adam_update",
     "dual_exponent",
+    "holds_fp64",
     "host_number",
     "is_capturing",
     "joint_backup",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.interface import AscentGroup, Journal, TensorList
+from fused_sam.backends.memory import two_norm
 from fused_sam.ops.groups import dual_exponent, require_sizes
 from fused_sam.ops.journal import Copies, bump_versions
 from fused_sam.ops.lists import all_present
@@ -60,7 +61,9 @@ class Ascent:
             norms.append(norm if part.index is None else part.to_list_index(norm))
         if not norms:
             return torch.zeros(3 if self.q == math.inf else (), dtype=torch.float64)
-        return norms[0] if len(norms) == 1 else joint_norm([n.to(norms[0].device) for n in norms], self.q)
+        if len(norms) == 1:
+            return norms[0]
+        return joint_norm([n.to(norms[0].device) for n in norms], self.q, holds_fp64(self.params))
 
     def perturb(
         self, norm: Tensor | None, journal: Journal, backups: TensorList | None = None, owned: bool = False
@@ -108,11 +111,16 @@ class Ascent:
         return None if self.masters is None else contiguous(part.take(self.masters))
 
 
-def joint_norm(norms: list[Tensor], q: float) -> Tensor:
-    """Return the norm of all parts from those of each, as `Ascent.norm` returns them."""
+def holds_fp64(params: TensorList) -> bool:
+    """Return whether there are gradients whose norm squared may leave the range of fp64."""
+    return any(p.dtype == torch.float64 for p in params)
+
+
+def joint_norm(norms: list[Tensor], q: float, far: bool) -> Tensor:
+    """Return the norm of all parts from those of each, as `Ascent.norm` returns them; ``far``: of `holds_fp64`."""
     values = torch.stack(norms)
     if q == 2:
-        return torch.linalg.vector_norm(values)
+        return two_norm([values], far)
     if q == math.inf:
         peak = values[:, 0].amax()
         first = torch.where(values[:, 0] == peak, values[:, 1], math.inf).argmin()

@@ -235,7 +235,8 @@ def _descend(
     steps: TensorList | None = None,
 ) -> None:
     """Restore w and call the update of that name on every part; advance ``steps`` that are on the device."""
-    parts = route(backend, groups, params, grads, backups, states, masters)
+    any_state = name == "sgd_update"
+    parts = route(backend, groups, params, grads, backups, states, masters, any_state=any_state)
     at_once = len(parts) == 1 and parts[0].batch is not None and parts[0].index is None
     written = [grads, backups]
     if backups is not None and not at_once:
@@ -246,7 +247,7 @@ def _descend(
             backups.restore()
             bump_versions(params, backups)
         written = [grads]
-        parts = route(backend, groups, params, grads, None, states, masters)
+        parts = route(backend, groups, params, grads, None, states, masters, any_state=any_state)
     for part in parts:
         scale = None if grad_scale is None else grad_scale.to(part.device)
         skip = None if found_inf is None else found_inf.to(part.device)

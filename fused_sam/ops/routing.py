@@ -68,12 +68,14 @@ def route(
     states: Sequence[TensorList | None] = (),
     masters: TensorList | None = None,
     q: float | None = None,
+    any_state: bool = False,
 ) -> list[Part]:
     """Return one part, of everything, unless devices or memory layouts differ. ``backups`` may be an ascent's batch.
 
     ``states``: the lists of state that the base step reads and writes, of which any may be None. ``masters``: fp32
     copies of 16-bit parameters, which state matches then. ``q``: the exponent of an ascent's norm. Where a backend
     takes no masters, or not this q, torch's operations do; the backups of such an ascent are a list to it afterwards.
+    ``any_state``: state may have kept its dtype when its parameter got another, and torch's operations take it then.
 
     Raises:
         InvalidTensor: for an operand that is sparse, complex, of another dtype than the four, or that does not match
@@ -97,7 +99,7 @@ def route(
         backups = backups.backups
     batch = module.batch(params, grads, backups, *states, masters=masters)
     if batch.unsupported:
-        return _divide(backend, module, batch, groups, params, grads, backups, states, masters, q)
+        return _divide(backend, module, batch, groups, params, grads, backups, states, masters, q, any_state)
     for group in groups:
         if isinstance(group[1], Tensor):  # rho or lr
             groups = [g.on(device, g.size) for g in groups]
@@ -116,20 +118,23 @@ def _divide(
     states: Sequence[TensorList | None],
     masters: TensorList | None,
     q: float | None,
+    any_state: bool,
 ) -> list[Part]:
     """Return the parts of tensors some of which the first backend does not support."""
     unsupported = set(batch.unsupported)
     members: dict[tuple[Any, torch.device, bool], list[int]] = {}
     for i, param in enumerate(params):
-        stage = False
+        stage = moved = False
         if i in unsupported:
             if not any(isinstance(x, list) and x[i] is not None for x in (grads, backups)):
                 continue
             kept = [x[i] for x in (backups,) if isinstance(x, list) and x[i] is not None]
             state = [x[i] for x in states if x is not None and x[i] is not None]
-            _require_supported(i, param, grads[i] if grads else None, kept, state, masters[i] if masters else None)
+            master = masters[i] if masters else None
+            moved = any_state and master is None and any(_has_other_dtype(x, param) for x in state)
+            _require_supported(i, param, grads[i] if grads else None, kept, state, master, moved)
             stage = first.NEEDS_DENSE
-        module = _module_for(param.device.type, backend, masters, q)
+        module = eager if moved else _module_for(param.device.type, backend, masters, q)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
     involved = [i for index in members.values() for i in index]
     written = [x[i] for x in (params, backups, masters, *states) if isinstance(x, list) for i in involved]
@@ -145,6 +150,11 @@ def _divide(
             part.batch = module.batch(*taken, masters=part.take_any(masters))
         parts.append(part)
     return parts
+
+
+def _has_other_dtype(state: Any, param: Tensor) -> bool:
+    """Return whether state has another dtype than its parameter, one of those that there are."""
+    return isinstance(state, Tensor) and state.dtype != param.dtype and state.dtype in DTYPES
 
 
 def _module_for(device_type: str, backend: str | None, masters: TensorList | None, q: float | None) -> Backend:
@@ -181,7 +191,9 @@ def stand_ins(tensors: TensorList | None) -> Iterator[TensorList | None]:
             original.copy_(copy)
 
 
-def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any], state: list[Any], master: Any) -> None:
+def _require_supported(
+    index: int, param: Tensor, grad: Any, backups: list[Any], state: list[Any], master: Any, any_state: bool
+) -> None:
     if param.dtype not in DTYPES:
         raise InvalidTensor(index, f"dtype {param.dtype} is not supported, must be one of {list(DTYPES)}")
     if param.layout != torch.strided:
@@ -201,11 +213,15 @@ def _require_supported(index: int, param: Tensor, grad: Any, backups: list[Any],
         require_match(index, param, x)
         _require_writable(index, x, "backup")
     for x in state:
-        require_match(index, param if master is None else master, x)
+        require_match(index, param if master is None else master, x, any_state, remedy=CAST)
         _require_writable(index, x, "state")
 
 
-def require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) -> None:
+# As in torch, whose Adam refuses such state with less of a reason.
+CAST = " (state keeps its dtype where a model gets another: optimizer.load_state_dict(optimizer.state_dict()) casts it)"
+
+
+def require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False, remedy: str = "") -> None:
     """Refuse what is not a strided tensor of the parameter's dtype, device and shape, with memory."""
     if not isinstance(x, Tensor):
         raise InvalidTensor(index, f"{type(x).__name__} is not a tensor")
@@ -213,9 +229,8 @@ def require_match(index: int, param: Tensor, x: Any, any_dtype: bool = False) ->
         raise InvalidTensor(index, f"layout {x.layout} is not supported (a sparse gradient?), must be strided")
     for name in ("device", "shape") if any_dtype else ("dtype", "device", "shape"):
         if getattr(x, name) != getattr(param, name):
-            raise InvalidTensor(
-                index, f"{name} {getattr(x, name)} does not match the parameter's {getattr(param, name)}"
-            )
+            reason = f"{name} {getattr(x, name)} does not match the parameter's {getattr(param, name)}"
+            raise InvalidTensor(index, reason + remedy * (name == "dtype"))
     _require_memory(index, x)
 
 

@@ -38,7 +38,15 @@ def scaled(w_, g_, start, count, adaptive, eta, decay, C: tl.constexpr, TILE: tl
     return x
 
 
-@triton.jit(do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "ascent", "partials", "first"])
+@triton.jit
+def _far_scale(norm):
+    """Return far_scale of csrc/powers.h: what a norm is taken again in units of, 0 where its squares are in range."""
+    return tl.where(norm == float("inf"), 2.0**600, tl.where(norm < 2.0**-480, 2.0**-600, 0.0))
+
+
+@triton.jit(
+    do_not_specialize=["chunks", "sizes", "groups", "weights", "grads", "ascent", "partials", "norm", "first"]
+)  # fmt: skip
 def norm_partials(
     chunks,
     sizes,
@@ -47,16 +55,24 @@ def norm_partials(
     grads,
     ascent,
     partials,
+    norm,
     first,
     P: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """Write partials[chunk] = sum of x^2 over the chunk in float64; element i of it goes to lane i % TILE."""
+    """Write partials[chunk] = sum of x^2 over the chunk in float64; element i of it goes to lane i % TILE.
+
+    ``AGAIN``: of x in other units, where the norm found before is far out; elsewhere nothing is read.
+    """
     index = first + tl.program_id(0)
     row, begin, count = chunk(chunks, sizes, index, CHUNK)
+    if AGAIN:
+        scale = _far_scale(tl.load(norm))
+        count = tl.where(scale > 0, count, 0)
     _, _, adaptive, eta, decay = terms_of(ascent, groups, row)
     w_address, w = pointer(weights, row, begin, P)
     g_address, g = pointer(grads, row, begin, G)
@@ -64,21 +80,31 @@ def norm_partials(
     acc = tl.zeros([TILE], tl.float64)
     for start in range(0, full, TILE):
         x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, True)
+        if AGAIN:
+            x = x / scale
         acc = tl.fma(x, x, acc)
     for start in range(full, count, TILE):
         x = scaled(w, g, start, count, adaptive, eta, decay, C, TILE, False)
+        if AGAIN:
+            x = x / scale
         acc = tl.fma(x, x, acc)
     tl.store(partials + index, sum_of_lanes(acc, TILE))
 
 
 @triton.jit(do_not_specialize=["partials", "out", "count"])
-def norm_total(partials, out, count, TILE: tl.constexpr):
-    """Write out = sqrt(sum of partials), a float64, by one program: partial i goes to lane i % TILE."""
+def norm_total(partials, out, count, TILE: tl.constexpr, AGAIN: tl.constexpr):
+    """Write out = sqrt(sum of partials), a float64, by one program: partial i goes to lane i % TILE. ``AGAIN`` as in
+    `norm_partials`."""
     acc = tl.zeros([TILE], tl.float64)
     lane = tl.arange(0, TILE)
     for start in range(0, count, TILE):
         acc += tl.load(partials + start + lane, mask=start + lane < count, other=0.0)
-    tl.store(out, tl.sqrt(sum_of_lanes(acc, TILE)))
+    norm = tl.sqrt(sum_of_lanes(acc, TILE))
+    if AGAIN:
+        before = tl.load(out)
+        scale = _far_scale(before)
+        norm = tl.where(scale > 0, scale * norm, before)
+    tl.store(out, norm)
 
 
 @triton.jit

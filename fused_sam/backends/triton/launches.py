@@ -42,9 +42,12 @@ def float64(device: torch.device, *size: int) -> Tensor:
 def sum_of_squares(plan: tables.Plan, columns: list[Tensor]) -> Tensor:
     """Return ||x||_2, shape []."""
     partials, result = float64(columns[0].device, plan.total), float64(columns[0].device)
-    for x in plan.launches:
-        launch(kernels.norm_partials, x, *columns, partials, x.first)
-    kernels.norm_total[(1,)](partials, result, plan.total, TILE=kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS)
+    options: dict[str, Any] = {"TILE": kernels.TOTAL_TILE, **kernels.TOTAL_OPTIONS}
+    # Squares of fp64 may leave its range, which only the device knows. Elsewhere a second look is over at once.
+    for again in (False, True) if any(torch.float64 in x.dtypes for x in plan.launches) else (False,):
+        for x in plan.launches:
+            launch(kernels.norm_partials, x, *columns, partials, result, x.first, AGAIN=again)
+        kernels.norm_total[(1,)](partials, result, plan.total, AGAIN=again, **options)
     return result
 
 
