@@ -13,12 +13,29 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision_ops
 from helpers import snapshot
 from ranks import Ranks
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from trainer_loops import Case, FailureError, Net, by_hand, sam, train
+from trainer_loops import (
+    BATCH,
+    BATCHES,
+    EPOCHS,
+    Case,
+    FailureError,
+    Net,
+    by_hand,
+    data,
+    lightning_trainer,
+    loader,
+    sam,
+    train,
+    transformers_trainer,
+)
 
+from fused_sam import FusedSAM
 from fused_sam.distributed import data_parallel
 
 TRAINERS = ["transformers", "lightning", "accelerate", "timm"]
@@ -45,7 +62,6 @@ def _one_precision_for_each() -> Iterator[None]:
 
 STEPS: dict[str, tuple[dict[str, Any], Case]] = {
     "one micro-batch": ({}, Case(1)),
-    "two micro-batches": ({}, Case(2)),
     "three micro-batches": ({"adaptive": True, "eta": 0.01}, Case(3)),
     "Adam": ({"base_optimizer": torch.optim.AdamW, "lr": 0.03}, Case(2)),
     "interval": ({"interval": 2, "start": 1}, Case(2)),
@@ -58,6 +74,7 @@ STEPS: dict[str, tuple[dict[str, Any], Case]] = {
     "bf16": ({}, Case(2, precision="bf16")),
     "fp16": ({}, Case(2, precision="fp16")),
     "fp16, clipped": ({}, Case(3, clip=0.2, precision="fp16")),
+    "fp16, overflows": ({}, Case(2, precision="fp16", scale=2.0**19)),
     "fp16, interval": ({"interval": 2}, Case(2, precision="fp16")),
     "fp16, momentum": ({"direction": "momentum"}, Case(2, clip=0.2, precision="fp16")),
 }
@@ -165,3 +182,184 @@ def test_ranks_average_once_in_a_pass(trainer: str, own: bool, pair: Ranks, tmp_
     pytest.importorskip({"lightning": "pytorch_lightning"}.get(trainer, trainer))
     sent = pair.run(as_by_hand_on_each_rank, trainer, own, {}, tmp_path)
     assert sent == [2 if own else 4] * 2  # two steps; a perturbation of its own needs no average
+
+
+class TestTransformers:
+    def test_the_loss_of_all_tokens_of_a_step(self, tmp_path: Path) -> None:
+        """`num_items_in_batch` is that of the step in both passes; the optimizer is made by the Trainer."""
+        pytest.importorskip("transformers")
+        counts: list[int] = []
+
+        class Logits(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = Net()
+
+            def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+                return {"logits": self.net.body(x)}
+
+        def loss_of(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+            counts.append(int(num_items_in_batch))
+            return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+        made = FusedSAM, {"lr": 0.13, "momentum": 0.8, "rho": 0.07}
+        model = Logits()
+        trainer = transformers_trainer(
+            model, Case(2, folder=tmp_path), optimizer_cls_and_kwargs=made, compute_loss_func=loss_of
+        )
+        trainer.train()
+        assert counts == ([2 * BATCH] * 8 + [BATCH] * 2) * EPOCHS
+        twin = Net()
+        by_hand(twin, sam(twin, weight_decay=0.0), Case(2), actual=True)
+        for p, q in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(p, q)  # sums are divided once, and not means twice
+
+    @pytest.mark.parametrize("direction", ["gradient", "momentum"])
+    def test_whatever_ends_training_leaves_the_weights_at_w(self, direction: str, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        case, twin = Case(2, folder=tmp_path), Net()
+        weights = by_hand(twin, sam(twin, direction=direction), case, actual=True)
+
+        class Ends(transformers.TrainerCallback):
+            def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                control.should_training_stop = state.global_step == 1
+
+        class Fails(transformers.TrainerCallback):
+            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == 1:
+                    raise FailureError
+
+        for callback in (Ends, Fails):
+            net = Net()
+            opt = sam(net, direction=direction)
+            constant = torch.optim.lr_scheduler.ConstantLR(opt, 1.0)
+            trainer = transformers_trainer(net, case, optimizers=(opt, constant), callbacks=[callback()])
+            with contextlib.suppress(FailureError):
+                trainer.train()
+            assert trainer.state.global_step == 1
+            assert snapshot(net.parameters()) == weights[1]
+            assert not opt.perturbed
+        trainer.remove_callback(Fails)
+        net.losses.clear()
+        trainer.train()
+        assert len(net.losses) == BATCHES * EPOCHS * (2 if direction == "gradient" else 1)
+
+
+class TestLightning:
+    def fit(self, case: Case, hooks: dict[str, Any], opt_options: dict[str, Any], **options: Any) -> Any:
+        """Return the module after training; ``hooks`` are its methods."""
+        lightning = pytest.importorskip("pytorch_lightning")
+        from fused_sam.integrations.lightning import SAMModule
+
+        class Module(SAMModule, lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = Net()
+                self.opt = sam(self.net, **opt_options)
+
+            def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+                return self.net(*batch)["loss"]
+
+            def configure_optimizers(self) -> FusedSAM:
+                return self.opt
+
+        module = type("Mine", (Module,), hooks)()
+        lightning_trainer(case, **options).fit(module, loader(), loader() if "validation_step" in hooks else None)
+        return module
+
+    @pytest.mark.parametrize("direction", ["gradient", "momentum"])
+    def test_between_micro_batches_the_weights_are_at_w(self, direction: str) -> None:
+        """Also for a validation that calls training_step, which keeps no batches for a step."""
+
+        def validation_step(self: Any, batch: list[Tensor], index: int) -> None:
+            assert not self.opt.perturbed
+            self.training_step(batch, index)
+            assert not self.opt.perturbed
+
+        options = {"direction": direction}
+        module = self.fit(Case(3), {"validation_step": validation_step}, options, val_check_interval=1)
+        twin = Net()
+        assert snapshot(module.net.parameters()) == by_hand(twin, sam(twin, **options), Case(3))[-1]
+
+    def test_a_training_step_of_a_subclass_may_call_that_of_its_base_and_return_none(self) -> None:
+        def training_step(self: Any, batch: list[Tensor], index: int) -> dict[str, Any] | None:
+            return None if index % 2 else {"loss": super(type(self), self).training_step(batch, index), "index": index}
+
+        module = self.fit(Case(2), {"training_step": training_step}, {})
+        assert len(module.net.losses) == 2 * 3 * EPOCHS
+        assert not module.opt.perturbed
+
+    def test_manual_optimization_is_left_alone(self) -> None:
+        def training_step(self: Any, batch: list[Tensor], index: int) -> None:
+            self.automatic_optimization = False
+            self.optimizers().step(closure=lambda: self.manual_backward(self.net(*batch)["loss"]))
+
+        def on_fit_start(self: Any) -> None:
+            self.automatic_optimization = False
+
+        module = self.fit(Case(1), {"training_step": training_step, "on_fit_start": on_fit_start}, {})
+        twin = Net()
+        assert snapshot(module.net.parameters()) == by_hand(twin, sam(twin), Case(1))[-1]
+
+    def test_what_cannot_be_run_twice_is_refused(self) -> None:
+        def training_step(self: Any, dataloader_iter: Any) -> None: ...
+
+        def on_train_batch_start(self: Any, batch: Any, index: int) -> None: ...
+
+        with pytest.raises(TypeError, match=r"^Invalid training_step\(dataloader_iter\)"):
+            self.fit(Case(2), {"training_step": training_step}, {})
+        with pytest.raises(RuntimeError, match=r"must call super\(\)\.$"):
+            self.fit(Case(2), {"on_train_batch_start": on_train_batch_start}, {})
+
+
+def test_accelerate_goes_on_after_an_exception_with_a_whole_step() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from fused_sam.integrations.accelerate import SAMStep
+
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    net, twin, batches = Net(fail_at=3), Net(), list(loader())
+    model, optimizer = accelerator.prepare(net, sam(net))
+    with pytest.raises(TypeError, match=r"^Invalid optimizer of class FusedSAM\. Must be what accelerator"):
+        SAMStep(accelerator, model, optimizer.optimizer, lambda model, batch: model(*batch)["loss"])
+    step = SAMStep(accelerator, model, optimizer, lambda model, batch: model(*batch)["loss"])
+    step(batches[3])
+    with pytest.raises(FailureError):
+        step(batches[4])
+    for batch in batches[:2]:
+        step(batch)
+    assert snapshot(net.parameters()) == by_hand(twin, sam(twin), Case(2))[1]
+
+
+class TestTimm:
+    def test_a_forward_of_another_batch_is_refused(self) -> None:
+        pytest.importorskip("timm")
+        from fused_sam.integrations.timm import SAMScaler
+
+        net = Net()
+        opt, scaler, old = sam(net), SAMScaler("cpu", enabled=False), snapshot(net.parameters())
+
+        def epoch() -> None:
+            for number, (x, y) in enumerate(loader(), start=1):
+
+                def forward() -> Tensor:
+                    return net(x, y)["loss"]  # noqa: B023 that is the mistake
+
+                scaler(forward(), opt, need_update=number == 2, forward=forward)
+
+        with pytest.raises(RuntimeError, match=r"^forward reads 'x', which has changed since"):
+            epoch()
+        assert snapshot(net.parameters()) == old
+
+    def test_arguments_that_do_not_go_with_sam_are_refused(self) -> None:
+        pytest.importorskip("timm")
+        from fused_sam.integrations.timm import SAMScaler
+
+        net = Net()
+        scaler, loss = SAMScaler("cpu", enabled=False), net(*data()[:8])["loss"]
+        for options, arguments, message in [
+            ({}, {"create_graph": True}, "create_graph=True"),
+            ({}, {"clip_grad": 0.2}, "parameters=None with clip_grad=0.2"),
+            ({"replay_rng": True}, {}, "replay_rng=True"),
+        ]:
+            with pytest.raises(ValueError, match=f"^Invalid {message}"):
+                scaler(loss, sam(net, **options), **arguments, forward=lambda: loss)

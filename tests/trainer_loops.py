@@ -29,6 +29,7 @@ class Case(NamedTuple):
     accumulate: int = 2
     clip: float | None = None
     precision: str = "fp32"
+    scale: float = SCALE
     folder: Path = Path()
 
     @property
@@ -36,7 +37,7 @@ class Case(NamedTuple):
         return torch.autocast("cpu", DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def scaler(self) -> GradScaler:
-        return GradScaler("cpu", init_scale=SCALE, enabled=self.precision == "fp16")
+        return GradScaler("cpu", init_scale=self.scale, enabled=self.precision == "fp16")
 
 
 class FailureError(Exception):
@@ -119,7 +120,6 @@ def by_hand(net: Net, opt: FusedSAM, case: Case, actual: bool = False) -> list[l
 
 def with_lightning(net: Net, opt: FusedSAM, case: Case) -> list[float]:
     import pytorch_lightning
-    from pytorch_lightning.plugins.precision import MixedPrecision
 
     from fused_sam.integrations.lightning import SAMModule
 
@@ -136,32 +136,38 @@ def with_lightning(net: Net, opt: FusedSAM, case: Case) -> list[float]:
             return loss
 
         def on_train_batch_end(self, outputs: Any, *args: Any) -> None:
-            assert self.optimizers().perturbed is False
             seen.append(outputs["loss"].item() * case.accumulate)
 
         def configure_optimizers(self) -> FusedSAM:
             return opt
 
-    devices = {"devices": 2, "strategy": "ddp"} if dist.is_initialized() else {"devices": 1}
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    # fp16 on the CPU is had by the plugin alone.
-    scaler = case.scaler() if case.precision == "fp16" else None
-    precision = {"fp16": "16-mixed", "bf16": "bf16-mixed"}.get(case.precision)
-    plugins = [] if precision is None else [MixedPrecision(precision, "cpu", scaler)]
-    trainer = pytorch_lightning.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        **devices,
-        **dict.fromkeys(silent, False),
-        accumulate_grad_batches=case.accumulate,
-        gradient_clip_val=case.clip,
-        plugins=plugins,
-        use_distributed_sampler=False,
-    )
+    trainer = lightning_trainer(case)
     trainer.fit(Module(), loader())
     assert trainer.global_step == EPOCHS * -(-BATCHES // case.accumulate)
     assert trainer.callback_metrics["loss"].item() == pytest.approx(sum(seen[BATCHES:]) / BATCHES, rel=1e-5)
     return seen
+
+
+def lightning_trainer(case: Case, **options: Any) -> Any:
+    import pytorch_lightning
+    from pytorch_lightning.plugins.precision import MixedPrecision
+
+    # With precision="16-mixed" it takes bf16 on the CPU.
+    precision = {"fp16": "16-mixed", "bf16": "bf16-mixed"}.get(case.precision)
+    scaler = case.scaler() if case.precision == "fp16" else None
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return pytorch_lightning.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        devices=2 if dist.is_initialized() else 1,
+        strategy="ddp" if dist.is_initialized() else "auto",
+        use_distributed_sampler=False,
+        accumulate_grad_batches=case.accumulate,
+        gradient_clip_val=case.clip,
+        plugins=[] if precision is None else [MixedPrecision(precision, "cpu", scaler)],
+        **dict.fromkeys(silent, False),
+        **options,
+    )
 
 
 def with_accelerate(net: Net, opt: FusedSAM, case: Case) -> list[float]:
@@ -188,16 +194,21 @@ def give_scaler(accelerator: Any, case: Case) -> None:
 
 
 def with_transformers(net: Net, opt: FusedSAM, case: Case) -> list[float]:
+    constant = torch.optim.lr_scheduler.ConstantLR(opt, 1.0)
+    trainer = transformers_trainer(net, case, optimizers=(opt, constant))
+    trainer.train()
+    return trainer.seen
+
+
+def transformers_trainer(net: nn.Module, case: Case, **options: Any) -> Any:
     import transformers
 
     from fused_sam.integrations.transformers import SAMTrainer
 
-    seen: list[float] = []
-
     class Trainer(SAMTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
-            seen.append(loss.item() * self.current_gradient_accumulation_steps)
+            self.seen.append(loss.item() * self.current_gradient_accumulation_steps)
             return loss
 
         def get_train_dataloader(self) -> Any:
@@ -212,16 +223,15 @@ def with_transformers(net: Net, opt: FusedSAM, case: Case) -> list[float]:
         max_grad_norm=case.clip or 0.0,
         fp16=case.precision == "fp16",
         bf16=case.precision == "bf16",
+        lr_scheduler_type="constant",
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
     )
-    constant = torch.optim.lr_scheduler.ConstantLR(opt, 1.0)
-    examples = [{"x": x, "labels": y} for x, y in data()]
-    trainer = Trainer(net, arguments, train_dataset=examples, optimizers=(opt, constant))
+    trainer = Trainer(net, arguments, train_dataset=[{"x": x, "labels": y} for x, y in data()], **options)
+    trainer.seen = []
     give_scaler(trainer.accelerator, case)
-    trainer.train()
-    return seen
+    return trainer
 
 
 def with_timm(net: Net, opt: FusedSAM, case: Case) -> list[float]:
