@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -289,6 +290,30 @@ class TestLightning:
         assert len(module.net.losses) == 2 * 3 * EPOCHS
         assert not module.opt.perturbed
 
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_steps_without_a_loss_change_nothing(self, precision: str) -> None:
+        with pytest.warns(UserWarning, match=r"^No parameter has a gradient at first_step"):
+            module = self.fit(Case(2, precision=precision), {"training_step": lambda self, batch, index: None}, {})
+        assert not module.opt.perturbed
+        assert snapshot(module.parameters()) == snapshot(Net().parameters())
+
+    def test_an_epoch_that_is_left_within_a_step_leaves_nothing_to_the_next(self) -> None:
+        """`training_step` is decorated, and takes no index: Lightning sees that through our wrapper."""
+
+        def decorated(step: Callable[..., Any]) -> Callable[..., Any]:
+            return functools.wraps(step)(lambda *args: step(*args))
+
+        @decorated
+        def training_step(self: Any, batch: list[Tensor]) -> Tensor:
+            return self.net(*batch)["loss"]
+
+        def on_train_batch_start(self: Any, batch: Any, index: int) -> int | None:
+            super(type(self), self).on_train_batch_start(batch, index)
+            return -1 if index == 3 else None
+
+        module = self.fit(Case(2), {"training_step": training_step, "on_train_batch_start": on_train_batch_start}, {})
+        assert len(module.net.losses) == (4 + 1) * EPOCHS
+
     def test_manual_optimization_is_left_alone(self) -> None:
         def training_step(self: Any, batch: list[Tensor], index: int) -> None:
             self.automatic_optimization = False
@@ -328,6 +353,10 @@ def test_accelerate_goes_on_after_an_exception_with_a_whole_step() -> None:
     for batch in batches[:2]:
         step(batch)
     assert snapshot(net.parameters()) == by_hand(twin, sam(twin), Case(2))[1]
+    net(*batches[0])["loss"].backward()
+    optimizer.optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"^A micro-batch while the weights are perturbed\."):
+        step(batches[0])
 
 
 class TestTimm:
@@ -349,6 +378,19 @@ class TestTimm:
         with pytest.raises(RuntimeError, match=r"^forward reads 'x', which has changed since"):
             epoch()
         assert snapshot(net.parameters()) == old
+
+    def test_gradients_that_the_loop_drops_take_no_part(self) -> None:
+        pytest.importorskip("timm")
+        from fused_sam.integrations.timm import SAMScaler
+
+        net, twin = Net(), Net()
+        opt, scaler = sam(net), SAMScaler("cpu", enabled=False)
+        for number, (x, y) in zip((0, 1, 2), [data()[8:16], *loader()]):
+            forward = functools.partial(lambda x, y: net(x, y)["loss"] / 2, x, y)
+            scaler(forward(), opt, need_update=number == 2, forward=forward)
+            if number == 0:
+                opt.zero_grad()
+        assert snapshot(net.parameters()) == by_hand(twin, sam(twin), Case(2))[1]
 
     def test_arguments_that_do_not_go_with_sam_are_refused(self) -> None:
         pytest.importorskip("timm")
