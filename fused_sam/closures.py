@@ -73,7 +73,8 @@ def _warn_of_lost(step: Step) -> None:
         return
     step.once.warn(
         "step(closure) starts without gradients: what a backward before it has left is lost. To accumulate, put every "
-        "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches must be 1.)"
+        "backward into the closure, or give step a list of closures. (Lightning: accumulate_grad_batches > 1 needs "
+        "fused_sam.integrations.lightning.)"
     )
 
 
