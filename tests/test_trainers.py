@@ -1,9 +1,11 @@
-"""The recipes of docs/trainers.md: in other people's training loops a step is what it is in a loop written by hand."""
+"""docs/trainers.md: its blocks run; without our helpers too a step is what it is in a loop written by hand."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,12 @@ import torch
 import torch.nn.functional as F
 import torchvision_ops
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fused_sam import FusedSAM
 
 BATCH, EPOCHS = 16, 2
+SILENT = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 Step = Callable[[FusedSAM, Callable[[], Tensor]], Any]
 
 
@@ -106,9 +109,8 @@ def lightning_losses(form: str = "automatic", **options: Any) -> list[float]:
             optimizer = sam(self)
             return [optimizer], [schedule(optimizer)]
 
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", devices=1, **dict.fromkeys(silent, False), **options
+        max_epochs=EPOCHS, accelerator="cpu", devices=1, **dict.fromkeys(SILENT, False), **options
     )
     module = Module()
     trainer.fit(module, DataLoader(data(), BATCH))
@@ -172,60 +174,64 @@ def test_accelerate(step: str) -> None:
 class Labelled(nn.Module):
     """As transformers wants models: from a dict of inputs, labels among them, to a dict with the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        self.net, self.losses = net(), []
+        self.body = body
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.net(x)
-        loss = F.cross_entropy(logits, labels)
-        self.losses.append(loss.item())
-        return {"loss": loss, "logits": logits}
+        return {"loss": F.cross_entropy(self.body(x), labels)}
 
 
-def trainer_losses(folder: Path, **options: Any) -> list[float]:
+@functools.cache
+def blocks() -> dict[str, str]:
+    """The code of docs/trainers.md by the module of `fused_sam.integrations` that it shows."""
+    page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text()
+    found = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    return {re.search(r"fused_sam\.integrations\.(\w+)", block)[1]: block for block in found}
+
+
+def names_for(trainer: str, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """What a block takes as given."""
+    optimizer = FusedSAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.05)
+    loader = DataLoader(data(), BATCH)
+    names = {"torch": torch, "FusedSAM": FusedSAM, "loss_fn": F.cross_entropy, "model": model, "loader": loader}
+    if trainer == "lightning":
+        lightning = pytest.importorskip("pytorch_lightning")
+        quiet = functools.partial(lightning.Trainer, accelerator="cpu", devices=1, **dict.fromkeys(SILENT, False))
+        return {**names, "LightningModule": lightning.LightningModule, "Trainer": quiet}
+    if trainer == "accelerate":
+        accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=2)
+        return {**names, "accelerator": accelerator, "optimizer": optimizer, "scheduler": schedule(optimizer)}
+    if trainer == "timm":
+        pytest.importorskip("timm")
+        loop = {"device": torch.device("cpu"), "amp_dtype": None, "amp_autocast": contextlib.nullcontext}
+        return {**names, **loop, "accum_steps": 2, "optimizer": optimizer}
     transformers = pytest.importorskip("transformers")
-
-    class SAMTrainer(transformers.Trainer):
-        def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            inner = self.optimizer.optimizer
-            loss = super().training_step(model, dict(inputs), *args, **kwargs)
-            if inner.perturb_next or inner.perturbed:
-                inner.first_step(zero_grad=True)
-                super().training_step(model, inputs, *args, **kwargs)
-            return loss
-
-        def _get_train_sampler(self, *args: Any) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset)
-
-    model = Labelled()
-    optimizer = sam(model)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     arguments = transformers.TrainingArguments(
         str(folder),
         per_device_train_batch_size=BATCH,
-        num_train_epochs=1,
+        gradient_accumulation_steps=2,
+        max_steps=2,
         use_cpu=True,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        **{"max_grad_norm": 0.0} | options,
     )
     examples = [{"x": x, "labels": y} for x, y in data()]
-    SAMTrainer(model, arguments, train_dataset=examples, optimizers=(optimizer, constant)).train()
-    return model.losses
+    return {**names, "model": Labelled(model), "arguments": arguments, "data": examples}
 
 
-class TestTransformers:
-    def test_training_step(self, tmp_path: Path) -> None:
-        assert trainer_losses(tmp_path) == by_hand(epochs=1)
-
-    def test_clipping(self, tmp_path: Path) -> None:
-        assert trainer_losses(tmp_path, max_grad_norm=0.2) == pytest.approx(by_hand(1, max_grad_norm=0.2), rel=1e-5)
-
-    def test_accumulation_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(RuntimeError, match=r"first_step\(\) twice"):
-            trainer_losses(tmp_path, gradient_accumulation_steps=2)
+@pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")
+@pytest.mark.parametrize("trainer", ["transformers", "lightning", "accelerate", "timm"])
+def test_the_blocks_of_the_page_train_in_two_passes(trainer: str, tmp_path: Path) -> None:
+    """What a step is: test_integrations.py."""
+    model, sizes = net(), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    old = [p.detach().clone() for p in model.parameters()]
+    exec(compile(blocks()[trainer], "trainers.md", "exec"), names_for(trainer, model, tmp_path))
+    batches = 4 * EPOCHS if trainer == "lightning" else 4
+    assert sizes == [BATCH] * (2 * batches)
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), old))
 
 
 class TestLostGradients:
