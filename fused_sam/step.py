@@ -176,11 +176,7 @@ class Step:
         try:
             peers.average_second(parameters)
             if displacement is not None:
-                if found_inf is not None and grad_scale is None:
-                    mistakes.require_unscaled_second(self.unscaled)
-                mistake = mistakes.look_at_second(displacement.first, parameters.groups)
-                if mistake is not None:
-                    self.once.warn(mistake)
+                self._look_at_second(displacement, found_inf is not None and grad_scale is None)
             if found_inf is not None:
                 found_inf = self._overflow(found_inf)
             seen = self.make_report() if seen is None else seen
@@ -305,6 +301,14 @@ class Step:
         finally:
             self.return_to_w()
         parameters.note_masters()
+
+    def _look_at_second(self, displacement: Displacement, is_unscaled: bool) -> None:
+        """Refuse or warn of mistakes in the second gradients, which a GradScaler says it has unscaled."""
+        if is_unscaled:
+            mistakes.require_unscaled_second(self.unscaled)
+        mistake = mistakes.look_at_second(displacement.first, self.parameters.groups)
+        if mistake is not None:
+            self.once.warn(mistake)
 
     def _overflow(self, found_inf: Any) -> Tensor | None:
         """Return a GradScaler's flag, nonzero too where a gradient of the ascent was not finite on any rank."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,51 @@ def master_step(x: Lists, base: str, wide: bool, backend: str) -> list[list[torc
     return [*seen, x.params, masters, *states]
 
 
+Add = Callable[..., None]
+
+
+def ascents(dtype: torch.dtype, fresh: Callable[[], Lists], add: Add, backend: str) -> None:
+    for adaptive in (False, True):
+        x, groups = fresh(), ascent_groups(len(SIZES), adaptive=adaptive)
+        norm = ops.norm(x.params, x.grads, groups, backend=backend)
+        add(f"norm {dtype} {adaptive}", [norm])
+        ops.perturb(x.params, x.grads, x.backups, norm, groups, backend=backend)
+        add(f"perturb {dtype} {adaptive}", x.params, x.backups)
+    for p in (1.0, 1.5, 2.0, math.inf):
+        x, groups = fresh(), [AscentGroup(len(SIZES), RHO, True, 0.03, 0.37)]
+        norm = ops.norm(x.params, x.grads, groups, backend, p)
+        ops.perturb(x.params, x.grads, x.backups, norm, groups, backend, p=p)
+        add(f"perturb {dtype} p={p} eta decay", x.params, x.backups, [] if norm is None else [norm])
+
+
+def descents(dtype: torch.dtype, fresh: Callable[[], Lists], add: Add, backend: str) -> None:
+    for name in ("plain", "nesterov-decay", "maximize-all"):
+        config = SGD_CONFIGS[name]
+        for scale in (None, torch.tensor(3.0)):
+            x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
+            ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
+            add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
+    for weight, first in ((1 / 3, False), (0.5, False), (0.25, True)):
+        x = fresh()
+        ops.restore_accumulate(x.params, x.grads, [ops.AccumulateGroup(len(SIZES), weight, first)], backend=backend)
+        add(f"restore_accumulate {dtype} {weight}", x.params)
+    if dtype in SIXTEEN_BIT:
+        for base, wide in itertools.product(("sgd", "adam"), (False, True)):
+            add(f"{base} {dtype} masters, fp32 gradients: {wide}", *master_step(fresh(), base, wide, backend))
+        x = fresh()
+        grads, groups = [g.float() / 3 for g in x.grads], sgd_groups(len(SIZES), **SGD_CONFIGS["nesterov-decay"])
+        ops.sgd_update(x.params, grads, x.backups, x.momentum, groups, torch.tensor(3.0), backend=backend)
+        add(f"sgd_update {dtype} fp32 gradients", x.params, x.momentum, grads)
+    for name in ("all", "decoupled"):
+        y = AdamLists(SIZES, dtype, "cpu")
+        y.states[1][-1][5] = y.states[2][-1][40] = float("nan")
+        groups_ = adam_groups(len(SIZES), first=name == "decoupled", **ADAM_CONFIGS[name])
+        y.update(groups_, grad_scale=torch.tensor(3.0), backend=backend)
+        y.states[1][-1][5] = y.states[2][-1][40] = 0.0
+        y.states[2][-1][5] = y.params[-1][5] = y.params[-1][40] = 0.0  # NaN has many bits
+        add(f"adam_update {dtype} {name}", y.params, *y.states, y.grads)
+
+
 def digests(threads: int, backend: str = "native") -> dict[str, str]:
     """A checksum of everything that each op writes, by op, dtype and variant."""
     torch.manual_seed(5)
@@ -86,42 +132,8 @@ def digests(threads: int, backend: str = "native") -> dict[str, str]:
                 carved.buffer.copy_(content)
             return lists
 
-        for adaptive in (False, True):
-            x, groups = fresh(), ascent_groups(len(SIZES), adaptive=adaptive)
-            norm = ops.norm(x.params, x.grads, groups, backend=backend)
-            add(f"norm {dtype} {adaptive}", [norm])
-            ops.perturb(x.params, x.grads, x.backups, norm, groups, backend=backend)
-            add(f"perturb {dtype} {adaptive}", x.params, x.backups)
-        for name in ("plain", "nesterov-decay", "maximize-all"):
-            config = SGD_CONFIGS[name]
-            for scale in (None, torch.tensor(3.0)):
-                x, groups = fresh(), sgd_groups(len(SIZES), first=scale is None and name != "plain", **config)
-                ops.sgd_update(x.params, x.grads, x.backups, x.momentum, groups, scale, backend=backend)
-                add(f"sgd_update {dtype} {name} {scale}", x.params, x.momentum, x.grads)
-        for weight, first in ((1 / 3, False), (0.5, False), (0.25, True)):
-            x = fresh()
-            ops.restore_accumulate(x.params, x.grads, [ops.AccumulateGroup(len(SIZES), weight, first)], backend=backend)
-            add(f"restore_accumulate {dtype} {weight}", x.params)
-        for p in (1.0, 1.5, 2.0, math.inf):
-            x, groups = fresh(), [AscentGroup(len(SIZES), RHO, True, 0.03, 0.37)]
-            norm = ops.norm(x.params, x.grads, groups, backend, p)
-            ops.perturb(x.params, x.grads, x.backups, norm, groups, backend, p=p)
-            add(f"perturb {dtype} p={p} eta decay", x.params, x.backups, [] if norm is None else [norm])
-        if dtype in SIXTEEN_BIT:
-            for base, wide in itertools.product(("sgd", "adam"), (False, True)):
-                add(f"{base} {dtype} masters, fp32 gradients: {wide}", *master_step(fresh(), base, wide, backend))
-            x = fresh()
-            grads, groups = [g.float() / 3 for g in x.grads], sgd_groups(len(SIZES), **SGD_CONFIGS["nesterov-decay"])
-            ops.sgd_update(x.params, grads, x.backups, x.momentum, groups, torch.tensor(3.0), backend=backend)
-            add(f"sgd_update {dtype} fp32 gradients", x.params, x.momentum, grads)
-        for name in ("all", "decoupled"):
-            y = AdamLists(SIZES, dtype, "cpu")
-            y.states[1][-1][5] = y.states[2][-1][40] = float("nan")
-            groups_ = adam_groups(len(SIZES), first=name == "decoupled", **ADAM_CONFIGS[name])
-            y.update(groups_, grad_scale=torch.tensor(3.0), backend=backend)
-            y.states[1][-1][5] = y.states[2][-1][40] = 0.0
-            y.states[2][-1][5] = y.params[-1][5] = y.params[-1][40] = 0.0  # NaN has many bits
-            add(f"adam_update {dtype} {name}", y.params, *y.states, y.grads)
+        ascents(dtype, fresh, add, backend)
+        descents(dtype, fresh, add, backend)
     return found
 
 

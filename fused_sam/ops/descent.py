@@ -258,11 +258,7 @@ def _descend(
         if part.batch is not None:
             getattr(part.batch, name)(part.groups, *arguments)
         else:
-            with contextlib.ExitStack() as stack:
-                lists = [part.take_any(x) for x in (masters, params, grads, *states)]
-                masters_, p_, g_, *states_ = [stack.enter_context(stand_ins(x)) for x in lists]
-                batch = part.backend.batch(p_, g_, None, *states_, masters=masters_)  # type: ignore[arg-type]
-                getattr(batch, name)(part.groups, *arguments)
+            _update_stand_ins(part, name, arguments, masters, params, grads, *states)
         if on_device is not None:
             _advance([t for t, g in zip(on_device, part.take(grads)) if g is not None], skip)
     if not at_once:
@@ -271,6 +267,15 @@ def _descend(
         torch.autograd.graph.increment_version(params)
     else:
         bump_versions(params, *written)
+
+
+def _update_stand_ins(part: Part, name: str, arguments: tuple[Any, ...], *lists: TensorList | None) -> None:
+    """Call the update of that name on stand-ins for the masters, parameters, gradients and state of a part."""
+    with contextlib.ExitStack() as stack:
+        copies: list[Any] = [stack.enter_context(stand_ins(part.take_any(x))) for x in lists]
+        masters, params, grads, *states = copies
+        batch = part.backend.batch(params, grads, None, *states, masters=masters)
+        getattr(batch, name)(part.groups, *arguments)
 
 
 def _require_state(
