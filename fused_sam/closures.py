@@ -53,8 +53,9 @@ def run(
             "step(closure) under a GradScaler: it has looked at the gradients before the closure made any. Use "
             "first_step() and then scaler.step(optimizer)."
         )
-    second_half = step.displacement is not None
-    if second_half and step.is_ascent_due:
+    # Where forwards move the weights a closure makes the only pass, and gradients before it are of other micro-batches.
+    second_half = step.displacement is not None or step.forwards is not None
+    if step.displacement is not None and step.is_ascent_due:
         raise RuntimeError("step(closure) after first_step(): another first_step() is due. Or call restore().")
     if second_half and (ascent is not None or not callable(closure)):
         raise RuntimeError("step(closure) after first_step(): takes one closure, at w + e. Or call restore().")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import itertools
 import sys
 import types
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +28,8 @@ NO_SECOND = (
     "step(), too."
 )
 SUM = (
-    "The second gradients seem to have been added to the first: each was written as often as in one pass. The step "
-    "then takes g1 + g2. Call first_step(zero_grad=True), or zero_grad() after it."
+    "The second gradients seem to have been added to the first: nothing has cleared them between. The step then "
+    "takes g1 + g2. Call first_step(zero_grad=True), or zero_grad() after it."
 )
 NO_FORWARD = (
     "No training forward of the model has moved the weights since the last step, which is one of the base optimizer "
@@ -38,21 +41,46 @@ SCALED = (
 )
 
 
-class First(NamedTuple):
-    """The gradients of the first pass: a parameter that had one, and all that were left in p.grad.
+@dataclass
+class First:
+    """What is remembered of the first gradients: a parameter that had one, and whether the second was added to it.
 
-    ``left`` has the identity and the version of each of these. It does not hold them: their memory may be wanted.
+    Not the gradient, whose memory may be wanted.
     """
 
     param: Tensor
-    left: list[tuple[int, int] | None]
+    is_sum: bool = False
+    hook: Any = None
+
+    def watch(self, grad: Tensor) -> None:
+        """Look at the next backward that comes to this gradient, which was left in p.grad."""
+        identity, version = id(grad), grad._version
+        seen = False
+
+        def look(p: Tensor) -> None:
+            nonlocal seen
+            # Cleared in place it would have been written twice.
+            if not seen and p.grad is not None:
+                self.is_sum = id(p.grad) == identity and p.grad._version == version + 1
+            seen = True
+
+        if self.param.requires_grad and self.param.is_leaf:
+            self.hook = self.param.register_post_accumulate_grad_hook(look)
+
+    def forget(self) -> None:
+        """Look no more."""
+        self.hook.remove()
+        self.hook = None
 
 
 def first_of(tensors: list[Tensor], grads: TensorList, left: bool) -> First | None:
     """Return what `look_at_second` compares with; None without any gradient."""
     for p, grad in zip(tensors, grads):
         if grad is not None:
-            return First(p, [None if g is None else (id(g), g._version) for g in grads] if left else [])
+            first = First(p)
+            if left:
+                first.watch(grad)
+            return first
     return None
 
 
@@ -60,32 +88,27 @@ def look_at_second(first: First | None, groups: list[dict[str, Any]]) -> str | N
     """Return what to warn of in the gradients of the second pass; None where there is nothing."""
     if first is None or first.param.grad is None:
         return None if any(p.grad is not None for group in groups for p in group["params"]) else NO_SECOND
-    if not first.left:
-        return None
-    grads = [p.grad for group in groups for p in group["params"]]
-    pairs = [(g, *there) for g, there in zip(grads, first.left) if there is not None]
-    if any(g is None or id(g) != identity for g, identity, _ in pairs):
-        return None
-    # The first of k backwards makes a gradient, some with version 0, and the others write to it. Then k more backwards
-    # write k times, and clearing in place would write once more.
-    passes = {1, 1 + min(version for _, _, version in pairs)}
-    writes = {g._version - version for g, _, version in pairs}
-    return SUM if len(writes) == 1 and writes <= passes else None
+    return SUM if first.is_sum else None
 
 
 def scales_loss(closure: Any) -> bool:
-    """Return whether a closure seems to call ``scale`` of an enabled GradScaler: by the names in it, without a call."""
+    """Return whether a closure asks an enabled GradScaler for its ``scale``: by its code, without a call."""
     while isinstance(closure, functools.partial):
         closure = closure.func
-    names = getattr(getattr(closure, "__code__", None), "co_names", ())
-    if "scale" not in names:
+    code = getattr(closure, "__code__", None)
+    if code is None or "scale" not in code.co_names:
         return False
     function = getattr(closure, "__func__", closure)
-    known = [getattr(closure, "__self__", None), *(function.__defaults__ or ())]
-    known += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
-    known += [function.__globals__.get(name) for name in names]
-    known += [vars(x).get(name) for x in known if hasattr(x, "__dict__") for name in names]
-    return any(isinstance(x, GradScaler) and x.is_enabled() for x in known)
+    cells = zip(code.co_freevars, function.__closure__ or ())
+    arguments = code.co_varnames[code.co_argcount - len(function.__defaults__ or ()) : code.co_argcount]
+    known = [(name, function.__globals__.get(name)) for name in code.co_names]
+    known += [(name, cell.cell_contents) for name, cell in cells if cell != types.CellType()]
+    known += zip(arguments, function.__defaults__ or ())
+    owners = [getattr(closure, "__self__", None), *(x for _, x in known)]
+    known += [(name, vars(x).get(name)) for x in owners if hasattr(x, "__dict__") for name in code.co_names]
+    scalers = {name for name, x in known if isinstance(x, GradScaler) and x.is_enabled()}
+    read = [instruction.argval for instruction in dis.get_instructions(code) if instruction.argval is not None]
+    return any(attribute == "scale" and name in scalers for name, attribute in itertools.pairwise(read))
 
 
 def require_unscaled_second(passes: set[bool]) -> None:

@@ -370,7 +370,8 @@ class FusedSAM(Optimizer):
     @untraced
     def _zero_gradients(self) -> None:
         super().zero_grad(set_to_none=False)
-        self._step.note_zeroed()
+        self._step.peers.cleared()
+        self._step.cleared = False
 
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update. Does nothing if the weights are not perturbed."""
@@ -406,15 +407,18 @@ class FusedSAM(Optimizer):
         """
         self._step.require_unperturbed("state_dict()")
         self._step.peers.require_whole_state("state_dict()")
-        return super().state_dict()
+        own = self._step.base.state_dict(self._step.parameters)
+        return super().state_dict() if own is None else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do as `torch.optim.Optimizer.load_state_dict`; takes checkpoints of the base optimizer, too."""
         step = self._step
         step.require_unperturbed("load_state_dict()")
-        state_dict = checkpoints.adapted(state_dict, self.param_groups)
+        if {"state", "param_groups"} <= state_dict.keys():
+            state_dict = checkpoints.adapted(state_dict, self.param_groups)
         step.base.require_loadable(state_dict)
-        super().load_state_dict(state_dict)
+        if not step.base.has_format:
+            super().load_state_dict(state_dict)
         step.base.load(step.parameters, state_dict)
         masters.load(step.parameters.masters, state_dict, self.state, self.param_groups)
         step.peers.loaded(step.parameters)

@@ -122,6 +122,7 @@ def check_new_group(group: dict[str, Any], is_decoupled: bool) -> None:
     """Refuse what `check_group` does, and what cannot become wrong later. Few bases refuse NaN themselves."""
     check_group(group)
     for name, value in group.items():
+        value = host_number(value) if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"Invalid {name}=nan. Must be a number.")
     if group["decay_in_ascent"] and is_decoupled:

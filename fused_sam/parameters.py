@@ -25,15 +25,15 @@ def listed(params: Any) -> Any:
     Raises:
         ValueError: for a parameter that is there twice, as tied weights may be.
     """
-    if isinstance(params, Tensor | dict | set):
-        return params  # torch says what is wrong
+    if isinstance(params, Tensor | dict | set):  # torch says what is wrong
+        return params
     params = list(params)
     groups = params if params and isinstance(params[0], dict) else [{"params": params}]
     seen: dict[int, tuple[int, str]] = {}
     for k, group in enumerate(groups):
-        if isinstance(group["params"], Tensor | set):
+        if isinstance(group["params"], set):
             continue
-        group["params"] = list(group["params"])
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         names = group.get("param_names") or [f"{i} of group {k}" for i in range(len(group["params"]))]
         for name, entry in zip(names, group["params"]):
             name, p = entry if isinstance(entry, tuple) else (name, entry)
@@ -76,6 +76,12 @@ class Parameters:
         for group in self.groups:
             tensors += group["params"]
         return tensors
+
+    def on_this_rank(self, *lists: TensorList | None) -> tuple[Any, ...]:
+        """Return what this rank has of the tensors in each list; None for none."""
+        if self.local is identity:
+            return lists
+        return tuple(None if x is None else self.local(x) for x in lists)
 
     def gradients(self, tensors: list[Tensor]) -> TensorList:
         """Return ``p.grad`` of each, in a new list."""

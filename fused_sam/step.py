@@ -120,6 +120,11 @@ class Step:
             return self.displacement.ascents < self.perturbation.ascents
         return self.always or self.schedule.due(self.parameters.groups)
 
+    @property
+    def is_gradient_due(self) -> bool:
+        """Return whether the next backward is one for an ascent. Along the momentum there is none."""
+        return self.perturbation.takes_gradient and self.is_ascent_due
+
     @untraced
     def ascend(self, take_grads: bool) -> None:
         """Go from w to w + e, or make the next step of an ascent of several.
@@ -138,6 +143,7 @@ class Step:
             if self.perturbation.takes_gradient:
                 self.peers.average_first(parameters)
             self.perturbation.displace(parameters, displacement, self.peers, take_grads)
+            torch.clear_autocast_cache()  # copies of w in 16 bits: the second pass may be in the block of the first
             if displacement.first is None and self.perturbation.takes_gradient:
                 self.once.warn(mistakes.NO_FIRST)
         except BaseException as error:
@@ -209,10 +215,14 @@ class Step:
         self.peers.reset()
         if self._journal:
             ops.roll_back(self._journal)
-        if self.displacement is None:
+        torch.clear_autocast_cache()
+        displacement = self.displacement
+        if displacement is None:
             return
-        if self.displacement.journal:
-            ops.roll_back(self.displacement.journal)
+        if displacement.journal:
+            ops.roll_back(displacement.journal)
+        if displacement.first is not None and displacement.first.hook is not None:
+            displacement.first.forget()
         self.displacement = None
         if self.parameters.masters is not None:
             self.parameters.note_masters()
@@ -226,14 +236,6 @@ class Step:
             clear_grads(group["params"])
         self.peers.cleared()
         self.cleared = True
-
-    def note_zeroed(self) -> None:
-        """Take in that all gradients have been set to zero where they are."""
-        self.peers.cleared()
-        self.cleared = False
-        displacement = self.displacement
-        if displacement is not None and displacement.first is not None:
-            displacement.first = displacement.first._replace(left=[])
 
     def make_report(self, loss: Any = None, loss_perturbed: Any = None) -> Report:
         """Return what is known once both gradients have been taken, and before the base step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
 from typing import Any
 
@@ -282,3 +284,33 @@ def test_under_bf16_autocast_a_step_is_that_of_the_gradients_which_are_fp32(devi
         assert p.dtype == g.dtype == torch.float32
         torch.testing.assert_close(e, RHO / norm * g)
         torch.testing.assert_close(p.detach(), start - 0.2 * g_at_e)
+
+
+@pytest.mark.parametrize("form", ["two calls", "closure", "closures"])
+def test_a_step_within_one_autocast_is_as_with_one_for_each_forward(form: str, backend: str, device: str) -> None:
+    """Autocast keeps the 16-bit copies of the weights that it has made: those of w are none of w + e."""
+    torch.manual_seed(5)
+    start = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)).to(device)
+    x = torch.randn(8, 9, device=device)
+    results = []
+    for around in (torch.autocast(device, torch.bfloat16), contextlib.nullcontext()):
+        net = copy.deepcopy(start)
+        opt = FusedSAM(net.parameters(), rho=0.7, backend=backend, **HYPER)
+        inside = contextlib.nullcontext() if not results else torch.autocast(device, torch.bfloat16)
+
+        def closure(part: slice = slice(None), net: nn.Module = net, inside: Any = inside) -> None:
+            with inside:
+                loss = net(x[part]).square().mean()
+            loss.backward()
+
+        with around:
+            for _ in range(3):
+                if form == "two calls":
+                    for half in (opt.first_step, opt.second_step):
+                        closure()
+                        half(zero_grad=True)
+                else:
+                    halves = [functools.partial(closure, slice(0, 4)), functools.partial(closure, slice(4, 8))]
+                    opt.step(closure if form == "closure" else halves)
+        results.append([p.detach().clone() for p in net.parameters()])
+    assert_same_bits(*results)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision_ops
 from helpers import assert_same_bits, snapshot, state_tensors
+from ranks import Ranks
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import fused_sam
 from fused_sam import FusedSAM
+from fused_sam.distributed import data_parallel
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.13, "momentum": 0.8, "weight_decay": 0.017}),
@@ -155,6 +160,59 @@ def test_a_scaler_and_torch_compile_change_nothing(backend: str) -> None:
     backward(model, batches(1)[0])
     with pytest.raises(RuntimeError, match="needs first_step"):
         opt.step()
+
+
+def test_a_closure_makes_the_only_pass(backend: str) -> None:
+    """Gradients of micro-batches before it stay, also where an evaluation has gone back to w."""
+    model, twin = net(), net()
+    opt, other = msam(model, backend=backend), msam(twin, backend=backend)
+    fused_sam.ascend_on_forward(model, types.SimpleNamespace(optimizer=opt))  # in a wrapper
+    for m, o, train in ((model, opt, unknowing), (twin, other, by_hand)):
+        train(m, o, 2)
+    first, second = batches(2)
+    backward(model, first)
+    evaluate(model, opt)
+    opt.step(lambda: backward(model, second))
+    other.zero_grad()
+    other.first_step()
+    backward(twin, first)
+    backward(twin, second)
+    other.step()
+    assert_same_bits(model.parameters(), twin.parameters())
+
+
+def test_a_checkpoint_loaded_in_the_middle_of_a_step_stays(backend: str) -> None:
+    model = net()
+    opt = msam(model, backend=backend)
+    fused_sam.ascend_on_forward(model, opt)
+    best = copy.deepcopy(model.state_dict())
+    unknowing(model, opt, 3)
+    backward(model, batches(1)[0])
+    model.load_state_dict(best)
+    evaluate(model, opt)
+    assert_same_bits(model.parameters(), [best[name] for name, _ in model.named_parameters()])
+
+
+def with_two_ranks(unknowing_loop: bool) -> list[Tensor]:
+    model = net()
+    model[1] = nn.Identity()
+    parallel = DistributedDataParallel(model)
+    opt = msam(model)
+    data_parallel(parallel, opt)
+    if unknowing_loop:
+        fused_sam.ascend_on_forward(parallel, opt)
+    for batch in batches(6)[dist.get_rank() :: 2]:
+        if opt.perturb_next and not unknowing_loop:
+            opt.first_step()
+        backward(parallel, batch)
+        opt.step()
+        opt.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_ranks_average_the_only_pass(pair: Ranks) -> None:
+    for weights in pair.run(with_two_ranks, True):
+        assert_same_bits(weights, pair.run(with_two_ranks, False)[0])
 
 
 def test_a_copy_of_the_model_is_free_of_it() -> None:

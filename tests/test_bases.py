@@ -275,7 +275,9 @@ def test_options_of_one_name_are_told_apart_or_refused() -> None:
         FusedSAM(leaves(3), torch.optim.Adadelta, rho=RHO)
 
 
-@pytest.mark.parametrize("option", [{"lr": math.nan}, {"weight_decay": math.nan}, {"momentum": math.nan}])
+@pytest.mark.parametrize(
+    "option", [{"lr": math.nan}, {"lr": torch.tensor(math.nan)}, {"weight_decay": math.nan}, {"momentum": math.nan}]
+)
 def test_what_is_no_number_is_refused(option: dict[str, float]) -> None:
     (name,) = option
     with pytest.raises(ValueError, match=f"Invalid {name}=nan"):

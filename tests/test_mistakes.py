@@ -40,10 +40,19 @@ def a_sum(params: list[Tensor], opt: FusedSAM) -> None:
     opt.zero_grad()
 
 
+def a_clipped_sum(params: list[Tensor], opt: FusedSAM) -> None:
+    quadratic(params)()
+    opt.first_step()
+    quadratic(params)()
+    torch.nn.utils.clip_grad_norm_(params, 0.1)
+    opt.step()
+    opt.zero_grad()
+
+
 def a_sum_over_micro_batches(params: list[Tensor], opt: FusedSAM) -> None:
     for half in (opt.first_step, opt.step):
         for _ in range(3):
-            sum(p.exp().sum() for p in params).backward()
+            quadratic(params)()
         half()
     opt.zero_grad()
 
@@ -72,6 +81,7 @@ MISTAKES = {
     nothing_at_the_second_pass: "No parameter has a gradient at w + e",
     a_closure_without_backward: "No parameter has a gradient at first_step",
     a_sum: "then takes g1 + g2",
+    a_clipped_sum: "then takes g1 + g2",
     a_sum_over_micro_batches: "then takes g1 + g2",
     a_scaled_closure: "seems to scale its loss",
     a_method_that_scales: "seems to scale its loss",

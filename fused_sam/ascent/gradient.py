@@ -39,9 +39,9 @@ class AlongGradient:
         if displacement.ascents:
             self._go_on(parameters, displacement, tensors, grads, groups, masters, take_grads)
             return
-        local, options = parameters.local, self.options
-        weights, copies = local(tensors), masters if masters is None else local(masters)
-        ascent = ops.Ascent(weights, local(grads), groups, parameters.backend, options.p, copies)
+        options = self.options
+        weights, slopes, copies = parameters.on_this_rank(tensors, grads, masters)
+        ascent = ops.Ascent(weights, slopes, groups, parameters.backend, options.p, copies)
         norm = peers.norm(ascent, tensors)
         if norm is not None:
             displacement.norms.append(norm)

@@ -37,9 +37,8 @@ class AlongMomentum:
         parameters.blank_unperturbed(momenta)
         groups = [group._replace(rho=-group.distance, decay=0.0) for group in parameters.perturbed_groups()]
         masters = None if parameters.masters is None else parameters.masters_of(tensors, momenta)
-        local = parameters.local
-        weights, copies = local(tensors), masters if masters is None else local(masters)
-        ascent = ops.Ascent(weights, local(momenta), groups, parameters.backend, self.options.p, copies)
+        weights, along, copies = parameters.on_this_rank(tensors, momenta, masters)
+        ascent = ops.Ascent(weights, along, groups, parameters.backend, self.options.p, copies)
         norm = peers.norm(ascent, tensors)
         assert norm is not None
         displacement.norms.append(norm)

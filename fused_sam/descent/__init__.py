@@ -47,6 +47,13 @@ class Base(Protocol):
     ) -> Optimizer:
         """Return the base optimizer for users, who may step it, load into it or add to it: by the methods given."""
 
+    @property
+    def has_format(self) -> bool:
+        """Return whether checkpoints are in a format of the base's own, which it both writes and reads."""
+
+    def state_dict(self, parameters: Parameters) -> dict[str, Any] | None:
+        """Return the base's checkpoint in a format of its own; None where it is torch's."""
+
     def require_loadable(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that the base would misread.
 

@@ -43,10 +43,8 @@ class FusedSGD(AnyBase):
         backups = ops.joint_backup(journal, len(tensors))
         if momenta is not None and fresh:
             enter_state(parameters, tensors, fresh, {MOMENTUM: momenta}, journal)
-        groups, local, backend = _groups(parameters.groups, fresh), parameters.local, parameters.backend
-        momenta = momenta if momenta is None else local(momenta)
-        copies = masters if masters is None else local(masters)
-        weights, grads = local(tensors), local(grads)
+        groups, backend = _groups(parameters.groups, fresh), parameters.backend
+        weights, grads, momenta, copies = parameters.on_this_rank(tensors, grads, momenta, masters)
         ops.sgd_update(weights, grads, backups, momenta, groups, grad_scale, found_inf, backend, journal, copies)
         if masters is not None:
             parameters.enter_masters(tensors, masters)

@@ -31,6 +31,12 @@ class AnyBase:
             )
         self.inner = inner
 
+    @property
+    def has_format(self) -> bool:
+        """Return whether checkpoints are in a format of the base's own, which it both writes and reads."""
+        torchs = Optimizer.state_dict, Optimizer.load_state_dict
+        return type(self.inner).state_dict is not torchs[0] and type(self.inner).load_state_dict is not torchs[1]
+
     def is_decoupled(self, group: dict[str, Any]) -> bool:
         """Return whether the weight decay of a group is no part of the gradient, as in AdamW."""
         # Before torch 2.7 the groups do not say, and an AdamW is one whatever checkpoint it has loaded.
@@ -81,6 +87,10 @@ class AnyBase:
             inner._step_supports_amp_scaling = False  # a GradScaler then unscales, and skips, by itself
             inner._opt_called = True  # a scheduler built on it does not see SAM's steps, and would warn of none
         return cast(Optimizer, inner)
+
+    def state_dict(self, parameters: Parameters) -> dict[str, Any] | None:
+        """Return the base's checkpoint in a format of its own; None where it is torch's."""
+        return type(self.inner).state_dict(self.shared(parameters)) if self.has_format else None
 
     def require_loadable(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that the base would misread: none, as far as is known here."""

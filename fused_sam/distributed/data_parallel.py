@@ -157,12 +157,12 @@ def data_parallel(
     common: Any = names, group, scope, cap_bytes, int(check_replicas_every)
     if ddp is not None:
         step.peers = Replicas(*common, ddp)
-        local_first = None if ddp_averages_first else LocalFirstPass(ddp, lambda: step.is_ascent_due)
+        local_first = None if ddp_averages_first else LocalFirstPass(ddp, lambda: step.is_gradient_due)
         return DataParallel(step, optimizer.state_dict, ddp, local_first)
     agreement.broadcast(dict.fromkeys([*model.parameters(), *model.buffers(), *names]), group)
     layout = SlicedLayout(list(names), cap_bytes, group) if shard_state else None
     averaging = AllReduce(cap_bytes, group) if layout is None else ReduceScatter(layout)
-    averager = BackwardHooks(list(names), averaging, lambda: not step.is_ascent_due)
+    averager = BackwardHooks(list(names), averaging, lambda: not step.is_gradient_due)
     peers = Replicas(*common, averager) if layout is None else ShardedState(*common, averager, layout)
     peers.loaded(step.parameters)
     step.peers = peers

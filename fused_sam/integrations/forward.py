@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_sam.integrations.passes import sam_of
 from fused_sam.optimizer import FusedSAM
 from fused_sam.step import Step, untraced
 
@@ -18,13 +19,15 @@ class AscendOnForward:
         self._step: Step | None = step
         step.forwards = 0
         self._hooks = [model.register_forward_pre_hook(self._before)]
-        # On each module: checkpoints may be made of a wrapped one.
-        self._hooks += [module.register_state_dict_pre_hook(self._save) for module in model.modules()]
+        # On each module: checkpoints may be made of a wrapped one, and loaded into it.
+        for module in model.modules():
+            self._hooks.append(module.register_state_dict_pre_hook(self._go_to_w))
+            self._hooks.append(module.register_load_state_dict_pre_hook(self._go_to_w))
 
     def _before(self, module: nn.Module, args: object) -> None:
         self._move(module.training and torch.is_grad_enabled())
 
-    def _save(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    def _go_to_w(self, *args: object) -> None:
         self._move(False)
 
     @untraced
@@ -63,11 +66,14 @@ def ascend_on_forward(model: nn.Module, optimizer: FusedSAM) -> AscendOnForward:
 
     Args:
         model: called by the loop as it is, or inside a wrapper (DistributedDataParallel).
-        optimizer: with ``direction="momentum"``. SAM itself needs a second pass, which such a loop does not make.
+        optimizer: with ``direction="momentum"``, or a wrapper that has it as its ``optimizer``. SAM itself needs a
+            second pass, which such a loop does not make.
 
     Raises:
+        TypeError: if there is no FusedSAM.
         ValueError: for another direction.
     """
+    optimizer = sam_of(optimizer)
     if optimizer.direction != "momentum":
         raise ValueError(
             f"Invalid direction={optimizer.direction!r} with ascend_on_forward(). Must be 'momentum': SAM's first "
