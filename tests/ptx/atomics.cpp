@@ -61,8 +61,10 @@ Step fence_of_block(Thread&, const Instruction&) {
 
 Handler atomic_of(Type type) {
   switch (type) {
-    case Type::u32: case Type::b32: return atomic<uint32_t>;
-    case Type::u64: case Type::b64: return atomic<uint64_t>;
+    case Type::u32:
+    case Type::b32: return atomic<uint32_t>;
+    case Type::u64:
+    case Type::b64: return atomic<uint64_t>;
     case Type::s32: return atomic<int32_t>;
     case Type::s64: return atomic<int64_t>;
     case Type::f32: return atomic<float>;

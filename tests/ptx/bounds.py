@@ -36,10 +36,13 @@ def watch(emulator: Emulator) -> None:
 
     make, set_backups, run = native.Batch.__init__, native.Batch.set_backups, native.Batch._run
 
-    def init(self: Any, for_cuda: bool, params: Any, grads: Any, backups: Any, *states: Any, masters: Any = None) -> None:
+    def init(
+        self: Any, for_cuda: bool, params: Any, grads: Any, backups: Any, *states: Any, masters: Any = None
+    ) -> None:
         make(self, for_cuda, params, grads, backups, *states, masters=masters)
         # Addresses, not tensors: the core asks whether a gradient has another owner.
-        self.spans = list(spans(grads, backups, states, masters)) if for_cuda else []
+        self.spans = list(spans(backups, states, masters)) if for_cuda else []
+        self.grads = list(spans(grads)) if for_cuda else []
 
     def with_backups(self: Any, backups: Any) -> None:
         set_backups(self, backups)
@@ -49,7 +52,7 @@ def watch(emulator: Emulator) -> None:
         library = emulator.library
         library.emulator_forget()
         for batch in filter(None, (self, ascent, self.ascent)):
-            for address, size in [*batch.spans, *spans(batch.params, batch.core.memory)]:
+            for address, size in [*batch.spans, *batch.grads, *spans(batch.params, batch.core.memory)]:
                 library.emulator_register(address, size)
         for address, size in spans(*first):
             library.emulator_register(address, size)
@@ -58,5 +61,7 @@ def watch(emulator: Emulator) -> None:
             run(self, op, ascent, *first, last=last)
         finally:
             library.emulator_check_bounds(False)
+            if op.__name__ == "perturb":
+                self.grads = []  # which it lets go, but for those that are its backups, in core.memory
 
     native.Batch.__init__, native.Batch.set_backups, native.Batch._run = init, with_backups, within_bounds

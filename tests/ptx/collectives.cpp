@@ -121,7 +121,8 @@ bool have_met(Block* block, Thread& thread, Lanes* lanes, bool* is_fault) {
       return false;
     }
     Thread& other = block->threads[number];
-    if (other.waits_at != thread.waits_at || other.waits_for != thread.waits_for || other.mask != thread.mask) return false;
+    if (other.waits_at != thread.waits_at || other.waits_for != thread.waits_for || other.mask != thread.mask)
+      return false;
     lanes->lane[k] = &other;
   }
   return true;

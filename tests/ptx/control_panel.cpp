@@ -1,5 +1,4 @@
 // For the tests, which call it with ctypes: settings, memory, reports, and kernels that are not nvcc's.
-#include <cstdlib>
 #include <cstring>
 
 #include "machine.h"
@@ -27,27 +26,18 @@ void emulator_set_driver(int version) {
 void emulator_fail_after(int64_t good) {
   runtime.good_launches = good;
 }
-// From here on launches are kept, as in the capture of a graph, until false; each replay then makes them all.
+// From here on launches are kept, as in the capture of a graph, until false; each replay then makes them all, one by
+// one or together.
 void emulator_capture(bool captures) {
   if (captures) runtime.graph.clear();
   runtime.captures = captures;
 }
-bool emulator_replay() {
-  for (const Recorded& one : runtime.graph) {
-    constexpr size_t kAlign = 64;
-    auto* parameters = static_cast<char*>(std::aligned_alloc(kAlign, one.parameters.size()));
-    std::memcpy(parameters, one.parameters.data(), one.parameters.size());
-    const bool done = launch(one.kernel, one.blocks, one.threads, one.dynamic_shared, parameters);
-    std::free(parameters);
-    if (!done) return false;
-  }
-  return true;
+bool emulator_replay(bool together) {
+  return run_all(runtime.graph, together);
 }
-void emulator_edit(const char* from, const char* to) {
-  runtime.edits.emplace_back(from, to);
-}
-uint64_t emulator_edited() {
-  return runtime.edited;
+// All PTX that is loaded from here on goes through it.
+void emulator_edit(const char* (*editor)(const char*)) {
+  runtime.editor = editor;
 }
 
 // One report or kernel a line; for as long as no other is asked for.
@@ -84,9 +74,13 @@ uint32_t emulator_parameters(const Kernel* kernel, uint32_t* places, uint32_t mo
   return count;
 }
 bool emulator_launch(const Kernel* kernel, const uint32_t* blocks, uint32_t threads, uint32_t shared,
-                     const char* parameters) {
+                     const char* arguments) {
+  const Function& function = *kernel->function;
   const Size grid{blocks[0], blocks[1], blocks[2]}, block{threads, 1, 1};
-  return is_valid(*kernel->function, grid, block) && launch(*kernel, grid, block, shared, parameters);
+  if (!is_valid(function, grid, block)) return false;
+  const std::shared_ptr<char> parameters = parameter_buffer(function);
+  std::memcpy(parameters.get(), arguments, function.parameter_bytes);
+  return run_all({{*kernel, grid, block, shared, parameters}}, false);
 }
 
 }  // extern "C"

@@ -36,9 +36,12 @@ Source read_source(const Thread& thread, const Instruction& in) {
   const Operand& from = in.operands[1];
   switch (in.source) {
     case Type::u8: return integer_source<uint8_t>(thread, from);
-    case Type::u16: case Type::b16: return integer_source<uint16_t>(thread, from);
-    case Type::u32: case Type::b32: return integer_source<uint32_t>(thread, from);
-    case Type::u64: case Type::b64: return integer_source<uint64_t>(thread, from);
+    case Type::u16:
+    case Type::b16: return integer_source<uint16_t>(thread, from);
+    case Type::u32:
+    case Type::b32: return integer_source<uint32_t>(thread, from);
+    case Type::u64:
+    case Type::b64: return integer_source<uint64_t>(thread, from);
     case Type::s8: return integer_source<int8_t>(thread, from);
     case Type::s16: return integer_source<int16_t>(thread, from);
     case Type::s32: return integer_source<int32_t>(thread, from);
@@ -58,7 +61,8 @@ Step write_integer(Thread& thread, const Instruction& in, const Source& source) 
   using Limits = std::numeric_limits<T>;
   T result = 0;
   if (!source.is_float) {
-    const __int128 kept = in.saturate ? std::clamp<__int128>(source.integer, Limits::min(), Limits::max()) : source.integer;
+    const __int128 kept =
+        in.saturate ? std::clamp<__int128>(source.integer, Limits::min(), Limits::max()) : source.integer;
     result = static_cast<T>(kept);
   } else if (source.number != source.number) {
     if (in.source == Type::f64 && sizeof(T) == 8) result = static_cast<T>(uint64_t{1} << 63);
@@ -90,7 +94,8 @@ double integer_to_double(__int128 value) {
 }
 
 Step write_float(Thread& thread, const Instruction& in, const Source& source) {
-  float value = source.is_float ? static_cast<float>(to_integral(source.number, in.variant)) : integer_to_float(source.integer);
+  float value =
+      source.is_float ? static_cast<float>(to_integral(source.number, in.variant)) : integer_to_float(source.integer);
   if (in.variant == kTowardsZero && std::fabs(static_cast<double>(value)) > std::fabs(source.number)) {
     value = std::nextafter(value, 0.0f);
   }
@@ -105,9 +110,12 @@ Step convert(Thread& thread, const Instruction& in) {
   const Source source = read_source(thread, in);
   switch (in.type) {
     case Type::u8: return write_integer<uint8_t>(thread, in, source);
-    case Type::u16: case Type::b16: return write_integer<uint16_t>(thread, in, source);
-    case Type::u32: case Type::b32: return write_integer<uint32_t>(thread, in, source);
-    case Type::u64: case Type::b64: return write_integer<uint64_t>(thread, in, source);
+    case Type::u16:
+    case Type::b16: return write_integer<uint16_t>(thread, in, source);
+    case Type::u32:
+    case Type::b32: return write_integer<uint32_t>(thread, in, source);
+    case Type::u64:
+    case Type::b64: return write_integer<uint64_t>(thread, in, source);
     case Type::s8: return write_integer<int8_t>(thread, in, source);
     case Type::s16: return write_integer<int16_t>(thread, in, source);
     case Type::s32: return write_integer<int32_t>(thread, in, source);

@@ -1,8 +1,6 @@
 // The symbols of the CUDA runtime that nvcc's host code and csrc/cuda/ call. Types are spelled out, so that building it
 // needs no toolkit.
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include "machine.h"
 #include "runtime.h"
@@ -38,28 +36,22 @@ const Kernel* kernel_of(const void* host_function) {
   return found == kernels().end() ? nullptr : &found->second;
 }
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-
 int launch_kernel(const Kernel* kernel, const Size& blocks, const Size& threads, void** arguments, size_t shared) {
   if (kernel == nullptr) return keep(kInvalidDeviceFunction);
   if (runtime.good_launches >= 0 && runtime.good_launches-- == 0) return keep(kLaunchFailure);
   const Function& function = *kernel->function;
   const uint32_t most_bytes = runtime.driver_version >= 12010 ? 32764 : 4096;
   if (!is_valid(function, blocks, threads) || function.parameter_bytes > most_bytes) return keep(kInvalidConfiguration);
-  constexpr size_t kAlign = 64;
-  const size_t bytes = (function.parameter_bytes + kAlign) / kAlign * kAlign;
-  const std::unique_ptr<char, Free> parameters(static_cast<char*>(std::aligned_alloc(kAlign, bytes)));
-  std::memset(parameters.get(), kPoison, bytes);
+  const std::shared_ptr<char> parameters = parameter_buffer(function);
   for (size_t i = 0; i < function.parameters.size(); ++i) {
     std::memcpy(parameters.get() + function.parameters[i].offset, arguments[i], function.parameters[i].size);
   }
+  const Launch launch{*kernel, blocks, threads, shared, parameters};
   if (runtime.captures) {
-    runtime.graph.push_back({*kernel, blocks, threads, shared, {parameters.get(), parameters.get() + bytes}});
+    runtime.graph.push_back(launch);
     return kSuccess;
   }
-  return keep(launch(*kernel, blocks, threads, shared, parameters.get()) ? kSuccess : kIllegalAddress);
+  return keep(run_all({launch}, false) ? kSuccess : kIllegalAddress);
 }
 
 // A fat binary is a header and entries; PTX is an entry of kind 1, here without compression.

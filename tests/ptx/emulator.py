@@ -1,17 +1,18 @@
 """The emulator's library, and the native core that was built on it, in this process.
 
-The environment says which: PTX_EMULATOR and PTX_NATIVE are their paths. PTX_EDIT="from=>to" changes the PTX on its way,
-to see whether a defect is found; PTX_SETTINGS="seed=3 quantum=100" changes how threads are run.
+The environment says which: PTX_EMULATOR and PTX_NATIVE are their paths. PTX_SETTINGS="seed=3 quantum=100" changes how
+threads are run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 # Several blocks under way, in any order, and every check on. A quantum preempts threads after that many instructions at
@@ -27,8 +28,8 @@ class Emulator:
         self.library = library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         library.emulator_reports.restype = library.emulator_launches.restype = ctypes.c_char_p
         library.emulator_load.restype = ctypes.c_void_p
-        library.emulator_edited.restype = ctypes.c_uint64
         library.emulator_replay.restype = library.emulator_launch.restype = ctypes.c_bool
+        library.emulator_capture.argtypes = library.emulator_replay.argtypes = [ctypes.c_bool]
         library.emulator_register.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
         library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, *[ctypes.c_bool] * 3]
         library.emulator_parameters.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32]
@@ -43,10 +44,27 @@ class Emulator:
         settings = SETTINGS | {name: int(value) for name, value in said.items()} | changed
         self.library.emulator_configure(*(settings[name] for name in SETTINGS))
 
-    def edit(self, said: str) -> None:
-        """Replace text in all PTX that is loaded from here on."""
-        before, after = said.split("=>")
-        self.library.emulator_edit(before.encode(), after.encode())
+    def edit(self, change: Callable[[str], str]) -> None:
+        """Change the text of all PTX that is loaded from here on."""
+        kept = []
+
+        def changed(text: bytes) -> int | None:
+            kept.append(ctypes.create_string_buffer(change(text.decode()).encode()))
+            return ctypes.addressof(kept[-1])
+
+        self._editor = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(changed)
+        self.library.emulator_edit(self._editor)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Keep what is launched, as a graph does, rather than run it."""
+        self.library.emulator_capture(True)
+        yield
+        self.library.emulator_capture(False)
+
+    def replay(self, together: bool = False) -> None:
+        """Run what was kept: one by one, or side by side as on streams of their own."""
+        assert self.library.emulator_replay(together)
 
     def take_reports(self) -> list[str]:
         """Return what was wrong since it was last asked."""
@@ -74,8 +92,6 @@ def load() -> Emulator:
     """Load the emulator, before anything imports fused_sam."""
     assert "fused_sam" not in sys.modules
     emulator = Emulator(os.environ["PTX_EMULATOR"])
-    for said in filter(None, os.environ.get("PTX_EDIT", "").split("\n")):
-        emulator.edit(said)
     if "PTX_NATIVE" in os.environ:
         sys.meta_path.insert(0, NativeFinder)
     return emulator

@@ -21,15 +21,60 @@ Step finish(Thread& thread, const Instruction& in, T value) {
 }
 
 // Operations by name, so that each is one template argument.
-struct Add { template <class T> static T of(T a, T b) { return a + b; } };
-struct Subtract { template <class T> static T of(T a, T b) { return a - b; } };
-struct Multiply { template <class T> static T of(T a, T b) { return a * b; } };
-struct Divide { template <class T> static T of(T a, T b) { return a / b; } };
-struct Root { template <class T> static T of(T a) { return std::sqrt(a); } };
-struct Reciprocal { template <class T> static T of(T a) { return T(1) / a; } };
-struct ReciprocalRoot { template <class T> static T of(T a) { return T(1) / std::sqrt(a); } };
-struct Power2 { template <class T> static T of(T a) { return std::exp2(a); } };
-struct Logarithm2 { template <class T> static T of(T a) { return std::log2(a); } };
+struct Add {
+  template <class T>
+  static T of(T a, T b) {
+    return a + b;
+  }
+};
+struct Subtract {
+  template <class T>
+  static T of(T a, T b) {
+    return a - b;
+  }
+};
+struct Multiply {
+  template <class T>
+  static T of(T a, T b) {
+    return a * b;
+  }
+};
+struct Divide {
+  template <class T>
+  static T of(T a, T b) {
+    return a / b;
+  }
+};
+struct Root {
+  template <class T>
+  static T of(T a) {
+    return std::sqrt(a);
+  }
+};
+struct Reciprocal {
+  template <class T>
+  static T of(T a) {
+    return T(1) / a;
+  }
+};
+struct ReciprocalRoot {
+  template <class T>
+  static T of(T a) {
+    return T(1) / std::sqrt(a);
+  }
+};
+struct Power2 {
+  template <class T>
+  static T of(T a) {
+    return std::exp2(a);
+  }
+};
+struct Logarithm2 {
+  template <class T>
+  static T of(T a) {
+    return std::log2(a);
+  }
+};
 
 template <class T, class Operation>
 Step unary(Thread& thread, const Instruction& in) {

@@ -1,5 +1,5 @@
-// In the place of csrc/cuda/on_host.cpp: the ops of CPU tensors are launches of the device's kernels, by the real launch
-// code, on the only device that the emulator has.
+// In the place of csrc/cuda/on_host.cpp: the ops of CPU tensors are launches of the device's kernels, by the real
+// launch code, on the only device that the emulator has.
 #include "../../csrc/cuda/targets.h"
 
 extern "C" void emulator_fail_after(int64_t good);

@@ -36,7 +36,9 @@ class Lexer {
   }
 
  private:
-  bool starts_with(const char* what) const { return text_.compare(at_, std::char_traits<char>::length(what), what) == 0; }
+  bool starts_with(const char* what) const {
+    return text_.compare(at_, std::char_traits<char>::length(what), what) == 0;
+  }
 
   void step() {
     if (text_[at_++] == '\n') ++line_;

@@ -73,8 +73,8 @@ struct Grid {
   std::mt19937_64 random;
 };
 
-// Runs all of it. False where it was stopped by a fault, of which there is a report.
-bool run(Grid* grid);
+// Runs all of them, side by side. False where they were stopped by a fault, of which there is a report.
+bool run_together(const std::vector<Grid*>& grids);
 
 // Enters and leaves a function.
 Frame new_frame(const Function& function);

@@ -50,8 +50,18 @@ char* refuse(const Thread& thread, const Instruction& in, const std::string& wha
 }  // namespace
 
 void register_memory(uint64_t address, uint64_t bytes) {
-  uint64_t& end = registered()[address];
-  end = std::max(end, address + bytes);
+  if (bytes == 0) return;
+  auto& ranges = registered();
+  uint64_t begin = address, end = address + bytes;
+  auto next = ranges.lower_bound(begin);
+  if (next != ranges.begin() && std::prev(next)->second > begin) --next;
+  // What overlaps becomes one range; what only touches stays apart, so that no access reaches over both.
+  while (next != ranges.end() && next->first < end) {
+    begin = std::min(begin, next->first);
+    end = std::max(end, next->second);
+    next = ranges.erase(next);
+  }
+  ranges[begin] = end;
 }
 
 void forget_memory() {
@@ -71,7 +81,8 @@ char* memory_at(Thread& thread, const Instruction& in, const Operand& operand, u
   const auto place = reinterpret_cast<char*>(address);
   if (address % bytes != 0) return refuse(thread, in, "misaligned: " + size_and_place(bytes, address));
   const bool is_generic = in.space == Space::generic;
-  if ((is_generic || in.space == Space::param) && is_inside(address, bytes, grid.parameters, grid.function->parameter_bytes)) {
+  if ((is_generic || in.space == Space::param) &&
+      is_inside(address, bytes, grid.parameters, grid.function->parameter_bytes)) {
     return access == Access::read ? place : refuse(thread, in, "parameters of a kernel are written");
   }
   if (is_generic || in.space == Space::param || in.space == Space::local) {

@@ -38,6 +38,7 @@ class Opcode {
 Handler decode_float(Opcode& op, Instruction& in);
 Handler decode_half(Opcode& op, Instruction& in);
 Handler decode_integer(Opcode& op, Instruction& in);
+Handler decode_bits(Opcode& op, Instruction& in);
 Handler decode_predicate(Opcode& op, Instruction& in);
 Handler decode_move(Opcode& op, Instruction& in);
 Handler decode_conversion(Opcode& op, Instruction& in);

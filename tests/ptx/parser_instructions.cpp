@@ -9,9 +9,9 @@ namespace {
 
 // The slot of a special register, or -1. The machine fills them in this order.
 int special_register(const std::string& name) {
-  static const char* const names[] = {"%tid.x",    "%tid.y",    "%tid.z",    "%ntid.x",   "%ntid.y",
-                                      "%ntid.z",   "%ctaid.x",  "%ctaid.y",  "%ctaid.z",  "%nctaid.x",
-                                      "%nctaid.y", "%nctaid.z", "%laneid",   "%warpid",   "%lanemask_lt"};
+  static const char* const names[] = {"%tid.x",    "%tid.y",    "%tid.z",   "%ntid.x",  "%ntid.y",
+                                      "%ntid.z",   "%ctaid.x",  "%ctaid.y", "%ctaid.z", "%nctaid.x",
+                                      "%nctaid.y", "%nctaid.z", "%laneid",  "%warpid",  "%lanemask_lt"};
   for (size_t i = 0; i < std::size(names); ++i) {
     if (name == names[i]) return static_cast<int>(i);
   }

@@ -95,15 +95,19 @@ Handler decode_comparison(Opcode& op, Instruction& in) {
   in.flush = op.take("ftz");
   in.option = static_cast<uint8_t>(op.take_one_of({"and", "or", "xor"}) + 1);
   switch (op.type()) {
-    case Type::u16: case Type::b16: return compare_values<uint16_t>;
-    case Type::u32: case Type::b32: return compare_values<uint32_t>;
-    case Type::u64: case Type::b64: return compare_values<uint64_t>;
+    case Type::u16:
+    case Type::b16: return compare_values<uint16_t>;
+    case Type::u32:
+    case Type::b32: return compare_values<uint32_t>;
+    case Type::u64:
+    case Type::b64: return compare_values<uint64_t>;
     case Type::s16: return compare_values<int16_t>;
     case Type::s32: return compare_values<int32_t>;
     case Type::s64: return compare_values<int64_t>;
     case Type::f32: return compare_values<float>;
     case Type::f64: return compare_values<double>;
-    case Type::f16: case Type::bf16: return compare_halves;
+    case Type::f16:
+    case Type::bf16: return compare_halves;
     default: return nullptr;
   }
 }

@@ -10,7 +10,26 @@
 namespace ptx {
 
 enum class Type : uint8_t {
-  none, u8, u16, u32, u64, s8, s16, s32, s64, b8, b16, b32, b64, f16, bf16, f32, f64, f16x2, bf16x2, pred
+  none,
+  u8,
+  u16,
+  u32,
+  u64,
+  s8,
+  s16,
+  s32,
+  s64,
+  b8,
+  b16,
+  b32,
+  b64,
+  f16,
+  bf16,
+  f32,
+  f64,
+  f16x2,
+  bf16x2,
+  pred
 };
 enum class Space : uint8_t { generic, global, shared, local, param, constant };
 
@@ -80,10 +99,10 @@ struct Variable {
 
 struct Module {
   std::vector<std::unique_ptr<Function>> functions;
-  std::map<std::string, uint32_t> numbers;     // of functions
-  std::map<std::string, Variable> variables;   // in global and constant memory
-  std::map<std::string, uint32_t> shared;      // offsets
-  uint32_t shared_bytes = 0;                   // without the dynamic part, which lies behind
+  std::map<std::string, uint32_t> numbers;      // of functions
+  std::map<std::string, Variable> variables;    // in global and constant memory
+  std::map<std::string, uint32_t> shared;       // offsets
+  uint32_t shared_bytes = 0;                    // without the dynamic part, which lies behind
   std::vector<std::unique_ptr<char[]>> memory;  // of the variables
 };
 

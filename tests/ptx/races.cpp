@@ -66,9 +66,8 @@ void Races::check(const Stamp& before, const Stamp& now, const Thread& thread, c
 void Races::touch(const Thread& thread, const Instruction& in, uint64_t address, uint32_t bytes, Access access,
                   const void* written) {
   const bool same = written != nullptr && std::memcmp(written, reinterpret_cast<const void*>(address), bytes) == 0;
-  const Stamp now{thread.block->number + 1, thread.number,       thread.block->order.barriers,
-                  thread.order.warp_syncs,  thread.order.fences, in.line,
-                  access == Access::atomic};
+  const Stamp now{thread.block->number + 1, thread.number, thread.block->order.barriers, thread.order.warp_syncs,
+                  thread.order.fences,      in.line,       access == Access::atomic};
   const uint64_t last = (address + bytes - 1) / kCellBytes;
   for (uint64_t number = address / kCellBytes; number <= last; ++number) {
     auto& page = pages_[number / kPageCells];

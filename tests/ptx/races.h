@@ -16,8 +16,8 @@ struct Thread;
 struct Block;
 struct Instruction;
 
-// How much of a block's past is known: all before a barrier, all of a warp before one of its own, all of a thread before
-// a fence.
+// How much of a block's past is known: all before a barrier, all of a warp before one of its own, all of a thread
+// before a fence.
 struct Past {
   uint32_t barriers = 0;
   std::map<uint32_t, uint32_t> warps, threads;

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "program.h"
@@ -18,30 +18,30 @@ struct Kernel {
 struct Size {
   unsigned x, y, z;
 };
-// A launch that was captured into a graph, with its parameters.
-struct Recorded {
+// A launch, with a copy of its parameters.
+struct Launch {
   Kernel kernel;
   Size blocks, threads;
   size_t dynamic_shared;
-  std::vector<char> parameters;
+  std::shared_ptr<char> parameters;
 };
 
 struct RuntimeState {
   int driver_version = 13000;
   bool captures = false;
-  std::vector<Recorded> graph;
-  int64_t good_launches = -1;  // before one that fails; negative: all are good
-  std::vector<std::pair<std::string, std::string>> edits;
-  uint64_t edited = 0;
-  std::map<std::string, uint64_t> launches;  // by kernel
+  std::vector<Launch> graph;                     // what was launched meanwhile
+  int64_t good_launches = -1;                    // before one that fails; negative: all are good
+  const char* (*editor)(const char*) = nullptr;  // of PTX as it is loaded: a test puts defects into it
+  std::map<std::string, uint64_t> launches;      // by kernel
 };
 extern RuntimeState runtime;
 
 // Null after a report of what is not understood.
 Module* load(const std::string& text);
 bool is_valid(const Function& function, const Size& blocks, const Size& threads);
-// False where the grid was stopped by a fault. `parameters` are aligned to 64 bytes.
-bool launch(const Kernel& kernel, const Size& blocks, const Size& threads, size_t dynamic_shared,
-            const char* parameters);
+// Room for a kernel's parameters, poisoned.
+std::shared_ptr<char> parameter_buffer(const Function& function);
+// One by one, or side by side as on streams of their own. False where one was stopped by a fault.
+bool run_all(const std::vector<Launch>& launches, bool together);
 
 }  // namespace ptx

@@ -24,23 +24,24 @@ class Scheduler {
     thread_order_.resize(per_block_);
     std::iota(thread_order_.begin(), thread_order_.end(), 0);
     if (settings.shuffle) std::shuffle(waiting_blocks_.begin(), waiting_blocks_.end(), grid->random);
+    admit();
   }
 
-  bool run() {
-    admit();
-    while (!resident_.empty() && !is_fault_) {
-      const size_t which = resident_.size() > 1 ? grid_->random() % resident_.size() : 0;
-      Block* block = resident_[which].get();
-      const bool moved = run_threads(block);
-      if (is_fault_) break;
-      if (block->exited == per_block_) {
-        if (grid_->races != nullptr) grid_->races->forget(reinterpret_cast<uint64_t>(block->shared), block->shared_bytes);
-        resident_.erase(resident_.begin() + static_cast<std::ptrdiff_t>(which));
-        admit();
-      } else if (!let_go_on(block, &is_fault_) && !moved && !is_fault_) {
-        report_deadlock(*block);
-        is_fault_ = true;
-      }
+  bool is_done() const { return resident_.empty(); }
+
+  // Lets one block run for a while. False after a fault.
+  bool run_a_while() {
+    const size_t which = resident_.size() > 1 ? grid_->random() % resident_.size() : 0;
+    Block* block = resident_[which].get();
+    const bool moved = run_threads(block);
+    if (is_fault_) return false;
+    if (block->exited == per_block_) {
+      if (grid_->races != nullptr) grid_->races->forget(reinterpret_cast<uint64_t>(block->shared), block->shared_bytes);
+      resident_.erase(resident_.begin() + static_cast<std::ptrdiff_t>(which));
+      admit();
+    } else if (!let_go_on(block, &is_fault_) && !moved && !is_fault_) {
+      report_deadlock(*block);
+      is_fault_ = true;
     }
     return !is_fault_;
   }
@@ -155,8 +156,14 @@ class Scheduler {
 
 }  // namespace
 
-bool run(Grid* grid) {
-  return Scheduler(grid).run();
+bool run_together(const std::vector<Grid*>& grids) {
+  std::vector<Scheduler> under_way(grids.begin(), grids.end());
+  while (!under_way.empty()) {
+    const size_t which = under_way.size() > 1 ? grids[0]->random() % under_way.size() : 0;
+    if (!under_way[which].run_a_while()) return false;
+    if (under_way[which].is_done()) under_way.erase(under_way.begin() + static_cast<std::ptrdiff_t>(which));
+  }
+  return true;
 }
 
 void report(const std::string& what) {

@@ -1,0 +1,93 @@
+"""What nvcc emits, run: the PTX of the CUDA kernels on an emulator (ptx/), through the launch code that ships.
+
+`make ptx` runs it for more architectures, orders of threads and tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE
+from ptx import build
+
+HERE = Path(__file__).parent
+LONG = "FUSED_SAM_PTX_LONG" in os.environ
+
+ARCHITECTURES = (80, 90) if LONG else (80,)
+# Files, which of their tests, and the kernels that these must launch.
+SUITES = {
+    "ops": (
+        "test_ops.py test_ops_update.py test_ops_accumulate.py test_ops_adam.py",
+        "interpreted",
+        "norm perturb accumulate sgd adam",
+    ),
+    "more ops": (
+        "test_ops_masters.py test_p_norms.py test_mixed_dtypes.py test_device_scalars.py",
+        "interpreted",
+        "peak powers perturb power_perturb sgd adam",
+    ),
+    "launches": ("ptx/launches.py test_cuda_tables.py", "", "norm peak powers perturb accumulate sgd"),
+}
+if LONG:
+    SUITES |= {
+        "failures": ("test_launch_failures.py", "not runtime", "norm perturb sgd"),
+        "optimizer": (
+            "test_optimizer_contract.py test_adam.py test_storage.py test_amp.py test_microbatch.py test_parity.py "
+            "test_decay_in_ascent.py test_gradient_ownership.py test_ops_arguments.py test_faults.py",
+            "interpreted",
+            "norm perturb accumulate sgd adam",
+        ),
+    }
+ORDERS = {"blocks side by side": "resident=3"}
+if LONG:
+    ORDERS |= {"one by one": "seed=1 resident=1 shuffle=0", "preempted": "seed=2 resident=4 quantum=300"}
+
+MISSING = build.why_not()
+needs_nvcc = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [needs_nvcc, pytest.mark.slow]
+
+
+def environment(architecture: int, settings: str = "") -> dict[str, str]:
+    """Return that of a process whose core runs on the emulator, and whose fresh memory is poisoned."""
+    paths = {"PTX_NATIVE": str(build.native(architecture)), "PTX_EMULATOR": str(build.EMULATOR)}
+    poison = {"GLIBC_TUNABLES": "glibc.malloc.perturb=85:glibc.malloc.tcache_count=0"}
+    python_path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return os.environ | paths | poison | {"PYTHONPATH": python_path, "PTX_SETTINGS": settings}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_suite_passes_on_the_compiled_kernels(architecture: int, suite: str, order: str, tmp_path: Path) -> None:
+    files, which, kernels = SUITES[suite]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "ptx.plugin", "-p", "no:cacheprovider", "-k", which]
+    command += [str(HERE / file) for file in files.split()]
+    env = environment(architecture, ORDERS[order]) | {"PTX_LAUNCHES": str(tmp_path / "launches")}
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=4 * PATIENCE)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 8
+    launched = (tmp_path / "launches").read_text()
+    for kernel in kernels.split():
+        assert f"{len(kernel) + 7}{kernel}_kernel" in launched  # as C++ mangles it: behind the length of the name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_defect_is_found_and_where_there_is_none_nothing_is(architecture: int) -> None:
+    """A test of the test: fences and barriers that are gone, loads and shuffles that are not what they should be."""
+    command = [sys.executable, "-m", "ptx.defects"]
+    done = subprocess.run(
+        command, env=environment(architecture), cwd=HERE.parent, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said.pop("none") == {"places": 0, "reports": [], "found": []}
+    assert len(said) > 8
+    for name, about in said.items():
+        assert about["places"], name
+        assert about["reports"] + about["found"], name
