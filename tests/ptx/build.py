@@ -1,8 +1,8 @@
 """Builds the emulator, and the native core with PTX in it on top of the emulator. Nothing is built twice.
 
-Flags and sources of the core are those of CMakeLists.txt, but that its CUDA code is kept as PTX of one architecture, its
-CPU kernels are the portable ones alone, ptx/host_ops.cpp stands for csrc/cuda/on_host.cpp, and the emulator stands for
-the CUDA runtime.
+Flags and sources of the core are those of CMakeLists.txt, but that its CUDA code is kept as PTX of one architecture,
+its CPU kernels are the portable ones alone, ptx/host_ops.cpp stands for csrc/cuda/on_host.cpp, and the emulator stands
+for the CUDA runtime.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For pytest -p ptx.plugin: CPU tensors of the CUDA kernels go through the kernels' PTX, and a report fails its test."""
+"""For pytest -p ptx.plugin: the CUDA kernels take CPU tensors through their PTX, and a report fails its test."""
 
 from __future__ import annotations
 
