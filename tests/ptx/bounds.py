@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ptx.emulator import Emulator
@@ -30,38 +31,74 @@ def spans(*what: Any) -> Iterator[Span]:
             yield from spans(*one)
 
 
-def watch(emulator: Emulator) -> None:
-    """Make every op of the native backend's CUDA kernels say what it may touch, for this process."""
+def register(emulator: Emulator, what: Iterable[Span]) -> None:
+    """Let kernels touch this memory."""
+    for address, size in what:
+        emulator.library.emulator_register(address, size)
+
+
+def watch_native(emulator: Emulator) -> None:
+    """Watch the CUDA kernels, whose ops are all run in one place."""
     from fused_sam.backends import native
 
-    make, set_backups, run = native.Batch.__init__, native.Batch.set_backups, native.Batch._run
+    watch(emulator, native.Batch, "core", ("_run",))
 
-    def init(
-        self: Any, for_cuda: bool, params: Any, grads: Any, backups: Any, *states: Any, masters: Any = None
-    ) -> None:
-        make(self, for_cuda, params, grads, backups, *states, masters=masters)
+
+def watch_triton(emulator: Emulator) -> None:
+    """Watch Triton's kernels. What is passed to a launch is registered by the driver."""
+    from fused_sam.backends import triton
+
+    ops = ("norm", "perturb", "restore", "restore_accumulate", "sgd_update", "adam_update")
+    watch(emulator, triton.Batch, "operands", ops)
+    readable = triton.tables.readable
+
+    def registered(value: Any) -> Any:
+        """Return what is read of a rate or radius, which may be a copy, and only whose address is sent."""
+        read = readable(value)
+        register(emulator, spans(read))
+        return read
+
+    triton.tables.readable = registered
+
+
+def watch(emulator: Emulator, batch: type, core: str, runs: tuple[str, ...]) -> None:
+    """Check bounds in a batch's methods that launch kernels, for this process. ``core``: its attribute of the core."""
+    make, set_backups = batch.__init__, batch.set_backups
+
+    @functools.wraps(make)
+    def init(self: Any, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
+        lists = [one for one in (*arguments, *named.values()) if isinstance(one, (list, tuple))]
         # Addresses, not tensors: the core asks whether a gradient has another owner.
-        self.spans = list(spans(backups, states, masters)) if for_cuda else []
-        self.grads = list(spans(grads)) if for_cuda else []
+        self.params_and_grads, self.spans = list(spans(*lists[:2])), list(spans(*lists[2:]))
+        self.moved_by = next((one for one in arguments if isinstance(one, batch)), None)
 
     def with_backups(self: Any, backups: Any) -> None:
         set_backups(self, backups)
         self.spans += spans(backups)
 
-    def within_bounds(self: Any, op: Callable[..., None], ascent: Any, *first: Any, last: tuple[Any, ...] = ()) -> None:
-        library = emulator.library
-        library.emulator_forget()
-        for batch in filter(None, (self, ascent, self.ascent)):
-            for address, size in [*batch.spans, *batch.grads, *spans(batch.params, batch.core.memory)]:
-                library.emulator_register(address, size)
-        for address, size in spans(*first):
-            library.emulator_register(address, size)
-        library.emulator_check_bounds(self.for_cuda)
-        try:
-            run(self, op, ascent, *first, last=last)
-        finally:
-            library.emulator_check_bounds(False)
-            if op.__name__ == "perturb":
-                self.grads = []  # which it lets go, but for those that are its backups, in core.memory
+    def checked(name: str) -> Any:
+        run = getattr(batch, name)
 
-    native.Batch.__init__, native.Batch.set_backups, native.Batch._run = init, with_backups, within_bounds
+        @functools.wraps(run)
+        def within_bounds(self: Any, *arguments: Any, **named: Any) -> Any:
+            emulator.library.emulator_forget()
+            others = [one for one in arguments if isinstance(one, batch)]
+            for one in filter(None, (self, self.moved_by, *others)):
+                register(emulator, one.params_and_grads + one.spans)
+                register(emulator, spans(one.params, getattr(one, core).memory))
+            register(emulator, spans(*arguments, *named.values()))
+            emulator.library.emulator_check_bounds(getattr(self, "for_cuda", True))
+            try:
+                return run(self, *arguments, **named)
+            finally:
+                emulator.library.emulator_check_bounds(False)
+                if "perturb" in (name, getattr(next(iter(arguments), None), "__name__", "")):
+                    # It lets its gradients go, but for those that are its backups, which the core's memory names.
+                    self.params_and_grads = []
+
+        return within_bounds
+
+    batch.__init__, batch.set_backups = init, with_backups
+    for name in runs:
+        setattr(batch, name, checked(name))

@@ -51,7 +51,7 @@ def differences() -> list[str]:
 
     from fused_sam import backends, ops
 
-    bounds.watch(EMULATOR)
+    bounds.watch_native(EMULATOR)
     backends.REGISTRY = (*backends.REGISTRY, interpreted.BACKEND)
     sizes = [20011, 33, 0, 300, 4097, 16384]
     results: dict[str, dict[str, Any]] = {"native": {}, "interpreted": {}}

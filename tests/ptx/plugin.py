@@ -16,7 +16,12 @@ def pytest_configure() -> None:
     if "PTX_NATIVE" in os.environ:
         from ptx import bounds
 
-        bounds.watch(EMULATOR)
+        bounds.watch_native(EMULATOR)
+    if "PTX_TRITON" in os.environ:
+        from ptx import bounds, triton_driver
+
+        triton_driver.install(EMULATOR, int(os.environ["PTX_TRITON"]))
+        bounds.watch_triton(EMULATOR)
 
 
 @pytest.fixture(autouse=True)
