@@ -105,6 +105,11 @@ def test_the_suite_passes_on_what_triton_compiles(architecture: int, suite: str,
         assert f" {kernel}\n" in launched
 
 
+@needs_emulator
+def test_the_emulator_knows_its_instructions_and_says_what_is_wrong(tmp_path: Path) -> None:
+    run_tests("ptx/instructions.py", "", environment(), tmp_path / "launches")
+
+
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_defect_is_found_and_where_there_is_none_nothing_is(architecture: int) -> None:
