@@ -28,11 +28,21 @@ DEFECTS = {
     "too narrow a load": (r"ld\.global\.v4\.f32\s*\{([^,]*,[^,]*),[^}]*\}", r"ld.global.v2.f32 {\1}"),
     "a quotient upside down": (r"div\.rn\.f32 (%f\d+), (%f\d+), (%f\d+);", r"div.rn.f32 \1, \3, \2;"),
 }
+TRITON_DEFECTS = {
+    "none": ("", ""),
+    "no barrier": (r"bar(rier)?\.sync\s+0;", ""),
+    "one element too many": (r"setp\.lt\.s32", "setp.le.s32"),
+    "a shuffle of the wrong lane": (r"shfl\.sync\.bfly", "shfl.sync.up"),
+    "too wide a load": (r"ld\.global\.b32", "ld.global.b64"),
+    "a sum of the wrong number": (r"fma\.rn\.f32\s+(\S+),\s+(\S+),\s+(\S+),\s+(\S+);", r"fma.rn.f32 \1, \2, \3, \3;"),
+}
+TRITON = os.environ.get("PTX_TRITON")
+HERE = TRITON_DEFECTS if TRITON else DEFECTS
 
 
 def edited_by(name: str) -> tuple[Any, list[int]]:
     """Return the change of a text, and the list that will hold how many places it changed in each."""
-    pattern, replacement = DEFECTS[name]
+    pattern, replacement = HERE[name]
     counts: list[int] = []
 
     def change(text: str) -> str:
@@ -45,16 +55,22 @@ def edited_by(name: str) -> tuple[Any, list[int]]:
 
 def differences() -> list[str]:
     """Return which results of a few ops are not those of the CPU's kernels."""
-    import interpreted
     from helpers import HYPER, AdamLists, Lists, adam_groups, ascent_groups, sgd_groups, snapshot
-    from ptx import bounds
+    from ptx import bounds, triton_driver
 
     from fused_sam import backends, ops
 
-    bounds.watch_native(EMULATOR)
-    backends.REGISTRY = (*backends.REGISTRY, interpreted.BACKEND)
+    if TRITON:
+        triton_driver.install(EMULATOR, int(TRITON))
+        bounds.watch_triton(EMULATOR)
+    else:
+        from interpreted import BACKEND
+
+        bounds.watch_native(EMULATOR)
+        backends.REGISTRY = (*backends.REGISTRY, BACKEND)
+    tested = "triton" if TRITON else "interpreted"
     sizes = [20011, 33, 0, 300, 4097, 16384]
-    results: dict[str, dict[str, Any]] = {"native": {}, "interpreted": {}}
+    results: dict[str, dict[str, Any]] = {"native": {}, tested: {}}
     for backend, found in results.items():
         torch.manual_seed(0)
         lists, adam = Lists(sizes, torch.float32, "cpu"), AdamLists(sizes, torch.float32, "cpu")
@@ -70,19 +86,21 @@ def differences() -> list[str]:
         found["sgd"] = snapshot(lists.params), snapshot(lists.momentum)
         adam.update(adam_groups(len(sizes), lr=0.013, amsgrad=True, weight_decay=0.17), backend=backend)
         found["adam"] = snapshot(adam.params), [snapshot(states) for states in adam.states]
-    return [name for name, value in results["native"].items() if results["interpreted"].get(name) != value]
+    return [name for name, value in results["native"].items() if results[tested].get(name) != value]
 
 
 def look_for(name: str) -> dict[str, Any]:
     """Return in how many places a defect was put, and what was found: reports, wrong results, an error."""
     change, counts = edited_by(name)
     EMULATOR.edit(change)
-    sys.meta_path.insert(0, loader.NativeFinder)
+    if not TRITON:
+        sys.meta_path.insert(0, loader.NativeFinder)
     found: list[str] = []
     try:
         found += [f"{what} differs" for what in differences()]
     except RuntimeError as error:
         found.append(str(error))
+    # Each loads what it launches: of Triton's kernels, too, a process has its own.
     return {"places": sum(counts), "reports": EMULATOR.take_reports()[:3], "found": found}
 
 
@@ -102,4 +120,8 @@ def in_a_process_of_its_own(name: str) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     EMULATOR = loader.Emulator(os.environ["PTX_EMULATOR"])
-    print(json.dumps({name: in_a_process_of_its_own(name) for name in sys.argv[1:] or DEFECTS}))
+    print(
+        json.dumps(
+            {name: in_a_process_of_its_own(name) for name in sys.argv[1:] or HERE}
+        )
+    )
