@@ -120,8 +120,4 @@ def in_a_process_of_its_own(name: str) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     EMULATOR = loader.Emulator(os.environ["PTX_EMULATOR"])
-    print(
-        json.dumps(
-            {name: in_a_process_of_its_own(name) for name in sys.argv[1:] or HERE}
-        )
-    )
+    print(json.dumps({name: in_a_process_of_its_own(name) for name in sys.argv[1:] or HERE}))
