@@ -3,6 +3,7 @@
 # make test    set up, and run every check: lint, types, tests
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     ten minutes of a GPU, without network: build, tests, benchmarks, sanitizers; OUT=folder for logs and rows
+# make ptx     the compiled GPU code on an emulator: two architectures, several orders of threads; about an hour
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
 # make soak    random and hostile calls, 10^5 steps, 2^31 elements, every GPU architecture, other processors; hours
 # make help    this list
@@ -18,7 +19,7 @@ FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,90)
 OUT    ?= runs/gpu
 EXPERIMENT ?= label_noise
 
-.PHONY: help train paper test bench gpu sanitize soak lint clean fashion-mnist
+.PHONY: help train paper test bench gpu ptx sanitize soak lint clean fashion-mnist
 .DEFAULT_GOAL := help
 
 help:
@@ -67,11 +68,14 @@ bench: $(READY)
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
 
+ptx: $(READY)
+	FUSED_SAM_PTX_LONG=1 $(SUITE) tests/test_ptx.py $(ARGS)
+
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python tests/sanitize.sh $(ARGS)
 
 # Last the whole suite with torch's kernels for other processors: a loss or a bit that only these reach is no promise.
-soak: $(READY)
+soak: $(READY) ptx
 	FUSED_SAM_SOAK=100000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py tests/test_interrupts.py \
 	  tests/test_large.py tests/test_cuda_build.py tests/test_bench_gpu_driver.py tests/test_imagenet_ranks.py $(ARGS)
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)

@@ -30,6 +30,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
     interpreter.repair()
     CPU_TARGETS.append(("triton", "cpu"))
+if "PTX_TRITON" in os.environ:  # test_ptx.py: compiled, and run on the emulator
+    CPU_TARGETS.append(("triton", "cpu"))
 CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
 
 
