@@ -25,7 +25,7 @@ def spans(*what: Any) -> Iterator[Span]:
     """Yield the memory of all tensors in lists and tuples."""
     for one in what:
         if isinstance(one, Tensor):
-            with contextlib.suppress(RuntimeError):  # without memory: the ops refuse it
+            with contextlib.suppress(RuntimeError, ValueError):  # without memory: the ops refuse it
                 yield span(one)
         elif isinstance(one, (list, tuple)):
             yield from spans(*one)

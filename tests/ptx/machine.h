@@ -1,4 +1,5 @@
-// The state of a running grid: threads, blocks, and how they are told to run.
+// The state of a running grid: threads, blocks, and how they are told to run. One thread of the host at a time: the
+// emulator has no locks, and what may be touched is known for one op.
 #pragma once
 
 #include <cstdint>
