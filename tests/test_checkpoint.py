@@ -226,7 +226,8 @@ MALFORMED: dict[str, Callable[[Tensor], Any]] = {
 
 # The base whose step reads each key.
 KEYS = {"momentum_buffer": "SGD", "exp_avg": "Adam", "exp_avg_sq": "Adam", "max_exp_avg_sq": "AdamW"}
-SPOILT = [("momentum_buffer", kind) for kind in MALFORMED if kind != "gone"]  # torch makes one that is None anew
+# torch makes one that is None anew, and goes on with one of another dtype.
+SPOILT = [("momentum_buffer", kind) for kind in MALFORMED if kind not in ("gone", "another dtype")]
 SPOILT += [(key, kind) for key in KEYS for kind in ("short", "another dtype", "sparse", "list", "gone") if "avg" in key]
 SPOILT.append(("exp_avg", "overlapping itself"))
 

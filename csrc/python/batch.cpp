@@ -229,18 +229,18 @@ void Batch::make_backups(bool owned) {
     if (t.grad != nullptr && !t.has_rounded() && bytes_of(t) < kSmallBytes)
       pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
   }
-  const TorchApi& torch = TorchApi::get();
+  const py::handle torch = TorchApi::get().torch;
   const auto data_of = [&](const py::object& memory) {
     memory_.append(memory);
-    const auto address = py::reinterpret_steal<py::object>(torch.data_ptr.call(memory.ptr()));
+    const auto address = py::reinterpret_steal<py::object>(TorchApi::get().data_ptr.call(memory.ptr()));
     if (!address) throw py::error_already_set();
     return PyLong_AsVoidPtr(address.ptr());
   };
   char* pool = nullptr;
   if (pool_bytes > 0) {
-    const py::handle empty = torch.empty;
+    const py::object bytes = torch.attr("uint8");
     pool = static_cast<char*>(
-        data_of(empty(pool_bytes, py::arg("dtype") = py::handle(torch.uint8), py::arg("device") = device_.name())));
+        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = bytes, py::arg("device") = device_.name())));
   }
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
@@ -253,7 +253,7 @@ void Batch::make_backups(bool owned) {
     } else if (owned && t.grad_dtype == t.dtype && is_sole_owner(item(grads_, i), 2)) {
       t.backup = t.grad;
     } else {
-      t.backup = data_of(py::handle(torch.empty_like)(py::handle(PyTuple_GET_ITEM(params_.ptr(), i))));
+      t.backup = data_of(torch.attr("empty_like")(py::handle(PyTuple_GET_ITEM(params_.ptr(), i))));
     }
   }
 }

@@ -61,9 +61,7 @@ PyObject* Attribute::call(PyObject* object) const {
 TorchApi::TorchApi()
     : tensor_type(imported("torch", "Tensor")),
       strided(imported("torch", "strided")),
-      uint8(imported("torch", "uint8")),
-      empty(imported("torch", "empty")),
-      empty_like(imported("torch", "empty_like")),
+      torch(py::module_::import("torch").release().ptr()),
       dtypes{imported("torch", "float32"), imported("torch", "float64"), imported("torch", "bfloat16"),
              imported("torch", "float16")},
       storage_use_count(imported_or_null("torch._C", "_storage_Use_Count")),

@@ -35,7 +35,7 @@ struct TorchApi {
 
   PyObject* tensor_type;
   PyObject* strided;
-  PyObject *uint8, *empty, *empty_like;
+  PyObject* torch;
   std::array<PyObject*, 4> dtypes;  // in the order of DType
   PyObject* storage_use_count;      // null where this torch has none
   int (*describe)(void*, dlpack::Description*) = nullptr;
