@@ -114,3 +114,8 @@ def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() is torch.float32
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long: at the end of a run it would keep one core busy while the others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

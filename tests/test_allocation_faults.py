@@ -80,8 +80,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("c++"), reason="needs Linux and c++")
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", ["native", *(["eager"] if "FUSED_SAM_SOAK" in os.environ else [])])
 def test_an_allocation_that_fails_leaves_the_step_made_or_not_made(backend: str, shim: Path) -> None:
     if backends.available().get(backend) != "ok":
         pytest.skip(f"the {backend} backend is not built")

@@ -99,6 +99,7 @@ def test_a_command_is_interrupted_before_it_is_killed_and_its_log_stays_small(tm
     assert len((tmp_path / "a.log").read_text()) < 1100
 
 
+@pytest.mark.slow
 def test_a_failure_is_written_at_once_and_a_test_that_hangs_costs_itself(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_some.py").write_text(TESTS)

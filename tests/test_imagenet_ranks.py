@@ -53,6 +53,7 @@ def weights(tmp_path, out):
     return [torch.load(tmp_path / f"{out}-weights.{rank}", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_ranks_agree(run, tmp_path):
     status, shown = run("--epochs", "1")
     assert status == 0, shown

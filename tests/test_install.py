@@ -70,6 +70,7 @@ NO_NVCC = {
 }
 
 
+@pytest.mark.slow
 @needs_build_tools
 def test_without_torch_and_nvcc_the_wheel_is_built_and_is_complete(source: Path, quick_compiler: str) -> None:
     built = build_wheel(source, FUSED_SAM_CUDA="AUTO", FUSED_SAM_NATIVE="ON", CXX=quick_compiler, **NO_NVCC)

@@ -61,6 +61,16 @@ SUITES = {
         "or (test_optimizer_contract or test_faults) and (not exception or Mishap)",
     ),
 }
+if "FUSED_SAM_SOAK" not in os.environ:
+    # `make ptx` runs what these kernels become; `make soak` runs the whole of these two suites.
+    SUITES |= {
+        "adam": ("test_ops_adam.py", "float32 or not closed_form"),
+        "p-norms": (
+            "test_p_norms.py test_decay_in_ascent.py",
+            "test_p_norms and (perturb and swap and float32 and (1.0 or inf) or p_1 or p_inf or length) "
+            "or test_decay_in_ascent and closed_form and swap",
+        ),
+    }
 
 
 @needs_triton
