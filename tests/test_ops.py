@@ -174,7 +174,7 @@ def test_perturb_matches_the_closed_form(
 def test_norm_and_perturb_of_fp64_whose_squares_leave_its_range(
     adaptive: bool, exponent: int, backend: str, device: str
 ) -> None:
-    """Of two parts, one of them strided, each with a norm far out."""
+    """Two parts, one of them strided, have each a norm far out, and join to one."""
     lists = Lists(FEW_SIZES, torch.float64, device)
     params = [*lists.params, torch.randn(37, 5, dtype=torch.float64).to(device)[:, 2]]
     grads = [*lists.grads, torch.randn(37, dtype=torch.float64).to(device)]

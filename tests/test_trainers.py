@@ -140,6 +140,33 @@ class TestLightning:
             lightning_losses(accumulate_grad_batches=2)
 
 
+@pytest.mark.parametrize("form", ["closure", "step", "second_step"])
+def test_fabric(form: str) -> None:
+    """Its wrapper has the optimizer's methods with a copy of its attributes."""
+    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
+    model = net()
+    model, optimizer = fabric.setup(model, sam(model))
+    scheduler, losses = schedule(optimizer), []
+
+    def closure(x: Tensor, y: Tensor) -> None:
+        loss = F.cross_entropy(model(x), y)
+        fabric.backward(loss)
+        losses.append(loss.item())
+
+    for _ in range(EPOCHS):
+        for x, y in DataLoader(data(), BATCH):
+            if form == "closure":
+                optimizer.step(functools.partial(closure, x, y))
+                continue
+            closure(x, y)
+            optimizer.first_step(zero_grad=True)
+            closure(x, y)
+            getattr(optimizer, form)()
+            optimizer.zero_grad()
+        scheduler.step()
+    assert losses == by_hand()
+
+
 @pytest.mark.parametrize("step", ["two calls", "closure"])
 def test_accelerate(step: str) -> None:
     accelerate = pytest.importorskip("accelerate")
