@@ -15,7 +15,7 @@ from fused_sam.backends.interface import AscentGroup, InvalidTensor, TensorList
 from fused_sam.backends.memory import require_disjoint
 from fused_sam.masters import MASTER, Masters
 from fused_sam.ops.groups import host_number
-from fused_sam.ops.lists import get_grads, lookup
+from fused_sam.ops.lists import Gradients, lookup
 from fused_sam.options import check_group
 
 
@@ -84,8 +84,8 @@ class Parameters:
         return tuple(None if x is None else self.local(x) for x in lists)
 
     def gradients(self, tensors: list[Tensor]) -> TensorList:
-        """Return ``p.grad`` of each, in a new list."""
-        return get_grads(tensors)
+        """Return ``p.grad`` of each, as they are now."""
+        return Gradients(tensors)
 
     def begin(self, capturable: bool) -> None:
         """Prepare for a step that begins at w.
@@ -110,8 +110,8 @@ class Parameters:
         for group in self.groups:
             stop = start + len(group["params"])
             if not group["perturb"]:
-                taken.update((i, grads[i]) for i in range(start, stop))
-                grads[start:stop] = [None] * (stop - start)
+                for i in range(start, stop):
+                    taken[i], grads[i] = grads[i], None
             start = stop
         return taken
 

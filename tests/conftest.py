@@ -15,9 +15,12 @@ import torch
 from ranks import Ranks
 
 from fused_sam import backends
+from fused_sam.ops import lists
 
 with contextlib.suppress(ImportError):  # where the native core is not built
     from interpreted import BACKEND as INTERPRETED
+
+    from fused_sam import _native
 
     # Last: it must never be anybody's choice.
     backends.REGISTRY = (*backends.REGISTRY, INTERPRETED)
@@ -46,13 +49,20 @@ def _targets() -> list[object]:
 
 
 @pytest.fixture(params=_targets())
-def target(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """(backend, device); skipped with the backend's own reason where it does not work."""
+def target(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """(backend, device); skipped with the backend's own reason where it does not work.
+
+    The interpreted kernels' tests read tensors through Python and DLPack, and so does whoever has no ATen extension.
+    """
     backend, device = request.param
     state = backends.available(device).get(backend, "not part of this build")
     if state != "ok":
         pytest.skip(f"backend {backend}: {state}")
-    return request.param
+    if backend == "interpreted":
+        _native.read_through(None)
+    yield request.param
+    if backend == "interpreted":
+        lists.read_through_aten()
 
 
 @pytest.fixture

@@ -43,6 +43,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_sam import FusedSAM, _native, ops
+from fused_sam.ops.lists import why_not_aten
+
+# Tensors are read through ATen, or through Python and DLPack.
+try:
+    from fused_sam._aten import access as aten
+
+    ACCESS = [None, aten] if why_not_aten is None else [None]
+except ImportError:
+    ACCESS = [None]
 
 
 @st.composite
@@ -119,9 +128,20 @@ def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
     then=st.lists(calls(), min_size=1, max_size=4),
     means=st.lists(st.tuples(SIZES, MEAN, THREADS, JOURNALS.map(lambda make: make())), max_size=2),
     for_cuda=st.booleans(),
+    held=st.booleans(),
+    access=st.sampled_from(ACCESS),
 )
 def bindings(
-    first: Any, others: Any, same: bool, counts: tuple[int, int], todo: Any, then: Any, means: Any, for_cuda: bool
+    first: Any,
+    others: Any,
+    same: bool,
+    counts: tuple[int, int],
+    todo: Any,
+    then: Any,
+    means: Any,
+    for_cuda: bool,
+    held: bool,
+    access: Any,
 ) -> None:
     """The module that only `fused_sam.backends.native` should call."""
     made: list[Any] = []
@@ -130,13 +150,17 @@ def bindings(
         params, grads, _, states, masters = operands
         given = tuple([*states, None][:count])
         made.clear()
+        if held:
+            grads = _native.Gradients(params)
         arguments = params, grads, backups, given, masters, device, 0, for_cuda
         attempt(name, lambda: made.append(_native.Batch(*arguments)), params)
         return made[0] if made else None
 
     params, grads, backups, _, masters = first
+    _native.read_through(access)
+    attempt("Gradients", lambda: list(_native.Gradients(params)))
     batch("Batch on a GPU", first, backups, counts[1], 2)
-    attempt("get_grads", lambda: _native.get_grads(params))
+    attempt("increment_version", lambda: _native.increment_version(params))
     attempt("lookup", lambda: _native.lookup({}, params, "step"))
     attempt("stream_copy", lambda: _native.stream_copy(params[0], grads[0], 2), params)
     ascent = batch("Batch", first, backups, counts[0])

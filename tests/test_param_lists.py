@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,9 +27,19 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.fixture(params=["as installed", "python"])
-def lists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return package_lists if request.param == "as installed" else in_python(monkeypatch)
+@pytest.fixture(params=["through ATen", "through DLPack", "in Python"])
+def lists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    if request.param == "in Python":
+        yield in_python(monkeypatch)
+        return
+    native = pytest.importorskip("fused_sam._native", reason="the native core is not built")
+    assert package_lists.clear_grads is native.clear_grads
+    if request.param == "through DLPack":
+        native.read_through(None)
+    elif package_lists.why_not_aten is not None:
+        pytest.skip(package_lists.why_not_aten)
+    yield package_lists
+    package_lists.read_through_aten()
 
 
 def some_params() -> list[nn.Parameter]:
@@ -37,15 +48,31 @@ def some_params() -> list[nn.Parameter]:
 
 def test_gradients_are_read_and_cleared(lists: ModuleType) -> None:
     params = some_params()
-    assert lists.get_grads(params) == [None] * len(params)
+    assert list(lists.Gradients(params)) == [None] * len(params)
     gradients = [torch.full_like(p, 0.5) for p in params]
     for p, g in list(zip(params, gradients, strict=True))[::2]:
         p.grad = g
-    found = lists.get_grads(params)
+    found = lists.Gradients(params)
+    assert lists.is_list(found)
+    assert len(found) == len(params)
+    assert [x is not None for x in lists.presence(found)] == [True, False] * 3
+    assert not lists.all_present(found)
     assert all(f is (None if i % 2 else gradients[i]) for i, f in enumerate(found))
     lists.clear_grads(params)
     assert all(p.grad is None for p in params)
-    assert lists.get_grads([]) == []
+    assert found[-2] is gradients[4]  # they are those of the moment at which they were asked for
+    found[4] = None
+    assert found[4] is None
+    assert lists.all_present(lists.Gradients([]))
+    with pytest.raises(IndexError):
+        found[6]
+
+
+def test_a_write_is_told_to_autograd(lists: ModuleType) -> None:
+    params = some_params()
+    before = [p._version for p in params]
+    lists.increment_version(params[:4])
+    assert [p._version - b for p, b in zip(params, before, strict=True)] == [1] * 4 + [0] * 2
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4], [1, 2, 4], [4, 0], []], ids=str)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "disjoint.h"
+#include "lists.h"
 #include "tensor_view.h"
 #include "torch_api.h"
 
@@ -14,15 +15,15 @@ namespace fused_sam {
 namespace {
 
 py::tuple checked(const py::object& list, Py_ssize_t count, const char* name) {
-  if (list.is_none()) return py::tuple();
-  py::tuple items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
-  if (!items) throw py::error_already_set();
-  const Py_ssize_t size = static_cast<Py_ssize_t>(items.size());
-  if (size != count) {
-    throw py::value_error("Invalid len(" + std::string(name) + ")=" + std::to_string(size) +
-                          ". Must be len(params)=" + std::to_string(count) + ".");
-  }
-  return items;
+  return list.is_none() ? py::tuple() : require_length(list, count, name);
+}
+
+std::shared_ptr<Gradients> gradients(const py::object& grads, Py_ssize_t count) {
+  if (grads.is_none()) return nullptr;
+  if (!py::isinstance<Gradients>(grads)) return std::make_shared<Gradients>(grads, count);
+  auto shared = grads.cast<std::shared_ptr<Gradients>>();
+  require_length(static_cast<Py_ssize_t>(shared->size()), count, "grads");
+  return shared;
 }
 
 // Null where the list is absent or holds None.
@@ -30,14 +31,6 @@ PyObject* item(const py::tuple& items, Py_ssize_t index) {
   if (PyTuple_GET_SIZE(items.ptr()) == 0) return nullptr;
   PyObject* object = PyTuple_GET_ITEM(items.ptr(), index);
   return object == Py_None ? nullptr : object;
-}
-
-// A negated view stores the opposite of its values.
-bool is_negated(PyObject* tensor) {
-  PyObject* answer = TorchApi::get().is_neg.call(tensor);
-  if (answer == nullptr) PyErr_Clear();
-  Py_XDECREF(answer);
-  return answer != Py_False;
 }
 
 // Tensors smaller than this share one allocation for their backups: asking torch who owns a gradient, and holding on to
@@ -60,14 +53,13 @@ bool read_operand(PyObject* object, Device device, const TensorView& param, void
 }
 
 // Reads a gradient, which may be of another dtype than its parameter.
-bool read_grad(PyObject* object, Device device, const TensorView& param, Tensor* out) {
-  if (object == nullptr) return true;
+bool read_grad(const HeldTensor& grad, Device device, const TensorView& param, Tensor* out) {
+  if (!grad.defined()) return true;
   TensorView view;
-  if (!read_tensor(object, device, &view) || !can_mix(param.dtype, view.dtype) || !same_layout(view, param))
-    return false;
+  if (!grad.read(device, &view) || !can_mix(param.dtype, view.dtype) || !same_layout(view, param)) return false;
   out->grad = view.data;
   out->grad_dtype = view.dtype;
-  return !is_negated(object);
+  return true;
 }
 
 // Reads a parameter the kernels can take, into what of the descriptor is the parameter's.
@@ -104,8 +96,8 @@ Batch::Batch(const py::list& params, const py::object& grads, const py::object& 
       for_cuda_(for_cuda),
       count_(static_cast<Py_ssize_t>(params.size())),
       params_(checked(params, count_, "params")),
-      grads_(checked(grads, count_, "grads")),
       masters_(checked(masters, count_, "masters")),
+      grads_(gradients(grads, count_)),
       tensors_(static_cast<size_t>(count_)),
       layouts_(static_cast<size_t>(count_)) {
   if (states.size() > kStates) throw py::value_error("Invalid states. Must be " + std::to_string(kStates) + " lists.");
@@ -119,10 +111,11 @@ Batch::Batch(const py::list& params, const py::object& grads, const py::object& 
 }
 
 bool Batch::describe(Py_ssize_t index, Tensor* out) {
-  PyObject* grad = item(grads_, index);
+  const HeldTensor none;
+  const HeldTensor& grad = grads_ ? (*grads_)[static_cast<size_t>(index)] : none;
   PyObject* backup = item(backups_, index);
   *out = Tensor{};
-  if (grad == nullptr && backup == nullptr) return true;
+  if (!grad.defined() && backup == nullptr) return true;
   TensorView param, master;
   if (!read_weights(index, &param, &master, out)) return false;
   const TensorView& weights = out->has_rounded() ? master : param;
@@ -217,10 +210,16 @@ void Batch::keep_backups(size_t displaced) {
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     if (static_cast<size_t>(i) >= displaced) t.backup = nullptr;
-    if (t.backup != nullptr && t.backup == t.grad) memory_.append(py::handle(item(grads_, i)));
+    if (t.backup != nullptr && t.backup == t.grad) memory_.push_back((*grads_)[static_cast<size_t>(i)]);
     t.grad = nullptr;
   }
-  grads_ = py::tuple();
+  grads_ = nullptr;
+}
+
+py::list Batch::memory() {
+  py::list objects;
+  for (HeldTensor& tensor : memory_) objects.append(tensor.object());
+  return objects;
 }
 
 void Batch::make_backups(bool owned) {
@@ -231,7 +230,7 @@ void Batch::make_backups(bool owned) {
   }
   const py::handle torch = TorchApi::get().torch;
   const auto data_of = [&](const py::object& memory) {
-    memory_.append(memory);
+    memory_.emplace_back(memory);
     const auto address = py::reinterpret_steal<py::object>(TorchApi::get().data_ptr.call(memory.ptr()));
     if (!address) throw py::error_already_set();
     return PyLong_AsVoidPtr(address.ptr());
@@ -250,7 +249,8 @@ void Batch::make_backups(bool owned) {
     } else if (bytes_of(t) < kSmallBytes) {
       t.backup = pool;
       pool += (bytes_of(t) / kAlignment + 1) * kAlignment;
-    } else if (owned && t.grad_dtype == t.dtype && is_sole_owner(item(grads_, i), 2)) {
+    } else if (owned && t.grad_dtype == t.dtype &&
+               (*grads_)[static_cast<size_t>(i)].is_sole_owner(grads_->references())) {
       t.backup = t.grad;
     } else {
       t.backup = data_of(torch.attr("empty_like")(py::handle(PyTuple_GET_ITEM(params_.ptr(), i))));
@@ -267,7 +267,7 @@ void Batch::set_backups(const py::list& backups) {
     if (t.grad == nullptr && backup == nullptr) continue;
     if (backup == nullptr && t.has_rounded()) {
       t.backup = t.param;
-    } else if (!t.has_rounded() && backup == item(grads_, i) && t.grad_dtype == t.dtype) {
+    } else if (!t.has_rounded() && grads_ && (*grads_)[static_cast<size_t>(i)].is(backup) && t.grad_dtype == t.dtype) {
       t.backup = t.grad;
     } else if (backup == nullptr || !describe(i, &t)) {
       throw py::value_error("Invalid backup at index " + std::to_string(i) +

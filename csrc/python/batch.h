@@ -3,11 +3,13 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../kernels.h"
+#include "held_tensor.h"
 #include "tensor_view.h"
 
 namespace fused_sam {
@@ -16,7 +18,8 @@ namespace fused_sam {
 // though a kernel runs without the interpreter lock.
 class Batch {
  public:
-  // `backups` is a list, None, or the batch of the ascent whose backups are to be used.
+  // `grads` are `Gradients`, a list, or None. `backups` is a list, None, or the batch of the ascent whose backups are
+  // to be used.
   // `device_type` and `device_index` say where the tensors are, as in `Device`.
   // `states` holds at most kStates lists; `masters` the fp32 copies of 16-bit parameters, or None. Throws ValueError
   // unless all lists have the length of `params`. `for_cuda`: the CUDA kernels take it, on CPU tensors on the host.
@@ -50,7 +53,7 @@ class Batch {
   void read_steps(const pybind11::object& steps);
 
   // The tensors that hold the backups made here.
-  const pybind11::list& memory() const { return memory_; }
+  pybind11::list memory();
 
   // True for every parameter that has a backup, None for the others.
   pybind11::list has_backup() const;
@@ -71,8 +74,9 @@ class Batch {
   Device device_;
   bool for_cuda_;
   Py_ssize_t count_;
-  pybind11::tuple params_, grads_, backups_, masters_, states_[kStates];
-  pybind11::list memory_;  // what make_backups allocated
+  pybind11::tuple params_, backups_, masters_, states_[kStates];
+  std::shared_ptr<Gradients> grads_;  // null without any
+  std::vector<HeldTensor> memory_;    // of the backups made here
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
   std::vector<Py_ssize_t> unsupported_;

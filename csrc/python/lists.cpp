@@ -1,6 +1,7 @@
 #include "lists.h"
 
 #include <algorithm>
+#include <string>
 
 #include "torch_api.h"
 
@@ -35,21 +36,28 @@ class Entries {
 
 }  // namespace
 
-py::list get_grads(const py::list& params) {
-  const Attribute& grad = TorchApi::get().grad;
-  py::list grads(params.size());
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    PyObject* value = grad.get(PyList_GET_ITEM(params.ptr(), i));
-    if (value == nullptr) throw py::error_already_set();
-    PyList_SET_ITEM(grads.ptr(), i, value);
-  }
-  return grads;
+py::tuple require_length(const py::object& list, Py_ssize_t count, const char* name) {
+  py::tuple items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
+  if (!items) throw py::error_already_set();
+  require_length(static_cast<Py_ssize_t>(items.size()), count, name);
+  return items;
+}
+
+void require_length(Py_ssize_t size, Py_ssize_t count, const char* name) {
+  if (size == count) return;
+  throw py::value_error("Invalid len(" + std::string(name) + ")=" + std::to_string(size) +
+                        ". Must be len(params)=" + std::to_string(count) + ".");
 }
 
 void clear_grads(const py::list& params) {
-  const Attribute& grad = TorchApi::get().grad;
+  const TorchApi& api = TorchApi::get();
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    if (!grad.set(PyList_GET_ITEM(params.ptr(), i), Py_None)) throw py::error_already_set();
+    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    if (api.reads(param)) {
+      api.access->clear_grad(param);
+    } else if (!api.grad.set(param, Py_None)) {
+      throw py::error_already_set();
+    }
   }
 }
 
@@ -67,6 +75,21 @@ py::list lookup(const py::dict& state, const py::list& params, const py::str& ke
 
 bool all_present(const py::list& entries) {
   return std::all_of(entries.begin(), entries.end(), [](const py::handle& entry) { return !entry.is_none(); });
+}
+
+void increment_version(const py::list& tensors) {
+  const TorchApi& api = TorchApi::get();
+  py::list others;
+  for (const py::handle& tensor : tensors) {
+    if (api.reads(tensor.ptr())) {
+      api.access->bump_version(tensor.ptr());
+    } else {
+      others.append(tensor);
+    }
+  }
+  if (others.empty()) return;
+  const auto done = py::reinterpret_steal<py::object>(PyObject_CallOneArg(api.increment_version, others.ptr()));
+  if (!done) throw py::error_already_set();
 }
 
 }  // namespace fused_sam

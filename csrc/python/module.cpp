@@ -44,10 +44,14 @@ PYBIND11_MODULE(_native, m) {
   TorchApi::get();  // here, where no other thread can wait for it
   m.doc() = "Compiled kernels of FusedSAM. Private: use fused_sam.ops, which checks its arguments.";
   m.def("isa", &cpu::isa_name);
-  m.def("get_grads", &get_grads);
+  m.def("read_through", &TorchApi::read_through);
   m.def("clear_grads", &clear_grads);
   m.def("lookup", &lookup);
   m.def("all_present", &all_present);
+  m.def("all_present", [](const Gradients& grads) { return grads.all_present(); });
+  m.def("presence", [](const py::list& entries) { return entries; });
+  m.def("presence", [](const Gradients& grads) { return grads.presence(); });
+  m.def("increment_version", &increment_version);
   m.def("stream_copy", &stream_copy);
   py::class_<Batch> batch(m, "Batch");
   batch
@@ -58,6 +62,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("memory", &Batch::memory)
       .def("make_backups", &Batch::make_backups)
       .def("set_backups", &Batch::set_backups);
+  bind_gradients(m);
   bind_ops(batch);
   bind_columns(batch);
   py::module_ cuda = m.def_submodule("cuda", "What of the CUDA kernels is no op.");

@@ -28,6 +28,8 @@ bool to_dtype(uint8_t code, uint8_t bits, DType* dtype) {
   return true;
 }
 
+}  // namespace
+
 bool count_elements(TensorView* view) {
   view->numel = 1;
   for (int d = 0; d < view->ndim; ++d) {
@@ -37,6 +39,8 @@ bool count_elements(TensorView* view) {
   if (view->numel > INT64_MAX / size_of(DType::f64)) return false;
   return view->numel == 0 || (view->data != nullptr && (reinterpret_cast<uintptr_t>(view->data) & (item - 1)) == 0);
 }
+
+namespace {
 
 bool read_described(PyObject* object, Device device, TensorView* view) {
   dlpack::Description d;
@@ -107,6 +111,7 @@ bool read_attributes(PyObject* object, Device device, TensorView* view) {
 bool read_tensor(PyObject* object, Device device, TensorView* view) {
   // A real subtype, not what the metaclass would also accept as an instance.
   const TorchApi& api = TorchApi::get();
+  if (api.reads(object)) return api.access->read(object, device, view) && count_elements(view);
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(api.tensor_type))) return false;
   const bool described = api.describe != nullptr && device.numbered_alike();
   const bool read = described ? read_described(object, device, view) : read_attributes(object, device, view);

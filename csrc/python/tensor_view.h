@@ -44,6 +44,9 @@ struct TensorView {
 // other object or tensor; a Python error is never left behind.
 bool read_tensor(PyObject* object, Device device, TensorView* view);
 
+// Fills in how many elements a view has. False for a number, or an address, that kernels cannot take.
+bool count_elements(TensorView* view);
+
 // Distinct elements have distinct addresses and no address between the first and the last is unused.
 bool is_dense(const TensorView& view);
 

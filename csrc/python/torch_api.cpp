@@ -1,7 +1,5 @@
 #include "torch_api.h"
 
-#include <pybind11/pybind11.h>
-
 namespace py = pybind11;
 
 namespace fused_sam {
@@ -65,6 +63,7 @@ TorchApi::TorchApi()
       dtypes{imported("torch", "float32"), imported("torch", "float64"), imported("torch", "bfloat16"),
              imported("torch", "float16")},
       storage_use_count(imported_or_null("torch._C", "_storage_Use_Count")),
+      increment_version(imported("torch.autograd.graph", "increment_version")),
       grad(tensor_type, "grad"),
       is_neg(tensor_type, "is_neg"),
       data_ptr(tensor_type, "data_ptr"),
@@ -80,9 +79,28 @@ TorchApi::TorchApi()
   counts_uses = count_uses(tensor.ptr(), &lone);
 }
 
+namespace {
+
+TorchApi& instance() {
+  static TorchApi* const api = new TorchApi();
+  return *api;
+}
+
+}  // namespace
+
 const TorchApi& TorchApi::get() {
-  static const TorchApi* instance = new TorchApi();
-  return *instance;
+  return instance();
+}
+
+void TorchApi::read_through(const py::object& capsule) {
+  TorchApi& api = instance();
+  api.reading = false;
+  if (capsule.is_none()) return;
+  const auto* access = static_cast<const Access*>(PyCapsule_GetPointer(capsule.ptr(), Access::kCapsule));
+  if (access == nullptr) throw py::error_already_set();
+  if (access->version != Access::kVersion) throw py::value_error("Invalid access. Must be that of this build.");
+  api.access = access;
+  api.reading = true;
 }
 
 bool TorchApi::count_uses(PyObject* tensor, Uses* uses) const {

@@ -1,10 +1,11 @@
 // The handful of torch's Python attributes that the optimizer's host side reads for every tensor of every step.
 #pragma once
 
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
 #include <array>
 
+#include "access.h"
 #include "exchange_api.h"
 
 namespace fused_sam {
@@ -33,12 +34,21 @@ struct TorchApi {
   TorchApi();
   static const TorchApi& get();
 
+  // Has the extension read tensors from now on, whose capsule this is; None: nothing but Python and DLPack. Throws
+  // ValueError for that of another build.
+  static void read_through(const pybind11::object& capsule);
+  // Whether the extension reads this tensor.
+  bool reads(PyObject* tensor) const { return reading && access->is_plain(tensor); }
+
   PyObject* tensor_type;
   PyObject* strided;
   PyObject* torch;
   std::array<PyObject*, 4> dtypes;  // in the order of DType
   PyObject* storage_use_count;      // null where this torch has none
+  PyObject* increment_version;
   int (*describe)(void*, dlpack::Description*) = nullptr;
+  const Access* access = nullptr;  // stays, once there is one: handles may be held
+  bool reading = false;            // whether it is to be used
   Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata;
 
   // How often the C++ tensor, its storage and the storage's Python object are referred to.

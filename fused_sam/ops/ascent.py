@@ -12,7 +12,7 @@ from fused_sam.backends.interface import AscentGroup, Journal, TensorList
 from fused_sam.backends.memory import two_norm
 from fused_sam.ops.groups import dual_exponent, require_sizes
 from fused_sam.ops.journal import Copies, bump_versions
-from fused_sam.ops.lists import all_present
+from fused_sam.ops.lists import all_present, increment_version
 from fused_sam.ops.routing import Part, contiguous, route, stand_ins
 
 
@@ -98,7 +98,7 @@ class Ascent:
                 batch.make_backups(owned=False)
                 batch.perturb(there, part.groups, self.q, [])
         if all_present(self.grads):
-            torch.autograd.graph.increment_version(self.params)
+            increment_version(self.params)
         else:
             bump_versions(self.params, self.grads)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_sam.backends.interface import AccumulateGroup, AdamGroup, Journal, SGDGroup, TensorList
 from fused_sam.ops.groups import require_sizes
 from fused_sam.ops.journal import AdamStepEntry, bump_versions, copy, roll_back
-from fused_sam.ops.lists import all_present
+from fused_sam.ops.lists import all_present, increment_version
 from fused_sam.ops.routing import Part, contiguous, route, stand_ins
 
 G = TypeVar("G", bound=Any)  # a group of one of the ops
@@ -264,7 +264,7 @@ def _descend(
     if not at_once:
         journal.clear()
     if all_present(grads):
-        torch.autograd.graph.increment_version(params)
+        increment_version(params)
     else:
         bump_versions(params, *written)
 
@@ -294,7 +294,7 @@ def _require_state(
     for group in groups:
         stop = start + group.size
         if needs(group) and (
-            states is None or any(g is not None and m is None for g, m in zip(grads[start:stop], states[start:stop]))
+            states is None or any(states[i] is None and grads[i] is not None for i in range(start, stop))
         ):
             raise ValueError(f"Invalid {name}. There must be one for every gradient.")
         start = stop

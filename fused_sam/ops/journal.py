@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.interface import Journal, TensorList
-from fused_sam.ops.lists import all_present
+from fused_sam.ops.lists import all_present, increment_version, is_list, presence
 
 
 class Copies:
@@ -140,9 +140,10 @@ def bump_versions(params: TensorList, *touched: TensorList | Any | None) -> None
     Written are the parameters that have an entry in one of the lists, or a backup in one of the journal entries.
     """
     for x in touched:
-        if isinstance(x, list) and all_present(x):
-            torch.autograd.graph.increment_version(params)
+        if is_list(x) and all_present(x):
+            increment_version(params)
             return
-    lists = [x if isinstance(x, list) else x.has_backup for x in touched if x is not None]
+    given: list[Any] = [x for x in touched if x is not None]
+    lists = [presence(x) if is_list(x) else x.has_backup for x in given]
     written = [p for p, *entries in itertools.zip_longest(params, *lists) if any(x is not None for x in entries)]
-    torch.autograd.graph.increment_version(written)
+    increment_version(written)

@@ -1,24 +1,25 @@
 """What every step looks up or sets for each of its parameters, in C++ where the native core loads.
 
-No backend is concerned: these go over Python's lists, whatever device the tensors are on.
+No backend is concerned: these go over lists of tensors, whatever device they are on.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor
-
-__all__ = ["all_present", "clear_grads", "get_grads", "lookup"]
 
 if TYPE_CHECKING:
     from fused_sam.backends.interface import TensorList
 
 
-def get_grads(params: TensorList) -> TensorList:
-    """Return p.grad of every parameter."""
-    return [p.grad for p in params]
+class Gradients(list[Any]):
+    """p.grad of every parameter, as they were when this was made. The native core's is no list, but used as one."""
+
+    def __init__(self, params: TensorList) -> None:
+        super().__init__(p.grad for p in params)
 
 
 def clear_grads(params: TensorList) -> None:
@@ -38,5 +39,43 @@ def all_present(tensors: TensorList) -> bool:
     return all(x is not None for x in tensors)
 
 
-with contextlib.suppress(Exception):  # whatever a broken build raises
-    from fused_sam._native import all_present, clear_grads, get_grads, lookup
+def presence(tensors: TensorList) -> TensorList:
+    """Return a list with None where there is none: the entries themselves, or True for those of `Gradients`."""
+    return tensors
+
+
+def increment_version(tensors: TensorList) -> None:
+    """Tell autograd that the tensors have been written."""
+    torch.autograd.graph.increment_version(tensors)
+
+
+def read_through_aten() -> str | None:
+    """Have the native core read tensors through ATen from now on; return why it cannot, None where it does."""
+    try:
+        from fused_sam import _aten, _native
+    except ImportError as error:
+        return str(error)
+    if _aten.torch_version != torch.__version__:
+        return f"fused_sam._aten was compiled for torch {_aten.torch_version}, and this is {torch.__version__}"
+    _native.read_through(_aten.access)
+    return None
+
+
+_LISTS: tuple[type, ...] = (list,)
+# Why tensors are read through Python and DLPack, at several times the cost; None where they are not.
+why_not_aten: str | None = "the native core does not load"
+
+if not TYPE_CHECKING:
+    with contextlib.suppress(Exception):  # whatever a broken build raises
+        from fused_sam import _native
+
+        Gradients, increment_version = _native.Gradients, _native.increment_version
+        all_present, clear_grads = _native.all_present, _native.clear_grads
+        lookup, presence = _native.lookup, _native.presence
+        _LISTS = list, Gradients
+        why_not_aten = read_through_aten()
+
+
+def is_list(x: Any) -> TypeGuard[TensorList]:
+    """Return whether there is an entry for each parameter: in a list, or in `Gradients`."""
+    return isinstance(x, _LISTS)

@@ -16,6 +16,7 @@ from fused_sam import backends
 from fused_sam.backends import eager
 from fused_sam.backends.interface import DTYPES, SIXTEEN_BIT, Backend, InvalidTensor, TensorList, can_mix
 from fused_sam.backends.memory import overlaps_itself, require_disjoint
+from fused_sam.ops.lists import is_list
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Part:
 
     def take_any(self, tensors: Any) -> TensorList | None:
         """Call `take` on a list; return None for anything else."""
-        return self.take(tensors) if isinstance(tensors, list) else None
+        return self.take(tensors) if is_list(tensors) else None
 
     def to_list_index(self, norm: Tensor) -> Tensor:
         """Return a norm of this part with its tensor's index in the part as that in the whole list."""
@@ -84,7 +85,7 @@ def route(
         ValueError: if the lists differ in length.
     """
     for x in (params, grads, backups, masters, *states):
-        if isinstance(x, list):
+        if is_list(x):
             if len(x) != len(params):
                 raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
         elif not (x is None or (x is backups and hasattr(x, "joins_update"))):
@@ -126,9 +127,9 @@ def _divide(
     for i, param in enumerate(params):
         stage = moved = False
         if i in unsupported:
-            if not any(isinstance(x, list) and x[i] is not None for x in (grads, backups)):
+            if not any(is_list(x) and x[i] is not None for x in (grads, backups)):
                 continue
-            kept = [x[i] for x in (backups,) if isinstance(x, list) and x[i] is not None]
+            kept = [x[i] for x in (backups,) if is_list(x) and x[i] is not None]
             state = [x[i] for x in states if x is not None and x[i] is not None]
             master = masters[i] if masters else None
             moved = any_state and master is None and any(_has_other_dtype(x, param) for x in state)
@@ -137,7 +138,7 @@ def _divide(
         module = eager if moved else _module_for(param.device.type, backend, masters, q)
         members.setdefault((module, param.device, stage and module is first), []).append(i)
     involved = [i for index in members.values() for i in index]
-    written = [x[i] for x in (params, backups, masters, *states) if isinstance(x, list) for i in involved]
+    written = [x[i] for x in (params, backups, masters, *states) if is_list(x) for i in involved]
     require_disjoint([x for x in written if x is not None])
     device = params[0].device
     if list(members) == [(first, device, False)] and len(members[first, device, False]) == len(params):

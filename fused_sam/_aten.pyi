@@ -1,0 +1,4 @@
+from typing import Any
+
+access: Any  # a capsule
+torch_version: str
