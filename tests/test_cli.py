@@ -94,7 +94,7 @@ def test_it_needs_torch_alone_and_finds_modules_in_the_current_folder(tmp_path: 
     assert done.returncode == 2, done.stderr
     assert "ok, one step checked" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("mine:flat")
-    assert done.stderr.strip().endswith("This needs scipy: pip install 'fused-sam[analysis]'")
+    assert done.stderr.strip().endswith("This needs scipy: pip install '.[analysis]'")
 
 
 @pytest.mark.parametrize("command", [[], ["doctor"], ["sharpness"], ["spectrum"], ["landscape"]])
