@@ -1,4 +1,4 @@
-"""What the site needs beyond mkdocs.yml: pictures where pages have them, and docstrings as Markdown."""
+"""What the site needs beyond mkdocs.yml: recorded pictures, links in notebooks, and docstrings as Markdown."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 RECORDED = "bench/results"  # pictures of measurements, which pages call ../bench/results/...
 EQUATION = re.compile(r"^([ ]*)\.\. math::[ ]*(.*(?:\n(?:\1[ ]+\S.*)?)*)", re.MULTILINE)
 ROLE = re.compile(r":(math|class):`(~?)([^`]+)`")
+SOURCE = re.compile(r'href="([\w./]+)\.(?:md|ipynb)((?:#[^"]*)?)"')
 EXAMPLE = re.compile(r"::$", re.MULTILINE)
 
 
@@ -28,6 +29,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Lead links to recorded pictures to where they are in the site."""
     return markdown.replace(f"(../{RECORDED}/", f"({RECORDED}/")
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Lead the links of a notebook to pages of the site, as those of Markdown do."""
+    return SOURCE.sub(r'href="\1.html\2"', html) if page.file.src_uri.endswith(".ipynb") else html
 
 
 class Docstrings(griffe.Extension):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torchvision_ops
 
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
+OTHERS = [*pages.ROOT.glob("[CS]*.md"), *(pages.ROOT / "docs" / "notebooks").glob("*.ipynb")]
 TRAINERS = [block for block in BLOCKS if block.page.name == "trainers.md"]
 LINK = re.compile(r"(?<!`)\]\(([^)\s]+)\)")
 CODE = re.compile(r"^(```.*?^```$|    .*?$)", re.DOTALL | re.MULTILINE)
@@ -28,7 +30,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_are_blocks_in_every_page_that_shows_how() -> None:
     shown = {block.page.relative_to(pages.ROOT).as_posix() for block in BLOCKS}
     names = ("quickstart", "training", "variants", "distributed", "trainers", "migrating", "performance", "analysis")
-    assert shown >= {f"docs/{name}.md" for name in names}
+    assert shown >= {"README.md", *(f"docs/{name}.md" for name in names)}
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
@@ -56,15 +58,24 @@ def test_a_block_for_a_trainer_trains_in_two_passes(block: pages.Block, tmp_path
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), old))
 
 
+def prose(page: Path) -> str:
+    """The text of a page without code; of a notebook, what is written in it."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return CODE.sub("", text)
+
+
 def anchors(page: Path) -> set[str]:
     """As GitHub and the site make them of headings."""
-    heads = re.findall(r"^#+ (.*)$", CODE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    heads = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", head.lower())) for head in heads}
 
 
-@pytest.mark.parametrize("page", [*pages.PAGES, pages.ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*pages.PAGES, *OTHERS], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8"))):
+    for target in LINK.findall(prose(page)):
         file, _, anchor = target.partition("#")
         if ":" in file:
             continue
