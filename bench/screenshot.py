@@ -68,12 +68,16 @@ def at_the_end(written: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, and draw."""
     options = parse_arguments(arguments)
-    shown = Text.from_ansi(at_the_end(recorded(options.command)))
-    console = Console(record=True, width=COLUMNS, file=io.StringIO())
-    console.print(shown)
-    picture = console.export_svg(title=options.title or " ".join(options.command), theme=MONOKAI)
-    options.picture.write_text(FETCHED.sub("", picture), encoding="utf-8")
+    draw(recorded(options.command), options.title or " ".join(options.command), options.picture)
     return 0
+
+
+def draw(written: str, title: str, path: Path) -> None:
+    """Draw what a command has written, with paths as seen from here."""
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(Text.from_ansi(at_the_end(written).replace(f"{Path.cwd()}/", "")))
+    picture = console.export_svg(title=title, theme=MONOKAI)
+    path.write_text(FETCHED.sub("", picture), encoding="utf-8")
 
 
 if __name__ == "__main__":
