@@ -90,7 +90,8 @@ docs: $(SITE)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(READY) $(SITE)
-	$(BIN)/python -m nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
+	$(BIN)/python -m nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False \
+	  docs/notebooks/*.ipynb
 
 # Last the whole suite with torch's kernels for other processors: a loss or a bit that only these reach is no promise.
 soak: $(READY) ptx notebooks

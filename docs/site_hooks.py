@@ -1,4 +1,4 @@
-"""What the site needs beyond mkdocs.yml: recorded pictures, links in notebooks, and docstrings as Markdown."""
+"""What the site needs beyond mkdocs.yml: files beside docs/, links in notebooks, and docstrings as Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ EXAMPLE = re.compile(r"::$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the recorded pictures to the site."""
+    """Add the recorded pictures and the changelog to the site."""
+    files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
     for picture in sorted((ROOT / RECORDED).glob("*.png")):
         files.append(File.generated(config, f"{RECORDED}/{picture.name}", abs_src_path=str(picture)))
     return files

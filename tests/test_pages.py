@@ -12,11 +12,17 @@ import pytest
 import torch
 import torchvision_ops
 
+import fused_sam
+from fused_sam import analysis, distributed
+
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 OTHERS = [*pages.ROOT.glob("[CS]*.md"), *(pages.ROOT / "docs" / "notebooks").glob("*.ipynb")]
 TRAINERS = [block for block in BLOCKS if block.page.name == "trainers.md"]
 LINK = re.compile(r"(?<!`)\]\(([^)\s]+)\)")
 CODE = re.compile(r"^(```.*?^```$|    .*?$)", re.DOTALL | re.MULTILINE)
+
+
+PUBLIC = {fused_sam: "fused_sam", analysis: "fused_sam.analysis", distributed: "fused_sam.distributed"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +62,15 @@ def test_a_block_for_a_trainer_trains_in_two_passes(block: pages.Block, tmp_path
     epochs = 2 if "lightning" in block.code else 1
     assert sizes == [pages.BATCH] * (2 * 4 * epochs)
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), old))
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (pages.ROOT / "docs" / "api.md").read_text()
+    for module, path in PUBLIC.items():
+        for name in module.__all__:
+            what = getattr(module, name)
+            if not isinstance(what, str):  # modules by what they hold
+                assert re.search(rf"^::: {path}\.{name}\b", page, re.MULTILINE), name
 
 
 def prose(page: Path) -> str:
