@@ -6,6 +6,8 @@
 # make ptx     the compiled GPU code on an emulator: two architectures, several orders of threads; about an hour
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
 # make soak    random and hostile calls, 10^5 steps, 2^31 elements, every GPU architecture, other processors; hours
+# make docs    the pages of docs/ as a site in build/site, each link checked
+# make notebooks  run docs/notebooks anew, in place
 # make help    this list
 
 PYTHON ?= python3
@@ -19,7 +21,7 @@ FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,90)
 OUT    ?= runs/gpu
 EXPERIMENT ?= label_noise
 
-.PHONY: help train paper test bench gpu ptx sanitize soak lint clean fashion-mnist
+.PHONY: help train paper test bench gpu ptx sanitize soak lint docs notebooks clean fashion-mnist
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +59,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/python -m bench.report --check
 
 bench: $(READY)
@@ -76,8 +79,22 @@ ptx: $(READY)
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python tests/sanitize.sh $(ARGS)
 
+# The extra `docs` alone: pages are made from the sources, so that the package need not be compiled.
+SITE := $(VENV)/.site
+$(SITE): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt $(shell sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+	@touch $@
+
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(READY) $(SITE)
+	$(BIN)/python -m nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False \
+	  docs/notebooks/*.ipynb
+
 # Last the whole suite with torch's kernels for other processors: a loss or a bit that only these reach is no promise.
-soak: $(READY) ptx
+soak: $(READY) ptx notebooks
 	FUSED_SAM_SOAK=100000 $(BIN)/python -m pytest tests/test_promises.py tests/test_leaks.py tests/test_interrupts.py \
 	  tests/test_large.py tests/test_cuda_build.py tests/test_bench_gpu_driver.py tests/test_imagenet_ranks.py $(ARGS)
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/test_hostile.py tests/test_properties.py $(ARGS)
@@ -85,4 +102,4 @@ soak: $(READY) ptx
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE $(SUITE) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info fused_sam/_native*.so $(READY)
+	rm -rf build dist *.egg-info fused_sam/_native*.so $(READY) $(SITE)

@@ -21,7 +21,7 @@ from bench.paper import runner as paper
 from bench.speed import plot as step_plot
 from bench.tables import latest
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/distributed.md", "docs/paper.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "step_times", "gpu", "distributed", "paper")))
 BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS | paper.blocks()
 PLOTS = {
     "docs/step_cpu.png": step_plot.draw,

@@ -1,4 +1,4 @@
-"""Result rows as Markdown: one function per named block of README.md and docs/benchmarks.md."""
+"""Result rows as Markdown: one function per named block of README.md and the pages of docs/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/guide.md that `fused_sam.options` determines: python tests/options_table.py"""
+"""Write the tables of docs/options.md, which `fused_sam.options` determines: python tests/options_table.py"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from fused_sam import FusedSAM
 from fused_sam.options import CASES, EXCLUDES, RANGES
 
-GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 START, END = "<!-- options:start -->\n", "<!-- options:end -->"
 # What an option says of itself where it has no range.
 FREE = {"backend": "`native`, `triton`, `eager` or None", "replay_rng": "True or False", "capturable": "True or False"}
@@ -42,4 +42,4 @@ def with_block(page: str) -> str:
 
 
 if __name__ == "__main__":
-    GUIDE.write_text(with_block(GUIDE.read_text()))
+    PAGE.write_text(with_block(PAGE.read_text()))

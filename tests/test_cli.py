@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def test_it_needs_torch_alone_and_finds_modules_in_the_current_folder(tmp_path: 
     assert done.returncode == 2, done.stderr
     assert "ok, one step checked" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("mine:flat")
-    assert done.stderr.strip().endswith("This needs scipy: pip install 'fused-sam[analysis]'")
+    assert done.stderr.strip().endswith("This needs scipy: pip install '.[analysis]'")
 
 
 @pytest.mark.parametrize("command", [[], ["doctor"], ["sharpness"], ["spectrum"], ["landscape"]])
@@ -298,17 +299,15 @@ def test_an_error_in_the_users_code_keeps_its_traceback(subjects: Any) -> None:
         main(["sharpness", "subjects_of_the_cli:failing"])
 
 
-def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("scipy", "matplotlib"):
         pytest.importorskip(package)
-    page = (ROOT / "docs" / "analysis.md").read_text()
-    library, targets = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    page = pages.ROOT / "docs" / "analysis.md"
+    _, targets = pages.blocks(page)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    exec(compile(library, "analysis.md", "exec"), {})
-    assert {file.name for file in tmp_path.iterdir()} == {"density.png", "surface.png"}
-    (tmp_path / "nets.py").write_text(targets)
-    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    fused-sam ")]
+    (tmp_path / "nets.py").write_text(targets.code)
+    commands = [line.split()[1:] for line in page.read_text().splitlines() if line.startswith("    fused-sam ")]
     assert [command[0] for command in commands] == ["sharpness", "spectrum", "landscape"]
     shorter = {"sharpness": [], "spectrum": ["--probes", "2"], "landscape": ["--points", "3"]}
     for command in commands:

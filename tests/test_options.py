@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import leaves, quadratic
-from options_table import GUIDE, with_block
+from options_table import PAGE, with_block
 
 from fused_sam import FusedSAM
 from fused_sam.options import CASES, EXCLUDES, Options, refuse
@@ -93,9 +93,9 @@ def test_what_depends_on_two_values_or_on_the_base() -> None:
         opt.step(quadratic(params), ascent=quadratic(params))
 
 
-def test_the_guide_has_the_tables() -> None:
+def test_the_page_has_the_tables() -> None:
     """To write them anew: python tests/options_table.py"""
-    page = GUIDE.read_text()
+    page = PAGE.read_text()
     assert with_block(page) == page
 
 

@@ -1,14 +1,11 @@
-"""docs/trainers.md: its blocks run; without our helpers too a step is what it is in a loop written by hand."""
+"""Without our helpers too a step in a trainer is what it is in a loop written by hand; with them: test_pages.py."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,69 +193,6 @@ def test_accelerate(step: str) -> None:
             optimizer.zero_grad()
         scheduler.step()
     assert losses == by_hand()
-
-
-class Labelled(nn.Module):
-    """As transformers wants models: from a dict of inputs, labels among them, to a dict with the loss."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(self.body(x), labels)}
-
-
-@functools.cache
-def blocks() -> dict[str, str]:
-    """The code of docs/trainers.md by the module of `fused_sam.integrations` that it shows."""
-    page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text()
-    found = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
-    return {re.search(r"fused_sam\.integrations\.(\w+)", block)[1]: block for block in found}
-
-
-def names_for(trainer: str, model: nn.Module, folder: Path) -> dict[str, Any]:
-    """What a block takes as given."""
-    optimizer = FusedSAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.05)
-    loader = DataLoader(data(), BATCH)
-    names = {"torch": torch, "FusedSAM": FusedSAM, "loss_fn": F.cross_entropy, "model": model, "loader": loader}
-    if trainer == "lightning":
-        lightning = pytest.importorskip("pytorch_lightning")
-        quiet = functools.partial(lightning.Trainer, accelerator="cpu", devices=1, **dict.fromkeys(SILENT, False))
-        return {**names, "LightningModule": lightning.LightningModule, "Trainer": quiet}
-    if trainer == "accelerate":
-        accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=2)
-        return {**names, "accelerator": accelerator, "optimizer": optimizer, "scheduler": schedule(optimizer)}
-    if trainer == "timm":
-        pytest.importorskip("timm")
-        loop = {"device": torch.device("cpu"), "amp_dtype": None, "amp_autocast": contextlib.nullcontext}
-        return {**names, **loop, "accum_steps": 2, "optimizer": optimizer}
-    transformers = pytest.importorskip("transformers")
-    arguments = transformers.TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        use_cpu=True,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    examples = [{"x": x, "labels": y} for x, y in data()]
-    return {**names, "model": Labelled(model), "arguments": arguments, "data": examples}
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")
-@pytest.mark.parametrize("trainer", ["transformers", "lightning", "accelerate", "timm"])
-def test_the_blocks_of_the_page_train_in_two_passes(trainer: str, tmp_path: Path) -> None:
-    """What a step is: test_integrations.py."""
-    model, sizes = net(), []
-    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    old = [p.detach().clone() for p in model.parameters()]
-    exec(compile(blocks()[trainer], "trainers.md", "exec"), names_for(trainer, model, tmp_path))
-    batches = 4 * EPOCHS if trainer == "lightning" else 4
-    assert sizes == [BATCH] * (2 * batches)
-    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), old))
 
 
 class TestLostGradients:

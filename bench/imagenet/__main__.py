@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_task(parser.add_argument_group("images and model"))
     _add_training(parser.add_argument_group("training"))
-    _add_sam(parser.add_argument_group("FusedSAM (docs/guide.md)"))
+    _add_sam(parser.add_argument_group("FusedSAM (docs/options.md)"))
     _add_machine(parser.add_argument_group("machine and files"))
     return parser
 

@@ -1,6 +1,6 @@
 """Sharpness, Hessian spectra and loss landscapes of a model on a data set. See docs/analysis.md.
 
-Needs torch; eigenvalues need scipy, and pictures matplotlib (``pip install 'fused-sam[analysis]'``).
+Needs torch; eigenvalues need scipy, and pictures matplotlib (``pip install '.[analysis]'``).
 """
 
 from fused_sam.analysis.hessian import Hessian

@@ -87,7 +87,7 @@ class Hessian:
         """Return H as a `scipy.sparse.linalg.LinearOperator` of float64, for its eigensolvers and linear solvers.
 
         Raises:
-            ModuleNotFoundError: without scipy (``pip install 'fused-sam[analysis]'``).
+            ModuleNotFoundError: without scipy (``pip install '.[analysis]'``).
         """
         from scipy.sparse.linalg import LinearOperator
 

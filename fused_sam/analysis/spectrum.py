@@ -60,7 +60,7 @@ def eigenvalues(
     Raises:
         ValueError: for a value out of range.
         RuntimeError: if they are not found within ``max_products``.
-        ModuleNotFoundError: without scipy (``pip install 'fused-sam[analysis]'``).
+        ModuleNotFoundError: without scipy (``pip install '.[analysis]'``).
     """
     if not (isinstance(k, int) and 1 <= k < hessian.size):
         raise ValueError(f"Invalid {k=}. Must be an integer >= 1 and less than the number of weights, {hessian.size}.")

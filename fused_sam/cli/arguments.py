@@ -74,4 +74,4 @@ def require(*packages: str) -> None:
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"This needs {name}: pip install 'fused-sam[analysis]'", name=name)
+            raise ModuleNotFoundError(f"This needs {name}: pip install '.[analysis]'", name=name)

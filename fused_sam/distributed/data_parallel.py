@@ -126,7 +126,8 @@ def data_parallel(
     Raises:
         ValueError: on all ranks, if their parameters differ in number, names, shapes, strides, dtypes or
             ``requires_grad``; for an option out of range; for sharded parameters, or such as the
-            DistributedDataParallel does not have; with ``second_order``, or ``reuse`` and another scope than "world".
+            DistributedDataParallel does not have; with ``second_order``, or ``looksam_alpha`` and another scope than
+            "world".
         RuntimeError: without a process group, while the weights are perturbed, or for the second call;
             in a step, on all ranks, when ``check_replicas_every`` finds them to differ.
     """
