@@ -42,7 +42,7 @@ struct TorchApi {
 
   PyObject* tensor_type;
   PyObject* strided;
-  PyObject* torch;
+  PyObject *torch, *empty_name, *empty_like_name, *empty_keywords, *uint8;
   std::array<PyObject*, 4> dtypes;  // in the order of DType
   PyObject* storage_use_count;      // null where this torch has none
   PyObject* increment_version;
@@ -50,6 +50,10 @@ struct TorchApi {
   const Access* access = nullptr;  // stays, once there is one: handles may be held
   bool reading = false;            // whether it is to be used
   Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata;
+
+  // torch.empty and torch.empty_like: new references, or null with an error set.
+  PyObject* empty_bytes(int64_t bytes, Device device) const;
+  PyObject* empty_like(PyObject* tensor) const { return PyObject_CallMethodOneArg(torch, empty_like_name, tensor); }
 
   // How often the C++ tensor, its storage and the storage's Python object are referred to.
   struct Uses {
