@@ -52,7 +52,8 @@ def increment_version(tensors: TensorList) -> None:
 def read_through_aten() -> str | None:
     """Have the native core read tensors through ATen from now on; return why it cannot, None where it does."""
     try:
-        from fused_sam import _aten, _native
+        import fused_sam._aten as _aten
+        import fused_sam._native as _native
     except ImportError as error:
         return str(error)
     if _aten.torch_version != torch.__version__:
@@ -67,7 +68,7 @@ why_not_aten: str | None = "the native core does not load"
 
 if not TYPE_CHECKING:
     with contextlib.suppress(Exception):  # whatever a broken build raises
-        from fused_sam import _native
+        import fused_sam._native as _native
 
         Gradients, increment_version = _native.Gradients, _native.increment_version
         all_present, clear_grads = _native.all_present, _native.clear_grads
