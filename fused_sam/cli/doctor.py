@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fused_sam import FusedSAM, ReferenceSAM, __version__, backends
+from fused_sam.ops import lists
 
 # In units of fp32 rounding at weights of about 1: one perturbation and one update, with room for neither to be wrong.
 TOLERANCE = 8 * torch.finfo(torch.float32).eps
@@ -81,6 +82,9 @@ def environment() -> dict[str, str]:
         from fused_sam import _native
 
         facts["kernels"] = f"{_native.isa()}; CUDA: {_native.cuda.architectures() or 'not built'}"
+        facts["tensors"] = "read through ATen"
+        if lists.why_not_aten is not None:
+            facts["tensors"] = f"read through Python and DLPack, which takes longer: {lists.why_not_aten}"
     return facts
 
 
