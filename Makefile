@@ -17,7 +17,6 @@ ARGS   ?=
 # Where no GPU is, code for one architecture shows that the CUDA kernels build, and tests read and run it; make soak
 # compiles all.
 FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,90)
-export FUSED_SAM_CUDA_ARCHITECTURES
 OUT    ?= runs/gpu
 EXPERIMENT ?= label_noise
 
@@ -31,7 +30,7 @@ help:
 # --no-compile: Python compiles a module of a dependency when it is first imported; most never are.
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	CMAKE_ARGS="$$CMAKE_ARGS -DFUSED_SAM_READABLE_PTX=ON" \
+	FUSED_SAM_CUDA_ARCHITECTURES='$(FUSED_SAM_CUDA_ARCHITECTURES)' CMAKE_ARGS="$$CMAKE_ARGS -DFUSED_SAM_READABLE_PTX=ON" \
 	  $(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[test,bench,imagenet]'
 	@touch $@
 

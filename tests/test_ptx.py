@@ -20,7 +20,7 @@ from triton_tests import WRITERS, compiled, needs_triton
 HERE = Path(__file__).parent
 LONG = "FUSED_SAM_PTX_LONG" in os.environ
 
-ARCHITECTURES = (80, 90) if LONG else (80,)
+ARCHITECTURES = (80, 90) if LONG else (90,)  # that of make's install: nothing is compiled twice
 # Files, which of their tests, and the kernels that these must launch.
 SUITES = {
     "ops": (
@@ -60,9 +60,7 @@ if LONG:
 # kernel for every launch would be a tenth of the time.
 MALLOC = {"perturb": 85, "tcache_count": 0, "trim_threshold": 1 << 29, "top_pad": 1 << 26, "mmap_threshold": 1 << 26}
 
-# Four minutes of a core, which the tests of every change cannot spare: FUSED_SAM_PTX=1, make ptx or make soak.
-WANTED = LONG or "FUSED_SAM_PTX" in os.environ
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WANTED, reason="set FUSED_SAM_PTX=1, or run make ptx")]
+pytestmark = pytest.mark.slow
 needs_nvcc = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 needs_emulator = pytest.mark.skipif(build.why_not(with_nvcc=False) is not None, reason="g++ not installed")
 
