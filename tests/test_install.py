@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -218,3 +219,29 @@ command.build_extension(setuptools.Extension("fused_sam._native", []))
     done = subprocess.run([sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert sentence in done.stderr.splitlines()[-1]
+
+
+@needs_build_tools
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_source_distribution_has_what_its_tests_need(tmp_path: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = [name for name in listed.splitlines() if (ROOT / name).exists()]
+    for name in tracked:
+        (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / "checkout" / name)
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=tmp_path / "checkout",
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path)
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert [name for name in tracked if not (unpacked / name).exists()] == [".gitignore"]
+    shutil.copy2(importlib.import_module("fused_sam._native").__file__, unpacked / "fused_sam")
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_reference.py"]
+    env = os.environ | {"PYTHONPATH": str(unpacked)}
+    done = subprocess.run(tests, cwd=unpacked, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout[-4000:]
