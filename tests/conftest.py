@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from ptx import build
 from ranks import Ranks
 
 from fused_sam import backends
@@ -35,6 +36,11 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     CPU_TARGETS.append(("triton", "cpu"))
 if "PTX_TRITON" in os.environ:  # test_ptx.py: compiled, and run on the emulator
     CPU_TARGETS.append(("triton", "cpu"))
+# Whole files of tests that test_ptx.py runs.
+EMULATED = {
+    *("test_ops.py", "test_ops_update.py", "test_ops_accumulate.py", "test_ops_adam.py", "test_ops_masters.py"),
+    *("test_p_norms.py", "test_mixed_dtypes.py"),
+}
 CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
 
 
@@ -126,6 +132,16 @@ def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.get_default_dtype() is torch.float32
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long: at the end of a run it would keep one core busy while the others wait."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with what takes long: at the end of a run it would keep one core busy while the others wait.
+
+    In a run of all tests the CUDA kernels take those of the ops on the emulator, and not on the host as well.
+    """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    whole = any(item.path.name == "test_ptx.py" for item in items)
+    if not whole or "PTX_EMULATOR" in os.environ or build.why_not() is not None:
+        return
+    twice = [item for item in items if item.path.name in EMULATED and "interpreted-cpu" in item.nodeid]
+    config.hook.pytest_deselected(items=twice)
+    kept = set(items).difference(twice)
+    items[:] = [item for item in items if item in kept]

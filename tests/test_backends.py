@@ -65,13 +65,17 @@ def test_without_the_native_core_eager_steps_in_and_asking_for_native_says_what_
     done = run_python(
         WITHOUT_NATIVE
         + "import logging; logging.basicConfig(level=logging.INFO)\n"
-        + "p = torch.ones(3, requires_grad=True); o = fused_sam.FusedSAM([p], lr=0.5)\n"
-        + "o.step(lambda: (p.sum().backward(), p.sum())[1]); print(p.tolist(), fused_sam.backends.available())\n"
+        + "p = torch.ones(3, requires_grad=True); o = fused_sam.FusedSAM([p], lr=0.25)\n"
+        + "for _ in range(2): o.step(lambda: (p.sum().backward(), p.sum())[1])\n"
+        + "print(p.tolist(), fused_sam.backends.available())\n"
         + "fused_sam.FusedSAM([torch.zeros(1)], backend='native')"
     )
     assert "[0.5, 0.5, 0.5]" in done.stdout
     assert "pip install" in done.stdout
     assert done.stderr.count("backend 'eager' chosen for cpu tensors") == 1
+    (warning,) = [line for line in done.stderr.splitlines() if "UserWarning" in line]
+    assert "FusedSAM's compiled core cannot be used" in warning
+    assert "FUSED_SAM_NATIVE=ON pip install --force-reinstall --no-deps ." in warning
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode != 0
     assert last.startswith("RuntimeError: backend='native' was asked for but cannot be used")
@@ -138,6 +142,20 @@ def forgetful() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("forgetful")
+def test_the_first_choice_for_cuda_tensors_says_how_to_get_the_kernels_that_are_not_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once, and not to who has chosen another backend."""
+    monkeypatch.setattr("fused_sam.backends.native.why_not", lambda device_type: "no CUDA part")
+    monkeypatch.setattr("fused_sam.backends.native.lacks_cuda", lambda: True)
+    backends.for_device("cuda", "eager")
+    with pytest.warns(UserWarning, match="CUDA kernels are not in this install.*FUSED_SAM_CUDA=ON pip install"):
+        chosen = backends.for_device("cuda")
+    assert backends.for_device("cuda") is chosen
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.filterwarnings("ignore:FusedSAM's compiled core")
 @pytest.mark.parametrize(
     "error", [RuntimeError("no driver\nat all"), OSError("libfoo.so"), AttributeError("triton.jit")]
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
+from ptx import build
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,11 +37,26 @@ def source(tmp_path: Path) -> Path:
     return copy
 
 
+# What the install of the tests themselves has compiled of these sources takes most of the time: it is taken from there.
+QUICK_COMPILER = """#!/bin/sh
+for word; do
+  test "$before" = -o && object=$word
+  before=$word
+done
+if test -f "{installed}/$object"; then
+  cp "{installed}/$object" "$object"
+  echo "$object:" > "$object.d"
+else
+  exec c++ "$@" -O0
+fi
+"""
+
+
 @pytest.fixture
 def quick_compiler(tmp_path: Path) -> str:
-    """A C++ compiler that does not optimize: the install of the tests themselves has, and it takes most of the time."""
+    """A C++ compiler that does not optimize."""
     compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    compiler.write_text(QUICK_COMPILER.format(installed=build.INSTALLED))
     compiler.chmod(0o755)
     return str(compiler)
 
@@ -59,6 +78,15 @@ def contents(source: Path) -> list[str]:
 
 def has_library(names: list[str]) -> bool:
     return any(name.startswith("fused_sam/_native.") and name.endswith(".so") for name in names)
+
+
+def gpus(folder: Path, capability: str) -> dict[str, str]:
+    """Return a PATH on which nvidia-smi knows a GPU of that compute capability, or none."""
+    tool = folder / "tools" / "nvidia-smi"
+    tool.parent.mkdir(exist_ok=True)
+    tool.write_text(f"#!/bin/sh\necho {capability}\n" if capability else "#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    return {"PATH": os.pathsep.join([str(tool.parent), str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 # A PATH with compilers and without nvcc.
@@ -93,8 +121,16 @@ def test_without_torch_and_nvcc_the_wheel_is_built_and_is_complete(source: Path,
         assert f"fused_sam/{module}" in names
     assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
     assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
-    # With an nvcc that is broken AUTO says so; what has been compiled is still there.
-    built = build_wheel(source, FUSED_SAM_CUDA="AUTO", FUSED_SAM_NATIVE="ON", CXX=quick_compiler, CUDACXX="/bin/false")
+    assert re.search(r"^ *\[\d+/\d+\] Building CXX", output, re.MULTILINE)  # with -v one sees how far it is
+    # An nvcc alone is no reason: AUTO leaves it, and says so. What has been compiled is still there.
+    nvcc = {"FUSED_SAM_CUDA": "AUTO", "FUSED_SAM_NATIVE": "ON", "CXX": quick_compiler, "CUDACXX": "/bin/false"}
+    built = build_wheel(source, **nvcc, **gpus(source.parent, ""))
+    output = built.stdout + built.stderr
+    assert built.returncode == 0, output
+    assert output.count("no GPU is: the CUDA kernels are left out. FUSED_SAM_CUDA=ON builds them.") == 1
+    assert "Building CXX" not in output
+    # With a GPU it tries, and goes on without where nvcc is broken.
+    built = build_wheel(source, **nvcc, **gpus(source.parent, "9.0"))
     output = built.stdout + built.stderr
     assert built.returncode == 0, output
     assert output.count("warning: FusedSAM: the CUDA kernels could not be built, only those for the CPU.") == 1
@@ -111,6 +147,24 @@ def test_without_a_compiler_the_wheel_is_pure(mode: str, warnings: int, source: 
     assert output.count("warning: FusedSAM: the native core could not be built") == warnings
     assert output.count("could not be built") == warnings
     assert not has_library(contents(source))
+    (wheel,) = (source / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+@needs_build_tools
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not installed")
+def test_the_cuda_kernels_are_built_for_the_gpus_that_are_here_or_for_what_is_asked(tmp_path: Path) -> None:
+    def architectures(*options: str) -> set[str]:
+        command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
+        command += ["-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *options]
+        env = os.environ | gpus(tmp_path, "8.6")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
+        return set(re.findall(r"\bsm_(\d+)\]", (tmp_path / "build" / "compile_commands.json").read_text()))
+
+    assert architectures() == {"86"}
+    assert {"75", "80", "86"} < architectures("-DFUSED_SAM_CUDA_ARCHITECTURES=all")
 
 
 HOPPER = "Invalid CUDA architectures ['Hopper']. Must be compute capabilities"
@@ -140,3 +194,54 @@ def test_what_is_asked_for_and_cannot_be_built_is_refused_with_the_reason(source
     assert built.returncode != 0
     for sentence in sentences:
         assert sentence in built.stdout + built.stderr
+
+
+@needs_build_tools
+@pytest.mark.parametrize(
+    ("stand_in", "sentence"),
+    [
+        ("sys.platform = 'darwin'", "it is for Linux, this is macOS"),
+        ("sys.platform = 'win32'", "it is for Linux, this is Windows"),
+        ("sys.modules['pybind11'] = None", "pybind11 not installed: pip install pybind11, or leave out"),
+        ("setuptools.__version__ = '59.6.0'", "is built by setuptools >= 77, this is 59.6.0: pip install --upgrade"),
+    ],
+)
+def test_a_machine_that_cannot_build_it_is_told_so_in_a_sentence(stand_in: str, sentence: str, source: Path) -> None:
+    code = f"""
+import runpy, sys, sysconfig, setuptools
+sysconfig.get_config_vars()  # of the system that this is
+{stand_in}
+sys.argv = ["setup.py", "--name"]
+command = runpy.run_path("setup.py")["CMakeBuild"](setuptools.Distribution())
+command.build_extension(setuptools.Extension("fused_sam._native", []))
+"""
+    env = os.environ | {"FUSED_SAM_NATIVE": "ON", "FUSED_SAM_CUDA": "OFF"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert sentence in done.stderr.splitlines()[-1]
+
+
+@needs_build_tools
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_source_distribution_has_what_its_tests_need(tmp_path: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = [name for name in listed.splitlines() if (ROOT / name).exists()]
+    for name in tracked:
+        (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / "checkout" / name)
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=tmp_path / "checkout",
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert [name for name in tracked if not (unpacked / name).exists()] == [".gitignore"]
+    shutil.copy2(importlib.import_module("fused_sam._native").__file__, unpacked / "fused_sam")
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_reference.py"]
+    env = os.environ | {"PYTHONPATH": str(unpacked)}
+    done = subprocess.run(tests, cwd=unpacked, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout[-4000:]

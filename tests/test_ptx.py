@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from helpers import PATIENCE
 from ptx import build
-from triton_tests import WRITERS, compiled, needs_triton
+from triton_tests import compiled, needs_triton
 
 HERE = Path(__file__).parent
 LONG = "FUSED_SAM_PTX_LONG" in os.environ
 
-ARCHITECTURES = (80, 90) if LONG else (80,)
+ARCHITECTURES = (80, 90) if LONG else (90,)  # that of make's install: nothing is compiled twice
 # Files, which of their tests, and the kernels that these must launch.
 SUITES = {
     "ops": (
@@ -46,11 +46,29 @@ if LONG:
             "norm perturb accumulate sgd adam",
         ),
     }
-TRITON_SUITES = {"ops": ("test_ops.py test_ops_adam.py", "triton and (float32 or bfloat16)")}
+# All of the op surface, of the optimizer what differs from backend to backend.
+TRITON_SUITES = {
+    "ops": (
+        "test_ops.py test_ops_update.py test_ops_accumulate.py test_ops_adam.py",
+        "triton and not test_ops_adam or triton and (float32 or not closed_form)",
+        "norm_partials norm_total restore restore_accumulate perturb sgd_update adam_update",
+    ),
+    "optimizer": (
+        "test_ops_arguments.py test_mixed_dtypes.py test_device_scalars.py test_gradient_ownership.py "
+        "test_p_norms.py test_decay_in_ascent.py test_microbatch.py test_optimizer_contract.py test_faults.py",
+        "triton and (test_ops_arguments or test_mixed_dtypes or test_device_scalars or test_gradient_ownership "
+        "or test_p_norms and (perturb and swap and float32 and (1.0 or inf) or p_1 or p_inf or length) "
+        "or test_decay_in_ascent and closed_form and swap "
+        "or test_microbatch and (bits or reference and 3-asam or None) "
+        "or (test_optimizer_contract or test_faults) and (not exception or Mishap))",
+        "norm_partials norm_total peak_partials peak_total perturb restore_accumulate sgd_update adam_update",
+    ),
+}
 if LONG:
+    more = " test_adam.py test_parity.py test_storage.py test_amp.py"
     TRITON_SUITES = {
-        "ops": ("test_ops.py test_ops_adam.py test_ops_update.py test_ops_accumulate.py", "triton"),
-        "more ops": ("test_p_norms.py test_mixed_dtypes.py test_device_scalars.py test_ops_arguments.py", "triton"),
+        "ops": (TRITON_SUITES["ops"][0], "triton", TRITON_SUITES["ops"][2]),
+        "optimizer": (TRITON_SUITES["optimizer"][0] + more, "triton", TRITON_SUITES["optimizer"][2]),
     }
 ORDERS = {"blocks side by side": "resident=3"}
 if LONG:
@@ -60,9 +78,7 @@ if LONG:
 # kernel for every launch would be a tenth of the time.
 MALLOC = {"perturb": 85, "tcache_count": 0, "trim_threshold": 1 << 29, "top_pad": 1 << 26, "mmap_threshold": 1 << 26}
 
-# Four minutes of a core, which the tests of every change cannot spare: FUSED_SAM_PTX=1, make ptx or make soak.
-WANTED = LONG or "FUSED_SAM_PTX" in os.environ
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WANTED, reason="set FUSED_SAM_PTX=1, or run make ptx")]
+pytestmark = pytest.mark.slow
 needs_nvcc = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 needs_emulator = pytest.mark.skipif(build.why_not(with_nvcc=False) is not None, reason="g++ not installed")
 
@@ -107,8 +123,9 @@ def test_the_suite_passes_on_the_compiled_kernels(architecture: int, suite: str,
 def test_the_suite_passes_on_what_triton_compiles(architecture: int, suite: str, order: str, tmp_path: Path) -> None:
     cache = build.BUILD / "triton"
     env = environment(ORDERS[order], PTX_TRITON=str(architecture), TRITON_CACHE_DIR=str(cache))
-    launched = run_tests(*TRITON_SUITES[suite], env, tmp_path / "launches")
-    for kernel in ("norm_partials", "norm_total", "perturb", *(WRITERS if LONG and suite == "ops" else ())):
+    files, which, kernels = TRITON_SUITES[suite]
+    launched = run_tests(files, which, env, tmp_path / "launches")
+    for kernel in kernels.split():
         assert f" {kernel}\n" in launched
 
 

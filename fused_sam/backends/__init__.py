@@ -10,6 +10,8 @@ import functools
 import importlib
 import logging
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,9 +120,30 @@ def for_device(device_type: str, name: str | None = None) -> Backend:
         if _state(backend, device_type) == "ok":
             if name is None:
                 logger.info("backend %r chosen for %s tensors", backend.name, device_type)
+                _warn_of_what_is_missing(device_type, backend.name)
             module: Backend = _load(backend)
             return module
     raise RuntimeError(
         f"backend={name!r} was asked for but cannot take {device_type} tensors: "
         f"{available(device_type).get(name or '', 'there is no such backend')}"
+    )
+
+
+def _warn_of_what_is_missing(device_type: str, chosen: str) -> None:
+    """Warn where the install lacks kernels that it could have here, with the command that mends it."""
+    native = REGISTRY[0]
+    if chosen == native.name or sys.platform != "linux":
+        return
+    module = _load(native)
+    if isinstance(module, Exception):
+        missing, remedy = f"compiled core cannot be used ({_message(module)})", native.remedy
+    elif device_type == "cuda" and module.lacks_cuda():
+        missing = "CUDA kernels are not in this install"
+        remedy = "reinstall where nvcc is found: FUSED_SAM_CUDA=ON pip install --force-reinstall --no-deps ."
+    else:
+        return
+    warnings.warn(
+        f"FusedSAM's {missing}: {device_type} tensors are left to the {chosen!r} backend. To mend it, {remedy} "
+        f"(backend={chosen!r} says that this is wanted)",
+        stacklevel=2,
     )

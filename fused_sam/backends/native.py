@@ -36,6 +36,11 @@ def _why_not_device(index: int) -> str | None:
         return _native.cuda.why_not(index) or None
 
 
+def lacks_cuda() -> bool:
+    """Return whether the build has no CUDA kernels, where torch's GPUs could run them."""
+    return not torch.version.hip and not _native.cuda.architectures()
+
+
 # DLPack's numbers of the kinds of devices whose tensors the core can read. AMD's are torch's "cuda", too.
 DEVICE_TYPES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 

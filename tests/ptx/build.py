@@ -1,8 +1,8 @@
-"""Builds the emulator, and the native core with PTX in it on top of the emulator. Nothing is built twice.
+"""Builds the emulator, and links the native core to it in the place of the CUDA runtime.
 
-Flags and sources of the core are those of CMakeLists.txt, but that its CUDA code is kept as PTX of one architecture,
-its CPU kernels are the portable ones alone, ptx/host_ops.cpp stands for csrc/cuda/on_host.cpp, and the emulator stands
-for the CUDA runtime.
+The core is made of the very objects of the installed library, but that ptx/host_ops.cpp stands for
+csrc/cuda/on_host.cpp: CUDA code is in them as PTX, too, which the emulator runs. Where the install has been made for
+another architecture, or before the sources were changed, CMake builds the core in a folder of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "ptx"
+INSTALLED = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # as in setup.py
 OWN_FLAGS = "-std=c++17 -O2 -ffp-contract=off -fPIC -Wall -Wextra -Wshadow"
 EMULATOR = BUILD / "libptx_emulator.so"
 
@@ -49,45 +49,40 @@ def emulator() -> Path:
 
 
 def native(architecture: int) -> Path:
-    """Build the core for the PTX of one architecture and return its library."""
+    """Link the core for the PTX of one architecture to the emulator and return its library."""
     library = emulator()
     folder = BUILD / f"sm_{architecture}"
     with _alone(folder.name):
-        headers = _digest(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
-        objects = _compile(list(_jobs(folder, architecture)), headers)
+        source, target = HERE / "host_ops.cpp", folder / "host_ops.o"
+        headers = _digest((ROOT / "csrc").rglob("*.h"))
+        objects = _compile([(f"g++ {OWN_FLAGS} -fvisibility=hidden -c {source}", source, target)], headers)
+        core = INSTALLED if _is_installed_for(architecture) else _build_core(folder / "cmake", architecture)
+        kept = [path for path in core.glob("CMakeFiles/*.dir/**/*.o") if path.name != "on_host.cpp.o"]
+        objects += map(str, sorted(kept))
         beside = [str(library), "-Wl,-rpath,$ORIGIN/..", "-Wl,-z,now", "-ldl"]
         return _link(folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", objects, beside)
 
 
-def _jobs(folder: Path, architecture: int) -> Iterator[tuple[str, Path, Path]]:
-    """Yield the command, source and object of every file of the core."""
-    configure = ["cmake", "-S", ROOT, "-B", folder / "cmake", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += ["-DFUSED_SAM_CUDA=ON", f"-DFUSED_SAM_CUDA_ARCHITECTURES={architecture}"]
-    _run([*map(str, configure), "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"])
-    for entry in json.loads((folder / "cmake" / "compile_commands.json").read_text()):
-        flags, source = entry["command"], Path(entry["file"])
-        if "FUSED_SAM_ISA=avx" in flags:
-            continue
-        if source.name == "on_host.cpp":
-            source = HERE / "host_ops.cpp"
-        words = shlex.split(flags)
-        words = words[: words.index("-o")]
-        words = _as_ptx(words) if source.suffix == ".cu" else _quickly_compiled(words)
-        # What the CPU's code is worth is tested elsewhere; objects of all architectures share it.
-        place = folder if source.suffix == ".cu" else BUILD / "host"
-        yield shlex.join([*words, "-c", str(source)]), source, place / f"{source.parent.name}_{source.stem}.o"
+def _is_installed_for(architecture: int) -> bool:
+    """Return whether the install has left the objects of today's sources, with readable PTX of an architecture."""
+    cache, libraries = INSTALLED / "CMakeCache.txt", list(INSTALLED.glob("_native*.so"))
+    if not cache.exists() or len(libraries) != 1:
+        return False
+    settings = cache.read_text().splitlines()
+    wanted = {f"FUSED_SAM_CUDA_ARCHITECTURES:STRING={architecture}", "FUSED_SAM_READABLE_PTX:BOOL=ON"}
+    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    newest = max(path.stat().st_mtime for path in sources)
+    has_cuda = any(INSTALLED.glob("CMakeFiles/*.dir/**/*.cu.o"))
+    return has_cuda and wanted.issubset(settings) and libraries[0].stat().st_mtime > newest
 
 
-def _as_ptx(words: list[str]) -> list[str]:
-    """Return a command of nvcc that leaves PTX alone, as it is."""
-    for_gpus = [word for word in words if word.startswith("--generate-code") and "code=[sm_" in word]
-    kept = [word for word in words if word not in (*for_gpus, "-Xfatbin=-compress-all", "-c", "-x", "cu")]
-    return [word for word in kept if not word.endswith(".cu")] + ["-no-compress"]
-
-
-def _quickly_compiled(words: list[str]) -> list[str]:
-    dropped = ("-DFUSED_SAM_X86", "-D_FORTIFY_SOURCE=2", "-O1", "-O2", "-O3")
-    return [word for word in words if word not in dropped] + ["-O0" if "-D_native_EXPORTS" in words else "-O1"]
+def _build_core(folder: Path, architecture: int) -> Path:
+    configure = ["cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", "-DFUSED_SAM_CUDA=ON"]
+    configure += [f"-DFUSED_SAM_CUDA_ARCHITECTURES={architecture}", "-DFUSED_SAM_READABLE_PTX=ON"]
+    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+    _run([*map(str, configure)])
+    _run(["cmake", "--build", str(folder), "--target", "_native", "--parallel", str(os.cpu_count() or 1)])
+    return folder
 
 
 def _compile(jobs: list[tuple[str, Path, Path]], headers: str) -> list[str]:
@@ -103,8 +98,7 @@ def _compile(jobs: list[tuple[str, Path, Path]], headers: str) -> list[str]:
             stamp.write_text(key)
         return str(target)
 
-    # The longest first: nvcc takes most of the time.
-    jobs.sort(key=lambda job: (job[1].suffix != ".cu", -job[1].stat().st_size))
+    jobs.sort(key=lambda job: -job[1].stat().st_size)  # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, jobs))
 

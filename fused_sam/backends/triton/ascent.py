@@ -95,13 +95,14 @@ def norm_partials(
 def norm_total(partials, out, count, TILE: tl.constexpr, AGAIN: tl.constexpr):
     """Write out = sqrt(sum of partials), a float64, by one program: partial i goes to lane i % TILE. ``AGAIN`` as in
     `norm_partials`."""
+    # Before the sum, whose barrier keeps the threads that read it from the one that writes it.
+    before = tl.load(out) if AGAIN else 0.0
     acc = tl.zeros([TILE], tl.float64)
     lane = tl.arange(0, TILE)
     for start in range(0, count, TILE):
         acc += tl.load(partials + start + lane, mask=start + lane < count, other=0.0)
     norm = tl.sqrt(sum_of_lanes(acc, TILE))
     if AGAIN:
-        before = tl.load(out)
         scale = _far_scale(before)
         norm = tl.where(scale > 0, scale * norm, before)
     tl.store(out, norm)
