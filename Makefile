@@ -33,6 +33,7 @@ help:
 # --no-compile: Python compiles a module of a dependency when it is first imported; most never are.
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-compile --constraint constraints.txt torch  # first: the build reads its headers
 	FUSED_SAM_CUDA_ARCHITECTURES='$(FUSED_SAM_CUDA_ARCHITECTURES)' CMAKE_ARGS="$$CMAKE_ARGS -DFUSED_SAM_READABLE_PTX=ON" \
 	  $(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[test,bench,imagenet]'
 	@touch $@

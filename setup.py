@@ -2,6 +2,8 @@
 
 FUSED_SAM_NATIVE=AUTO (default) goes on without the native core if it cannot be built, ON fails then, OFF does not try.
 FUSED_SAM_CUDA says the same of its CUDA part; there, AUTO builds it where there are nvcc and a GPU.
+FUSED_SAM_ATEN says the same of the extension that reads tensors through torch's headers; there, AUTO builds it where
+there is a torch, for which it is compiled.
 FUSED_SAM_CUDA_ARCHITECTURES (or TORCH_CUDA_ARCH_LIST) is a list such as 80,90, or "all" that nvcc knows from 75. By
 default it is this machine's GPUs. Named architectures are built without a GPU, too.
 """
@@ -23,6 +25,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("AUTO", "ON", "OFF")
+NATIVE, ATEN = "fused_sam._native", "fused_sam._aten"
+# Not setuptools' folder, which is gone after an editable install: what has been compiled is there the next time.
+BUILD = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 OLDEST_SETUPTOOLS = 77  # the first that reads the licence in pyproject.toml
 
 
@@ -35,9 +40,12 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = _mode("FUSED_SAM_CUDA")
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if ext.name == ATEN:
+            self._build_aten(library)
+            return
         try:
             _require_tools()
-            library = Path(self.get_ext_fullpath(ext.name)).resolve()
             try:
                 _build(library, cuda)
             except (OSError, subprocess.CalledProcessError) as error:
@@ -53,11 +61,23 @@ class CMakeBuild(build_ext):
                 )
         except (CannotBuild, OSError, subprocess.CalledProcessError) as error:
             reason = f"the native core could not be built ({error})"
-            if NATIVE == "ON":
+            if MODE == "ON":
                 needed = "" if isinstance(error, CannotBuild) else " It needs a C++17 compiler."
                 raise SystemExit(f"FUSED_SAM_NATIVE=ON, but {reason}.{needed}") from None
             print(f"warning: FusedSAM: {reason}; it will run on the slower eager backend.", file=sys.stderr)
             self._be_pure()
+
+    def _build_aten(self, library: Path) -> None:
+        if self.distribution.ext_modules == []:
+            return
+        try:
+            _run(["cmake", "--build", str(BUILD), "--target", "_aten"])
+            _install("_aten", library)
+        except (OSError, subprocess.CalledProcessError) as error:
+            told = f"torch's headers could not be compiled ({error})"
+            if _mode("FUSED_SAM_ATEN") == "ON":
+                raise SystemExit(f"FUSED_SAM_ATEN=ON, but {told}.") from None
+            print(f"warning: FusedSAM: {told}; tensors will be read in a slower way.", file=sys.stderr)
 
     def _be_pure(self) -> None:
         """Without a library in it a wheel serves every machine: py3-none-any."""
@@ -79,14 +99,21 @@ def _require_tools() -> None:
         raise CannotBuild(f"{packages} not installed: pip install {packages}, or leave out --no-build-isolation")
 
 
+def _torch() -> Path | None:
+    """Return the folder of this environment's torch; an isolated build does not have it on its path."""
+    there = [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        there.insert(0, Path(spec.origin).parent)
+    return next((torch for torch in there if (torch / "lib" / "libtorch_python.so").exists()), None)
+
+
 def _build(library: Path, cuda: str) -> None:
-    # Not setuptools' folder, which is gone after an editable install: what has been compiled is there the next time.
-    build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    build.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
     # It may name a compiler, a ninja or a pybind11 of an isolated build environment that is gone.
-    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    (BUILD / "CMakeCache.txt").unlink(missing_ok=True)
     cmake = shutil.which("cmake") or "cmake"
-    configure = [cmake, "-S", str(ROOT), "-B", str(build)]
+    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), f"-DFUSED_SAM_TORCH={TORCH or ''}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DFUSED_SAM_CUDA={cuda}", f"-DFUSED_SAM_CUDA_ARCHITECTURES={_architectures()}"]
     if shutil.which("ninja"):
@@ -94,8 +121,12 @@ def _build(library: Path, cuda: str) -> None:
     configure += os.environ.get("CMAKE_ARGS", "").split()
     _run(configure)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    _run([cmake, "--build", str(build), "--parallel", jobs])
-    (built,) = build.glob("_native*.so")
+    _run([cmake, "--build", str(BUILD), "--target", "_native", "--parallel", jobs])
+    _install("_native", library)
+
+
+def _install(name: str, library: Path) -> None:
+    (built,) = BUILD.glob(f"{name}*.so")
     library.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: overwriting a library in place crashes the processes that have it loaded.
     aside = library.with_suffix(f".{os.getpid()}.part")
@@ -135,10 +166,16 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     )
 
 # CUDA kernels are part of the native core.
-NATIVE = "ON" if _mode("FUSED_SAM_CUDA") == "ON" else _mode("FUSED_SAM_NATIVE")
+MODE = "ON" if _mode("FUSED_SAM_CUDA") == "ON" else _mode("FUSED_SAM_NATIVE")
+TORCH = None if _mode("FUSED_SAM_ATEN") == "OFF" or MODE == "OFF" else _torch()
+if TORCH is None and _mode("FUSED_SAM_ATEN") == "ON":
+    raise SystemExit("FUSED_SAM_ATEN=ON, but there is no torch in this environment. Install it first.")
+
+# Optional: setuptools must not look for a library that AUTO went on without.
+extensions = [] if MODE == "OFF" else [Extension(NATIVE, sources=[], optional=MODE == "AUTO")]
+extensions += [] if TORCH is None else [Extension(ATEN, sources=[], optional=True)]
 
 setup(
-    # Optional: setuptools must not look for a library that AUTO went on without.
-    ext_modules=[] if NATIVE == "OFF" else [Extension("fused_sam._native", sources=[], optional=NATIVE == "AUTO")],
+    ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -115,6 +115,7 @@ def test_without_torch_and_nvcc_the_wheel_is_built_and_is_complete(source: Path,
         "backends/native.py",
         "backends/triton/kernels.py",
         "py.typed",
+        "_aten.pyi",
         "_native.pyi",
     )
     for module in modules:
