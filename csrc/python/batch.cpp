@@ -228,19 +228,16 @@ void Batch::make_backups(bool owned) {
     if (t.grad != nullptr && !t.has_rounded() && bytes_of(t) < kSmallBytes)
       pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
   }
-  const py::handle torch = TorchApi::get().torch;
-  const auto data_of = [&](const py::object& memory) {
-    memory_.emplace_back(memory);
-    const auto address = py::reinterpret_steal<py::object>(TorchApi::get().data_ptr.call(memory.ptr()));
+  const TorchApi& api = TorchApi::get();
+  const auto data_of = [&](PyObject* memory) {
+    if (memory == nullptr) throw py::error_already_set();
+    memory_.emplace_back(py::reinterpret_steal<py::object>(memory));
+    const auto address = py::reinterpret_steal<py::object>(api.data_ptr.call(memory));
     if (!address) throw py::error_already_set();
     return PyLong_AsVoidPtr(address.ptr());
   };
   char* pool = nullptr;
-  if (pool_bytes > 0) {
-    const py::object bytes = torch.attr("uint8");
-    pool = static_cast<char*>(
-        data_of(torch.attr("empty")(pool_bytes, py::arg("dtype") = bytes, py::arg("device") = device_.name())));
-  }
+  if (pool_bytes > 0) pool = static_cast<char*>(data_of(api.empty_bytes(pool_bytes, device_)));
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     if (t.grad == nullptr) continue;
@@ -253,7 +250,7 @@ void Batch::make_backups(bool owned) {
                (*grads_)[static_cast<size_t>(i)].is_sole_owner(grads_->references())) {
       t.backup = t.grad;
     } else {
-      t.backup = data_of(torch.attr("empty_like")(py::handle(PyTuple_GET_ITEM(params_.ptr(), i))));
+      t.backup = data_of(PyObject_CallOneArg(api.empty_like, PyTuple_GET_ITEM(params_.ptr(), i)));
     }
   }
 }

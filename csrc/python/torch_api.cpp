@@ -59,7 +59,10 @@ PyObject* Attribute::call(PyObject* object) const {
 TorchApi::TorchApi()
     : tensor_type(imported("torch", "Tensor")),
       strided(imported("torch", "strided")),
-      torch(py::module_::import("torch").release().ptr()),
+      empty(imported("torch", "empty")),
+      empty_like(imported("torch", "empty_like")),
+      uint8(imported("torch", "uint8")),
+      empty_keywords(py::make_tuple("dtype", "device").release().ptr()),
       dtypes{imported("torch", "float32"), imported("torch", "float64"), imported("torch", "bfloat16"),
              imported("torch", "float16")},
       storage_use_count(imported_or_null("torch._C", "_storage_Use_Count")),
@@ -75,7 +78,7 @@ TorchApi::TorchApi()
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api->version.major == 1) describe = api->describe;
   }
-  const py::object tensor = py::module_::import("torch").attr("empty")(1);
+  const py::object tensor = py::handle(empty)(1);
   counts_uses = count_uses(tensor.ptr(), &lone);
 }
 
@@ -101,6 +104,13 @@ void TorchApi::read_through(const py::object& capsule) {
   if (access->version != Access::kVersion) throw py::value_error("Invalid access. Must be that of this build.");
   api.access = access;
   api.reading = true;
+}
+
+PyObject* TorchApi::empty_bytes(int64_t bytes, Device device) const {
+  const py::int_ size(bytes);
+  const py::str name(device.name());
+  PyObject* const arguments[] = {size.ptr(), uint8, name.ptr()};
+  return PyObject_Vectorcall(empty, arguments, 1, empty_keywords);
 }
 
 bool TorchApi::count_uses(PyObject* tensor, Uses* uses) const {

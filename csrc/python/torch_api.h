@@ -42,7 +42,7 @@ struct TorchApi {
 
   PyObject* tensor_type;
   PyObject* strided;
-  PyObject* torch;
+  PyObject *empty, *empty_like, *uint8, *empty_keywords;
   std::array<PyObject*, 4> dtypes;  // in the order of DType
   PyObject* storage_use_count;      // null where this torch has none
   PyObject* increment_version;
@@ -50,6 +50,9 @@ struct TorchApi {
   const Access* access = nullptr;  // stays, once there is one: handles may be held
   bool reading = false;            // whether it is to be used
   Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata;
+
+  // torch.empty: new reference, or null with an error set.
+  PyObject* empty_bytes(int64_t bytes, Device device) const;
 
   // How often the C++ tensor, its storage and the storage's Python object are referred to.
   struct Uses {

@@ -90,6 +90,7 @@ class Batch:
         self.stream = 0  # on which the backups were made
         moved: Any = backups if self.ascent is None else self.ascent.core
         self.device: torch.device = params[0].device
+        self.on_host = is_on_host(self.device) if for_cuda else True
         kind, index = (DEVICE_TYPES[self.device.type], self.device.index or 0) if for_cuda else (DEVICE_TYPES["cpu"], 0)
         self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index, for_cuda)
         self.unsupported = self.core.unsupported
@@ -118,7 +119,7 @@ class Batch:
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         if norm is not None:
             norm = norm.double()
-        if self.for_cuda and not is_on_host(self.device):
+        if not self.on_host:
             self.stream = current_stream(self.device).cuda_stream
         self._run(self.core.perturb, None, norm, groups, q, last=(journal, self))
 
@@ -150,7 +151,7 @@ class Batch:
 
     def _run(self, op: Any, ascent: Batch | None, *first: Any, last: tuple[Any, ...] = ()) -> None:
         """Call an op of the core, which may read the backups of an ascent."""
-        if not self.for_cuda or is_on_host(self.device):
+        if self.on_host:
             op(*first, torch.get_num_threads(), *last)
             return
         stream = current_stream(self.device)

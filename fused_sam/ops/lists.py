@@ -61,7 +61,7 @@ def read_through_aten() -> str | None:
     return None
 
 
-_LISTS: tuple[type, ...] = (list,)
+LISTS: tuple[type, ...] = (list,)  # the types of what has an entry for each parameter
 # Why tensors are read through Python and DLPack, at several times the cost; None where they are not.
 why_not_aten: str | None = "the native core does not load"
 
@@ -72,10 +72,10 @@ if not TYPE_CHECKING:
         Gradients, increment_version = _native.Gradients, _native.increment_version
         all_present, clear_grads = _native.all_present, _native.clear_grads
         lookup, presence = _native.lookup, _native.presence
-        _LISTS = list, Gradients
+        LISTS = list, Gradients
         why_not_aten = read_through_aten()
 
 
 def is_list(x: Any) -> TypeGuard[TensorList]:
     """Return whether there is an entry for each parameter: in a list, or in `Gradients`."""
-    return isinstance(x, _LISTS)
+    return isinstance(x, LISTS)

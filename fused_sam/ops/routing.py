@@ -16,7 +16,7 @@ from fused_sam import backends
 from fused_sam.backends import eager
 from fused_sam.backends.interface import DTYPES, SIXTEEN_BIT, Backend, InvalidTensor, TensorList, can_mix
 from fused_sam.backends.memory import overlaps_itself, require_disjoint
-from fused_sam.ops.lists import is_list
+from fused_sam.ops.lists import LISTS, is_list
 
 
 @dataclass
@@ -85,7 +85,7 @@ def route(
         ValueError: if the lists differ in length.
     """
     for x in (params, grads, backups, masters, *states):
-        if is_list(x):
+        if isinstance(x, LISTS):
             if len(x) != len(params):
                 raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
         elif not (x is None or (x is backups and hasattr(x, "joins_update"))):
