@@ -75,6 +75,11 @@ def build(folder: Path) -> Path:
     return library
 
 
+def version() -> str:
+    """Return that of valgrind."""
+    return subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def run(command: Sequence[str], folder: Path) -> dict[str, Profile]:
     """Run a command under callgrind, instrumentation off; return what it counted, by label, the sum of equal ones.
 
@@ -87,7 +92,8 @@ def run(command: Sequence[str], folder: Path) -> dict[str, Profile]:
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     done = subprocess.run([*callgrind, *command], capture_output=True, text=True, env=environment)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("==")]
+        last = said[-1] if said else "no message"
         raise CallgrindError(f"{' '.join(command)} failed under valgrind, exit status {done.returncode}: {last}")
     found: dict[str, Profile] = {}
     for path in sorted(folder.iterdir()):

@@ -12,7 +12,8 @@ from bench.speed.callgrind import Control, Library
 from bench.speed.harness import DTYPES, Subject
 from bench.speed.rivals import find
 
-WARM_UP_STEPS = 3
+# Python specialises code that has run some times: until then a step takes a third more instructions.
+WARM_UP_STEPS = 20
 STEPS = 2
 # What is counted of no half at all: the way from one request to the other.
 EMPTY = "empty"
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-    for _ in range(STEPS):
-        _counted(lambda _: None, control, EMPTY)
+    for name in ("warm-up", *[EMPTY] * STEPS):
+        _counted(lambda _: None, control, name)
     for subject in subjects:
         count(subject, control)
 
