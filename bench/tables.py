@@ -243,7 +243,7 @@ def instructions(rows: Sequence[Row]) -> str:
         "x FusedSAM": times_ours,
         "whatever the number": lambda row: f"{row['step']['fixed']:,}",
         "for each tensor": lambda row: f"{row['step']['per_tensor']:,}",
-        "of these FusedSAM's kernels": lambda row: f"{row['kernels']['per_tensor']:,}" if row["variant"] == OURS else "",
+        "of these its kernels": lambda row: f"{row['kernels']['per_tensor']:,}" if row["variant"] == OURS else "",
         "release of gradients": lambda row: f"{row['freeing']['per_tensor']:,}",
     }
     return f"{columns(shown, cells)}\n\n{small(shown, every(shown, 'machine', 'cpu'), *_programs(shown))}"
