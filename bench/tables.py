@@ -228,10 +228,10 @@ def instructions(rows: Sequence[Row]) -> str:
     shown = in_order(rows, "instructions", set=None, variant=VARIANTS)
     if not shown:
         return ""
-    least = {row["set"]: row["step"]["total"] for row in shown if row["variant"] == OURS}
+    totals = {row["set"]: row["step"]["total"] for row in shown if row["variant"] == OURS}
 
     def times_ours(row: Row) -> str:
-        ours = least.get(row["set"])
+        ours = totals.get(row["set"])
         return f"**{row['step']['total'] / ours:.2f}**" if ours and row["variant"] != OURS else ""
 
     cells = {
