@@ -33,7 +33,7 @@ from bench.speed.shapes import HOST_SETS, host_set
 DTYPE, THREADS = "fp32", 1
 # A step on few tensors takes less than a wake-up of its process disturbs: each visit makes several.
 ROUNDS, REPEATS = 25, 20
-# Of more tensors than this: fewer rounds, and fewer steps a visit.
+# The same where tensors are many, and a step long.
 MANY = {1_000: (12, 10), 10_000: (8, 5)}
 
 

@@ -68,11 +68,10 @@ def linear(one: int, many: int, tensors: int) -> dict[str, int]:
     return {name: round(value / STEPS) for name, value in exact.items()}
 
 
-def measure(variant: str, tensors: int, folder: Path) -> Row:
+def measure(variant: str, tensors: int, library: Path) -> Row:
     """Return the row of one variant."""
-    library = callgrind.build(folder)
     command = [sys.executable, "-m", "bench.speed.counted", variant, str(tensors), str(library)]
-    counted = callgrind.run(command, folder / variant)
+    counted = callgrind.run(command, library.parent / variant)
     common = {"set": host_set(tensors), "tensors": tensors, "dtype": DTYPE, "threads": 1}
     common |= {"steps": STEPS, "warm_up": WARM_UP_STEPS, "valgrind": callgrind.version(), "variant": variant}
     return records.header("instructions") | common | figures(counted, tensors)
@@ -93,12 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     try:
-        with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
-            for number, name in enumerate(options.variants, start=1):
-                place = f"{rivals.find(name).title} under valgrind, {number} of {len(options.variants)}"
-                bar = progress.add_task(place, total=1)
-                finish([measure(name, options.tensors, Path(folder))], options, console, describe)
-                progress.update(bar, completed=1)
+        with tempfile.TemporaryDirectory() as folder:
+            library = callgrind.build(Path(folder))
+            with Progress(*columns, console=console) as progress:
+                for number, name in enumerate(options.variants, start=1):
+                    place = f"{rivals.find(name).title} under valgrind, {number} of {len(options.variants)}"
+                    bar = progress.add_task(place, total=1)
+                    finish([measure(name, options.tensors, library)], options, console, describe)
+                    progress.update(bar, completed=1)
     except callgrind.CallgrindError as error:
         print(error, file=sys.stderr)
         return 1
