@@ -40,12 +40,12 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = _mode("FUSED_SAM_CUDA")
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
         if ext.name == ATEN:
-            self._build_aten(library)
+            self._build_aten(ext)
             return
         try:
             _require_tools()
+            library = Path(self.get_ext_fullpath(ext.name)).resolve()
             try:
                 _build(library, cuda)
             except (OSError, subprocess.CalledProcessError) as error:
@@ -67,12 +67,12 @@ class CMakeBuild(build_ext):
             print(f"warning: FusedSAM: {reason}; it will run on the slower eager backend.", file=sys.stderr)
             self._be_pure()
 
-    def _build_aten(self, library: Path) -> None:
+    def _build_aten(self, ext: Extension) -> None:
         if self.distribution.ext_modules == []:
             return
         try:
             _run(["cmake", "--build", str(BUILD), "--target", "_aten"])
-            _install("_aten", library)
+            _install("_aten", Path(self.get_ext_fullpath(ext.name)).resolve())
         except (OSError, subprocess.CalledProcessError) as error:
             told = f"torch's headers could not be compiled ({error})"
             if _mode("FUSED_SAM_ATEN") == "ON":

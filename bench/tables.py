@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bench.records import Row
 from bench.speed.harness import FLOOR
-from bench.speed.rivals import OPTIONS, OURS, SCALE, VARIANTS
-from bench.speed.shapes import SETS, TITLES, parameter_count
+from bench.speed.rivals import OPTIONS, OURS, SCALE, TWICE, VARIANTS
+from bench.speed.shapes import HOST_SETS, SETS, TITLES, host_set, parameter_count
 
 WRONG = "†"
 # The rivals of the short table: what most code copies, the best of torch, the best-known package.
 SHORT = ("eager_sgd", "foreach_sgd_fused", "pytorch_optimizer")
+# Beside FusedSAM's host time: what most code copies, the best of torch, and two steps without SAM.
+HOST_RIVALS = ("eager_sgd", "foreach_sgd_fused", TWICE)
 DTYPE_ORDER = ("fp32", "bf16", "fp16")
 Key = tuple[object, ...]
 # What makes two rows of a kind the same measurement.
@@ -175,17 +177,81 @@ def options(rows: Sequence[Row]) -> str:
 
 
 def host(rows: Sequence[Row]) -> str:
-    """Write microseconds of a step on tensors of one element."""
-    shown = in_order(rows, "host", variant=VARIANTS)
+    """Write microseconds of a step on as many tensors of one element as ResNet-50 has."""
+    shown = in_order(rows, "host", set=[host_set(HOST_SETS["resnet50"])], variant=VARIANTS)
     if not shown:
         return ""
     ratios = next((row["ratio_to_rival"] for row in shown if row["variant"] == OURS), {})
     cells = {
         f"{shown[0]['set']} element": variant,
-        "µs": lambda row: "{:.0f} ({:.0f} to {:.0f})".format(*(1e6 * row[f"{x}_s"] for x in ("median", "p20", "p80"))),
+        "µs": _microseconds,
+        "first half": lambda row: _half(row, "first_s"),
+        "second half": lambda row: _half(row, "second_s"),
         "x FusedSAM": lambda row: times(ratios.get(row["variant"])),
     }
     return f"{columns(shown, cells)}\n\n{caption(shown)}"
+
+
+def host_sets(rows: Sequence[Row]) -> str:
+    """Write FusedSAM's microseconds by number of tensors, with the times that rivals take."""
+    sizes = {host_set(tensors): (name, tensors) for name, tensors in HOST_SETS.items()}
+    shown = in_order(rows, "host", set=sizes, variant=[OURS])
+    if not shown:
+        return ""
+    rivals = [name for name in HOST_RIVALS if any(name in row["ratio_to_rival"] for row in shown)]
+    cells = {
+        "tensors of one element": lambda row: _host_title(*sizes[row["set"]]),
+        "FusedSAM, µs": _microseconds,
+        "first half": lambda row: _half(row, "first_s"),
+        "second half": lambda row: _half(row, "second_s"),
+        "for a tensor": lambda row: f"{1e6 * row['median_s'] / sizes[row['set']][1]:.2f}",
+        **{f"{title(name)} takes": lambda row, n=name: times(row["ratio_to_rival"].get(n)) for name in rivals},
+    }
+    return f"{columns(shown, cells)}\n\n{caption(shown)}"
+
+
+def _host_title(name: str, tensors: int) -> str:
+    return f"{tensors:,}, as {TITLES[name]}" if name in TITLES else f"{tensors:,}"
+
+
+def _microseconds(row: Row) -> str:
+    return "{:.0f} ({:.0f} to {:.0f})".format(*(1e6 * row[f"{name}_s"] for name in ("median", "p20", "p80")))
+
+
+def _half(row: Row, name: str) -> str:
+    """Write the microseconds of a half, which rows from before they were kept do not have."""
+    return f"{1e6 * row[name]:.0f}" if name in row else ""
+
+
+def instructions(rows: Sequence[Row]) -> str:
+    """Write the instructions of a step on tensors of one element."""
+    shown = in_order(rows, "instructions", set=None, variant=VARIANTS)
+    if not shown:
+        return ""
+    totals = {row["set"]: row["step"]["total"] for row in shown if row["variant"] == OURS}
+
+    def times_ours(row: Row) -> str:
+        ours = totals.get(row["set"])
+        return f"**{row['step']['total'] / ours:.2f}**" if ours and row["variant"] != OURS else ""
+
+    cells = {
+        "instructions, one thread": variant,
+        "tensors": lambda row: f"{row['tensors']:,}",
+        "of a step": lambda row: f"{row['step']['total']:,}",
+        "first half": lambda row: f"{row['first']['total']:,}",
+        "second half": lambda row: f"{row['second']['total']:,}",
+        "x FusedSAM": times_ours,
+        "whatever the number": lambda row: f"{row['step']['fixed']:,}",
+        "for each tensor": lambda row: f"{row['step']['per_tensor']:,}",
+        "of these its kernels": lambda row: f"{row['kernels']['per_tensor']:,}" if row["variant"] == OURS else "",
+        "release of gradients": lambda row: f"{row['freeing']['per_tensor']:,}",
+    }
+    return f"{columns(shown, cells)}\n\n{small(shown, every(shown, 'machine', 'cpu'), *_programs(shown))}"
+
+
+def _programs(rows: Sequence[Row]) -> list[str]:
+    python, torch = (every(rows, "versions", key) for key in ("python", "torch"))
+    return [f"Python {python}, torch {torch}, {'/'.join(dict.fromkeys(row['valgrind'] for row in rows))}"]
 
 
 def memory(rows: Sequence[Row]) -> str:
@@ -276,6 +342,8 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "bench:cpu-all": step_all,
     "bench:options": options,
     "bench:host": host,
+    "bench:host-sets": host_sets,
+    "bench:instructions": instructions,
     "bench:memory": memory,
     "bench:distributed": distributed,
     "bench:overlap": overlap,

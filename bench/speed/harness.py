@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from bench import records
@@ -61,6 +62,18 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> arg
     if getattr(options, "rounds", None) is not None and options.rounds < 1:
         made.error("--rounds must be >= 1")
     return options
+
+
+def progress_bar(progress: Progress, name: str, steps: int) -> Callable[[], None]:
+    """Return what advances a new bar, and draws it: between rounds, not while one is timed."""
+    bar = progress.add_task(name, total=steps)
+    progress.refresh()
+
+    def tick() -> None:
+        progress.advance(bar)
+        progress.refresh()
+
+    return tick
 
 
 def finish(rows: Sequence[Row], options: argparse.Namespace, console: Console, describe: Callable[[Row], str]) -> None:
@@ -120,13 +133,15 @@ class Subject:
         self.optimizer = build(self.params)
 
     def assign_gradients(self) -> None:
-        """Leave gradients as backward leaves them, outside of the timed part.
+        """Let autograd leave gradients as a backward pass leaves them, outside of the timed part.
 
         Fresh memory that has been written to, held by `p.grad` alone, the first layers last and so nearest in
-        cache: the step pays for no first touch of a gradient, only for that of temporaries of its own.
+        cache: the step pays for no first touch of a gradient, only for that of temporaries of its own. No Python
+        object stands for a gradient until somebody reads `p.grad`; who does, pays for it in the timed part.
         """
         for i in reversed(range(len(self.params))):
-            self.params[i].grad = self.grads.make(i)
+            # Autograd copies what it is given, as others hold it, too.
+            torch.autograd.backward(self.params[i], self.grads.views[i])
 
     def run(self) -> Sample:
         """Make one step; both halves end with zero_grad(), so they also free the gradients."""

@@ -9,10 +9,10 @@ from typing import Any
 from bench.figures import INK, canvas
 from bench.records import Row
 from bench.speed.harness import FLOOR
-from bench.speed.rivals import OURS, SCALE, VARIANTS
+from bench.speed.rivals import OURS, SCALE, TWICE, VARIANTS
 from bench.speed.shapes import SETS, TITLES, parameter_count
 
-COLOURS = {OURS: "#1f5fa8", SCALE: "#dddddd"}
+COLOURS = {OURS: "#1f5fa8", SCALE: "#dddddd", TWICE: "#dddddd"}
 RIVAL = "#a9a9a9"
 COLUMNS = 2
 INCHES_PER_BAR, INCHES_PER_PANEL, INCHES_OF_TITLE = 0.22, 0.75, 0.6

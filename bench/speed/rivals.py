@@ -148,6 +148,14 @@ class PlainSGD:
             self.base.zero_grad()
 
 
+class TwoSGDSteps(PlainSGD):
+    """Two steps of torch.optim.SGD: no competitor, what as many passes cost without SAM."""
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Make SGD's step."""
+        self.second_step(zero_grad)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to make the step. `needs`: the package it comes from."""
@@ -197,6 +205,7 @@ def foreach_sam(**options: Any) -> Callable[[list[Tensor]], TwoPass]:
 
 OURS = "fused_sam"
 SCALE = "sgd_fused"
+TWICE = "sgd_fused_twice"
 FP32 = (torch.float32,)
 VARIANTS: dict[str, Variant] = {
     OURS: Variant("FusedSAM", _fused_sam, 40, needs="fused_sam"),
@@ -215,7 +224,10 @@ VARIANTS: dict[str, Variant] = {
         dtypes=FP32,
     ),
     SCALE: Variant("SGD(fused) alone", functools.partial(PlainSGD, **SGD_OPTIONS, fused=True), 20),
+    TWICE: Variant("SGD(fused) twice", functools.partial(TwoSGDSteps, **SGD_OPTIONS, fused=True), 40),
 }
+# What a variant must compute, where it is not the step of SAM.
+ORACLES: dict[str, Callable[..., TwoPass]] = {SCALE: PlainSGD, TWICE: TwoSGDSteps}
 
 
 # FusedSAM with other options than the rivals': no rivals of it, but each against the copy of its own bytes.
@@ -243,7 +255,7 @@ def available(dtype: torch.dtype) -> dict[str, Variant]:
 
 def check(name: str, dtype: torch.dtype) -> bool:
     """Return whether a variant computes the step on the CPU."""
-    return computes_the_step(VARIANTS[name].build, dtype, oracle=PlainSGD if name == SCALE else EagerSAM)
+    return computes_the_step(VARIANTS[name].build, dtype, oracle=ORACLES.get(name, EagerSAM))
 
 
 def computes_the_step(

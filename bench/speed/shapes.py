@@ -54,6 +54,14 @@ TITLES = {
     "resnet20": "ResNet-20",
 }
 
+# Numbers of tensors of which the host's work is measured, each of one element: of models, and of many small tensors.
+HOST_SETS = {"resnet20": 65, "resnet50": 161, "vit_b16": 152, "1000": 1_000, "10000": 10_000}
+
+
+def host_set(tensors: int) -> str:
+    """Return the name that rows have for such a set."""
+    return f"{tensors} x 1"
+
 
 def parameter_count(shapes: list[Shape]) -> int:
     """Return the number of elements of all tensors together."""

@@ -27,6 +27,7 @@ from bench.speed.harness import (
     measure,
     parse,
     parser,
+    progress_bar,
     ratio,
     ratios_to_rivals,
 )
@@ -81,13 +82,7 @@ def measure_set(options: argparse.Namespace, set_name: str, dtype_name: str, pro
     if has_floor(shapes, dtype):
         names.append(FLOOR)
     rounds = rounds_of(set_name, dtype_name, options.rounds)
-    bar = progress.add_task(f"{TITLES[set_name]} {dtype_name}", total=rounds + WARM_UP_ROUNDS)
-    progress.refresh()
-
-    def tick() -> None:
-        progress.advance(bar)
-        progress.refresh()
-
+    tick = progress_bar(progress, f"{TITLES[set_name]} {dtype_name}", rounds + WARM_UP_ROUNDS)
     repeats = REPEATS.get(set_name, STEPS_PER_VISIT)
     tasks = [Task(name, shapes, dtype, repeats) for name in names]
     rows = []

@@ -21,13 +21,20 @@ def span(tensor: Tensor) -> Span:
     return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
+def has_entries(one: Any) -> bool:
+    """Return whether this is a list or tuple, or the core's `Gradients`."""
+    from fused_sam.ops.lists import is_list  # not before the core is that on the emulator
+
+    return isinstance(one, tuple) or is_list(one)
+
+
 def spans(*what: Any) -> Iterator[Span]:
     """Yield the memory of all tensors in lists and tuples."""
     for one in what:
         if isinstance(one, Tensor):
             with contextlib.suppress(RuntimeError, ValueError):  # without memory: the ops refuse it
                 yield span(one)
-        elif isinstance(one, (list, tuple)):
+        elif has_entries(one):
             yield from spans(*one)
 
 
@@ -68,7 +75,7 @@ def watch(emulator: Emulator, batch: type, core: str, runs: tuple[str, ...]) -> 
     @functools.wraps(make)
     def init(self: Any, *arguments: Any, **named: Any) -> None:
         make(self, *arguments, **named)
-        lists = [one for one in (*arguments, *named.values()) if isinstance(one, (list, tuple))]
+        lists = [one for one in (*arguments, *named.values()) if has_entries(one)]
         # Addresses, not tensors: the core asks whether a gradient has another owner.
         self.params_and_grads, self.spans = list(spans(*lists[:2])), list(spans(*lists[2:]))
         self.moved_by = next((one for one in arguments if isinstance(one, batch)), None)

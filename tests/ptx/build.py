@@ -57,7 +57,8 @@ def native(architecture: int) -> Path:
         headers = _digest((ROOT / "csrc").rglob("*.h"))
         objects = _compile([(f"g++ {OWN_FLAGS} -fvisibility=hidden -c {source}", source, target)], headers)
         core = INSTALLED if _is_installed_for(architecture) else _build_core(folder / "cmake", architecture)
-        kept = [path for path in core.glob("CMakeFiles/*.dir/**/*.o") if path.name != "on_host.cpp.o"]
+        others = "on_host.cpp.o", "access.cpp.o"  # the latter is a library of its own
+        kept = [path for path in core.glob("CMakeFiles/*.dir/**/*.o") if path.name not in others]
         objects += map(str, sorted(kept))
         beside = [str(library), "-Wl,-rpath,$ORIGIN/..", "-Wl,-z,now", "-ldl"]
         return _link(folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", objects, beside)
