@@ -58,6 +58,12 @@ class FusedSAM(SharedStep):
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
         adaptive: elementwise scale-invariant perturbation; ``"weights"`` leaves tensors of fewer than two dimensions,
             biases and the scales of normalisation layers, at T = 1.
+        lr: learning rate of the base optimizer. None, here and in the five that follow: the base's own default.
+        momentum: that of the base optimizer (SGD).
+        weight_decay: that of the base optimizer.
+        nesterov: that of the base optimizer (SGD).
+        betas: those of the base optimizer (Adam, AdamW).
+        eps: that of the base optimizer (Adam, AdamW).
         p: 1 <= p <= inf, of the p-norm in which the perturbation has length rho. With inf no norm is taken, and an
             element whose gradient is NaN stays; with 1 the largest element of T g alone moves, of equal ones the first.
         eta: added to ``|w|`` in adaptive groups, >= 0.
@@ -92,8 +98,8 @@ class FusedSAM(SharedStep):
             theirs in fp32. The parameters are w or w + e, rounded. For SGD, Adam and AdamW.
         telemetry: measure what ``last`` does not hold otherwise. For debugging: it copies w and the first gradient.
         reuse: the old name of ``looksam_alpha``.
-        lr, momentum, weight_decay, nesterov, betas, eps: arguments of the base optimizer; None for its own defaults.
-        base_options: likewise, among them those that have the name of one of ours (``max_grad_norm``, ``p``).
+        base_options: arguments of the base optimizer, among them those that have the name of one of ours
+            (``max_grad_norm``, ``p``).
         **same: likewise, for all other names (``dampening``, ``amsgrad``, ...).
 
     Raises:

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import sys
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -112,11 +113,16 @@ class SharedStep(Optimizer):
         kinds = dict.fromkeys(p.device.type for p in self._step.parameters.tensors())
         return ", ".join(map(backends.chosen, kinds))
 
-    def __getattr__(self, name: str) -> Any:
-        """Return ``train`` or ``eval`` of a base that has them, as Schedule-Free's; the latter at w only."""
-        if name in ("train", "eval") and hasattr(self._step.base.inner, name):
-            return functools.partial(self._set_mode, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if TYPE_CHECKING:  # by name, so that a typo in another one is found
+        train: Callable[[], Any]
+        eval: Callable[[], Any]
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return ``train`` or ``eval`` of a base that has them, as Schedule-Free's; the latter at w only."""
+            if name in ("train", "eval") and hasattr(self._step.base.inner, name):
+                return functools.partial(self._set_mode, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _set_mode(self, name: str) -> Any:
         if name == "eval":
