@@ -161,7 +161,8 @@ def torchvision(user: str) -> ModuleType:
     except (ImportError, RuntimeError) as error:  # the second one for a build that belongs to another torch
         raise RuntimeError(
             f"{user} needs pillow and torchvision, in the version and the build (CPU, CUDA) that go with torch "
-            f"{torch.__version__}. Importing it says: {error}."
+            f"{torch.__version__}; in an environment of its own pip install '.[imagenet]' finds a pair. "
+            f"Importing it says: {error}."
         ) from error
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import records, tables
+from bench import flags, records, tables
 from bench.gpu import plot as gpu_plot
 from bench.gpu import tables as gpu_tables
 from bench.paper import runner as paper
@@ -32,7 +32,7 @@ PLOTS = {
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser = flags.parser("report", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--results", type=Path, default=records.RESULTS, help="folder of .jsonl files")
     add("--root", type=Path, default=records.ROOT, help="folder of README.md and docs/")

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
+from bench import flags
+
 COLUMNS, ROWS = 110, 60
 CLEAR_LINE, UP, MODE = re.compile(r"\x1b\[2?K"), re.compile(r"\x1b\[(\d*)A"), re.compile(r"\x1b\[\?\d+[hl]")
 # rich's pictures fetch their letters from another machine; a picture in a page must not.
@@ -26,9 +28,9 @@ FETCHED = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(prog="python -m bench.screenshot", description=__doc__)
+    parser = flags.parser("screenshot", __doc__)
     parser.add_argument("picture", type=Path, help="the SVG to write")
-    parser.add_argument("--title", help="the title of its window; by default the command")
+    parser.add_argument("--title", help="the title of its window (default: the command)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run")
     return parser.parse_args(arguments)
 

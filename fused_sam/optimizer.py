@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import warnings
-from collections import defaultdict
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled
 from torch.optim import SGD, Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_sam import backends, closures, dtensor, masters, schedules
 from fused_sam.ascent import make_perturbation
 from fused_sam.descent import Maker, checkpoints, make_base, make_inner
-from fused_sam.options import Options, check_group, check_new_group, given_once, require_no_clash
+from fused_sam.options import Adaptive, Direction, Options, check_group, check_new_group, given_once, require_no_clash
 from fused_sam.parameters import Parameters, listed
 from fused_sam.peers import SingleProcess
-from fused_sam.report import Report
+from fused_sam.shared import SharedStep
 from fused_sam.step import Step, announced, untraced
 
-
-def _shared(name: str) -> Any:
-    """Return a property for an option, which all who share the step read and write."""
-    return property(
-        lambda self: getattr(self._step.options, name), lambda self, value: setattr(self._step.options, name, value)
-    )
+T = TypeVar("T")
 
 
-class FusedSAM(Optimizer):
+class FusedSAM(SharedStep):
     r"""Sharpness-Aware Minimization (Foret et al., ICLR 2021) around a base optimizer.
 
     A step evaluates the gradient twice: :math:`g = \nabla L(w)`, then at the perturbed weights,
@@ -65,6 +58,12 @@ class FusedSAM(Optimizer):
         rho: radius of the perturbation, >= 0. With 0 a step is the base optimizer's, bit for bit.
         adaptive: elementwise scale-invariant perturbation; ``"weights"`` leaves tensors of fewer than two dimensions,
             biases and the scales of normalisation layers, at T = 1.
+        lr: learning rate of the base optimizer. None, here and in the five that follow: the base's own default.
+        momentum: that of the base optimizer (SGD).
+        weight_decay: that of the base optimizer.
+        nesterov: that of the base optimizer (SGD).
+        betas: those of the base optimizer (Adam, AdamW).
+        eps: that of the base optimizer (Adam, AdamW).
         p: 1 <= p <= inf, of the p-norm in which the perturbation has length rho. With inf no norm is taken, and an
             element whose gradient is NaN stays; with 1 the largest element of T g alone moves, of equal ones the first.
         eta: added to ``|w|`` in adaptive groups, >= 0.
@@ -101,7 +100,7 @@ class FusedSAM(Optimizer):
         reuse: the old name of ``looksam_alpha``.
         base_options: arguments of the base optimizer, among them those that have the name of one of ours
             (``max_grad_norm``, ``p``).
-        **same: likewise, for all other names (``lr``, ``momentum``, ...).
+        **same: likewise, for all other names (``dampening``, ``amsgrad``, ...).
 
     Raises:
         TypeError: if ``base_optimizer`` makes no optimizer, or does not know one of the options.
@@ -115,21 +114,27 @@ class FusedSAM(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         base_optimizer: Maker | str = SGD,
-        rho: float = 0.05,
-        adaptive: bool | str = False,
+        rho: float | Tensor = 0.05,
+        adaptive: Adaptive = False,
         *,
+        lr: float | Tensor | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        nesterov: bool | None = None,
+        betas: tuple[float | Tensor, ...] | None = None,
+        eps: float | None = None,
         p: float = 2.0,
         eta: float = 0.0,
-        backend: str | None = None,
+        backend: backends.Name | None = None,
         replay_rng: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
         interval: int = 1,
         start: int = 0,
         stop: int | None = None,
-        direction: str = "gradient",
+        direction: Direction = "gradient",
         ascent_steps: int = 1,
         second_order: bool = False,
         looksam_alpha: float | None = None,
@@ -147,12 +152,14 @@ class FusedSAM(Optimizer):
             looksam_alpha = reuse
         passes = interval, start, stop, direction, ascent_steps, second_order, looksam_alpha
         rest = decay_in_ascent, master_weights, telemetry
-        backend = backends.requested(backend)
+        asked = backends.requested(backend)
+        usual: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        usual |= {"nesterov": nesterov, "betas": betas, "eps": eps}
         # The base checks its own options and arranges its own groups, whatever their form; we adopt both.
-        inner = make_inner(base_optimizer, listed(params), given_once(same, base_options or {}), capturable)
+        inner = make_inner(base_optimizer, listed(params), given_once(usual, same, base_options or {}), capturable)
         options = Options(type(inner), p, replay_rng, capturable, max_grad_norm, *passes, *rest)
         require_no_clash(inner, ascent)
-        parameters = Parameters([], {}, backend, masters.Masters() if master_weights else None)
+        parameters = Parameters([], {}, asked, masters.Masters() if master_weights else None)
         self._step = Step(parameters, options, make_perturbation(options, inner), make_base(inner), SingleProcess())
         super().__init__(inner.param_groups, {**inner.defaults, **ascent})
         self.state.update(inner.state)
@@ -164,69 +171,14 @@ class FusedSAM(Optimizer):
         if cls.step is not FusedSAM.step and not hasattr(cls.step, "announced"):  # its own, or a mixin's
             cls.step = announced(cls.step)  # type: ignore[method-assign]
 
-    # What wrappers share: some copy __dict__, in which there is nothing but the step and what torch has put there.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return torch.optim's groups of parameters."""
-        # All that a GradScaler does with an optimizer when it unscales is to ask for these.
-        if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_name == "_unscale_grads_":
-            self._step.unscaled.add(self.perturbed)
-        return self._step.parameters.groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._step.parameters.groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """Return torch.optim's state of each parameter."""
-        return self._step.parameters.state  # type: ignore[return-value]
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._step.parameters.state = state
-
-    p = _shared("p")
-    replay_rng = _shared("replay_rng")
-    capturable = _shared("capturable")
-    max_grad_norm = _shared("max_grad_norm")
-    second_order = _shared("second_order")
-    looksam_alpha = reuse = _shared("looksam_alpha")
-    telemetry = _shared("telemetry")
-
-    @property
-    def last(self) -> Report:
-        """Return what the last step saw, a `fused_sam.report.Report` of tensors on the device."""
-        return self._step.last
-
-    @last.setter
-    def last(self, report: Report) -> None:
-        self._step.last = report
-
-    @property
-    def perturbed(self) -> bool:
-        """Return whether weights are at w + e: between ``first_step`` and ``step``, ``second_step`` or ``restore``."""
-        return self._step.displacement is not None
-
-    @property
-    def perturb_next(self) -> bool:
-        """Return whether ``first_step`` is due; with ``interval``, ``start`` or ``stop`` some steps have none.
-
-        Where it is False a step takes one gradient: backward, then ``step()``, which calls a closure once.
-        """
-        return self._step.is_ascent_due
-
-    @property
-    def direction(self) -> str:
-        """Return ``"gradient"`` or ``"momentum"``: what the perturbation follows."""
-        return self._step.options.direction
-
-    @property
-    def backend(self) -> str | None:
-        """Return the backend that was asked for; None: the best for each device."""
-        return self._step.parameters.backend
-
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(
+        self, closure: Callable[[], T], *, ascent: Callable[[], T] | None = None, use_gradients: bool = False
+    ) -> T: ...
+    @overload
+    def step(self, closure: Sequence[closures.Closure], *, ascent: Sequence[closures.Closure] | None = None) -> Any: ...
     def step(
         self,
         closure: closures.Closures | None = None,
@@ -337,17 +289,6 @@ class FusedSAM(Optimizer):
         ours = self.plain_step, self.load_state_dict, self.add_param_group
         return self._step.base.exposed(self._step.parameters, *ours)
 
-    def __getattr__(self, name: str) -> Any:
-        """Return ``train`` or ``eval`` of a base that has them, as Schedule-Free's; the latter at w only."""
-        if name in ("train", "eval") and hasattr(self._step.base.inner, name):
-            return functools.partial(self._set_mode, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def _set_mode(self, name: str) -> Any:
-        if name == "eval":
-            self._step.require_unperturbed("eval()")
-        return getattr(self._step.base.shared(self._step.parameters), name)()
-
     def second_step(self, zero_grad: bool = False) -> None:
         """Call ``step()``, the outermost there is, once; then set the gradients to None if asked.
 
@@ -422,17 +363,3 @@ class FusedSAM(Optimizer):
         step.base.load(step.parameters, state_dict)
         masters.load(step.parameters.masters, state_dict, self.state, self.param_groups)
         step.peers.loaded(step.parameters)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._step.require_unperturbed("Copying or pickling")
-        self._step.peers.require_whole_state("Copying or pickling")
-        return {**super().__getstate__(), "_step": self._step}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # torch writes what it has loaded into __dict__, where the properties would hide it.
-        ours: dict[str, Any] = {name: state[name] for name in ("param_groups", "state") if name in state}
-        super().__setstate__({name: value for name, value in state.items() if name not in ours})
-        for name, value in ours.items():
-            setattr(self, name, value)
-        if ours:  # older releases of torch kept some of it in other forms
-            self._step.base.shared(self._step.parameters).__setstate__(ours)

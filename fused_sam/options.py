@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -14,6 +14,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fused_sam.ops.groups import host_number
 
 FUSED = (SGD, Adam, AdamW)
+Adaptive: TypeAlias = bool | Literal["weights"]
+Direction: TypeAlias = Literal["gradient", "momentum"]
 
 
 class Range(NamedTuple):
@@ -44,7 +46,7 @@ RANGES = {
     "interval": _COUNT,
     "start": Range("an integer >= 0", lambda x: _is_integer(x) and x >= 0),
     "stop": Range("None or an integer > start", lambda x: x is None or _is_integer(x)),
-    "direction": Range("one of ['gradient', 'momentum']", lambda x: x in ("gradient", "momentum")),
+    "direction": Range(f"one of {list(get_args(Direction))}", lambda x: x in get_args(Direction)),
     "ascent_steps": _COUNT,
     "second_order": _FLAG,
     "looksam_alpha": _POSITIVE_OR_NONE,
@@ -75,7 +77,7 @@ class Options:
     interval: int = 1
     start: int = 0
     stop: int | None = None
-    direction: str = "gradient"
+    direction: Direction = "gradient"
     ascent_steps: int = 1
     second_order: bool = False
     looksam_alpha: float | None = None
@@ -131,8 +133,13 @@ def check_new_group(group: dict[str, Any], is_decoupled: bool) -> None:
         raise ValueError("Invalid differentiable=True. Must be False: the weights are written in place.")
 
 
-def given_once(options: dict[str, Any], base_options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the base, which come in two ways; refuse one that comes in both."""
+def given_once(usual: dict[str, Any], same: dict[str, Any], base_options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the base: of the ``usual`` ones those that are not None, and all others.
+
+    Raises:
+        ValueError: for one that comes in two ways.
+    """
+    options = {name: value for name, value in usual.items() if value is not None} | same
     for name in options.keys() & base_options.keys():
         raise ValueError(f"Invalid {name}={options[name]!r} and {name}={base_options[name]!r}. Must be given once.")
     return {**options, **base_options}

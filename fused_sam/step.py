@@ -8,8 +8,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
-from fused_sam import dtensor, mistakes, ops, report, schedules
+from fused_sam import dtensor, labels, mistakes, ops, report, schedules
 from fused_sam.ascent import Displacement, Perturbation
 from fused_sam.backends.interface import InvalidTensor, Journal
 from fused_sam.descent import Base, clipping, looksam
@@ -142,7 +143,11 @@ class Step:
                 self.displacement = displacement
             if self.perturbation.takes_gradient:
                 self.peers.average_first(parameters)
-            self.perturbation.displace(parameters, displacement, self.peers, take_grads)
+            if profiler._is_profiler_enabled:
+                with labels.ascent(self.peers) as peers:
+                    self.perturbation.displace(parameters, displacement, peers, take_grads)
+            else:
+                self.perturbation.displace(parameters, displacement, self.peers, take_grads)
             torch.clear_autocast_cache()  # copies of w in 16 bits: the second pass may be in the block of the first
             if displacement.first is None and self.perturbation.takes_gradient:
                 self.once.warn(mistakes.NO_FIRST)
@@ -196,7 +201,8 @@ class Step:
             if schedules.STEP in parameters.groups[0]:
                 schedules.count(parameters.groups, journal)
             with peers.stage(parameters, journal) as (mine, moves):
-                self.base.update(mine, moves, grad_scale, found_inf)
+                update = labels.update(self.base.update) if profiler._is_profiler_enabled else self.base.update
+                update(mine, moves, grad_scale, found_inf)
         except InvalidTensor as error:
             raise parameters.named(error) from None
         finally:

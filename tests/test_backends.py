@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import re
 import subprocess
@@ -81,15 +80,6 @@ def test_without_the_native_core_eager_steps_in_and_asking_for_native_says_what_
     assert last.startswith("RuntimeError: backend='native' was asked for but cannot be used")
     assert "Usable: ['eager']" in last
     assert "FUSED_SAM_NATIVE=ON pip install" in last
-
-
-@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
-def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    backends.for_device.cache_clear()
-    with caplog.at_level(logging.INFO, logger="fused_sam"):
-        for _ in range(3):
-            FusedSAM([torch.zeros(2, requires_grad=True)], lr=0.1).step(lambda: None)
-    assert [r.getMessage() for r in caplog.records].count("backend 'native' chosen for cpu tensors") == 1
 
 
 def test_an_instruction_set_this_machine_lacks_is_refused_by_name_and_another_is_used() -> None:

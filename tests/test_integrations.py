@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,6 +253,19 @@ class TestLightning:
 
         module = self.fit(Case(2), {"training_step": training_step, "on_train_batch_start": on_train_batch_start}, {})
         assert len(module.net.losses) == (4 + 1) * EPOCHS
+
+    def test_a_copy_of_the_module_within_a_step_is_free_of_it(self) -> None:
+        copies = []
+
+        def on_before_optimizer_step(self: Any, optimizer: Any) -> None:
+            assert optimizer.perturbed
+            opt, self.opt = self.opt, None  # the test's own
+            copies.append(copy.deepcopy(self))
+            self.opt = opt
+
+        module = self.fit(Case(2), {"on_before_optimizer_step": on_before_optimizer_step}, {})
+        assert snapshot(module.net.parameters()) == by_hand(twin := Net(), sam(twin), Case(2))[-1]
+        assert {copied._micro_batches for copied in copies} == {None}
 
     def test_manual_optimization_is_left_alone(self) -> None:
         def training_step(self: Any, batch: list[Tensor], index: int) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
+import http.server
 import io
 import itertools
 import json
 import struct
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision_ops
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -22,6 +27,7 @@ from bench.paper.training import Training
 from bench.training import data
 from bench.training import fashion_mnist as train
 
+BY_TORCHVISION = data.by_torchvision
 TINY = ["--train-size", "192", "--batch-size", "64", "--epochs", "2", "--width", "1", "--threads", "1"]
 
 
@@ -47,11 +53,13 @@ def nowhere(monkeypatch, tmp_path):
     """Neither Debian's package nor an earlier download nor a network."""
     monkeypatch.setattr(data, "DEBIAN_DIR", tmp_path / "debian")
     monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(data, "TORCHVISION_DIR", tmp_path / "torchvision")
 
-    def unreachable(folder: Path) -> None:
+    def unreachable(folder: Path, **options: Any) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(data, "download", unreachable)
+    monkeypatch.setattr(data, "by_torchvision", unreachable)
     return tmp_path
 
 
@@ -102,7 +110,8 @@ def test_sources_in_their_order(nowhere):
     assert "scikit-learn's digits" in said[-1]
     assert "no route to host" in said[-1]
 
-    for folder in (data.CACHE_DIR, data.DEBIAN_DIR, nowhere / "own"):
+    kept_by_torchvision = data.TORCHVISION_DIR / data.KEPT
+    for folder in (kept_by_torchvision, data.CACHE_DIR, data.DEBIAN_DIR, nowhere / "own"):
         write_set(folder, compressed=folder != data.DEBIAN_DIR)
         found = data.load(folder if folder.name == "own" else None)
         assert found.source == str(folder)
@@ -110,6 +119,27 @@ def test_sources_in_their_order(nowhere):
     (nowhere / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"No train-images-idx3-ubyte\.gz or train-images-idx3-ubyte in"):
         data.load(nowhere / "empty")  # never replaced by another
+
+
+@pytest.mark.skipif(torchvision_ops.import_or_reason() is not None, reason="no torchvision")
+def test_torchvision_downloads_where_it_is_there(nowhere, monkeypatch):
+    from torchvision.datasets import FashionMNIST
+
+    folder = write_set(nowhere / "server", compressed=True)
+    sums = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in folder.iterdir()]
+    monkeypatch.setattr(data, "by_torchvision", BY_TORCHVISION)
+    monkeypatch.setattr(FashionMNIST, "resources", sums)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        found = data.load()
+        server.shutdown()
+    assert (found.name, found.source, found.flip) == ("Fashion-MNIST", str(data.TORCHVISION_DIR), True)
+    again = data.load(data.TORCHVISION_DIR)  # by our own reader, as where there is no torchvision
+    for ours, theirs in ((again.train, found.train), (again.test, found.test)):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs))
+    assert found.train.images.shape == (6, 28, 28)
 
 
 def test_download(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import records
+from bench import flags, records
 from bench.gpu import rivals as gpu_rivals
 from bench.gpu.actions import (
     FAILED,
@@ -140,10 +140,12 @@ class Report:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     names = [step.name for step in PLAN]
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser = flags.parser("gpu", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and rows; it is made")
-    parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help=f"seconds for all (default: {BUDGET_S})")
+    parser.add_argument(
+        "--steps", nargs="+", choices=names, default=names, metavar="NAME", help=f"{', '.join(names)} (default: all)"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all")
     help_text = f"on the CPU, with stand-ins; {REHEARSED_STEP_S} s for each step in place of the budget"
     parser.add_argument("--rehearse", action="store_true", help=help_text)
     return parser.parse_args(arguments)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import records
+from bench import flags, records
 from bench.gpu import rivals as gpu_rivals
 from bench.gpu.rivals import EAGER
 from bench.gpu.rounds import need_a_gpu
@@ -53,13 +53,13 @@ UNITS = {
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.counters", description=__doc__.splitlines()[0])
+    parser = flags.parser("gpu.counters", __doc__.splitlines()[0])
     add = parser.add_argument
-    add("--sets", nargs="+", choices=GPU_SETS, default=["resnet50", "vit_b16"], help="default: resnet50 vit_b16")
-    add("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], help="default: fp32")
+    add("--sets", nargs="+", choices=GPU_SETS, default=["resnet50", "vit_b16"], help="of tensors")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], help="of the parameters")
     variants = list(gpu_rivals.OURS.values())
-    add("--variants", nargs="+", choices=variants, default=variants[:2], help=f"default: {' '.join(variants[:2])}")
-    add("--seconds", type=float, default=300.0, help="for all; what is not begun by then is left out (default: 300)")
+    add("--variants", nargs="+", choices=variants, default=variants[:2], help="of the step")
+    add("--seconds", type=float, default=300.0, help="for all; what is not begun by then is left out")
     add("--out", type=Path, default=records.RESULTS / f"{KIND}.jsonl", help="file to append to")
     add("--dry-run", action="store_true", help="write no rows")
     add("--step", action="store_true", help="make the step that the tool looks at; for its own use")

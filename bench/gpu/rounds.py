@@ -14,18 +14,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import records
+from bench import flags, records
 from bench.gpu import timing as gpu_timing
 from bench.records import Row
 
 
 def parser(kind: str, doc: str, rounds: int) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark."""
-    made = argparse.ArgumentParser(prog=f"python -m bench.{kind.replace('_', '.')}", description=doc.splitlines()[0])
+    made = flags.parser(kind.replace("_", "."), doc.splitlines()[0])
     add = made.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the program out")
-    add("--rounds", type=int, default=rounds, help=f"at most, of each job (default: {rounds})")
-    add("--seconds", type=float, default=600.0, help="for all; fewer rounds when it gets short (default: 600)")
+    add("--rounds", type=int, default=rounds, help="at most, of each job")
+    add("--seconds", type=float, default=600.0, help="for all; fewer rounds when it gets short")
     add("--out", type=Path, help=f"file to append to (default: bench/results/{kind}.jsonl, from a GPU)")
     add("--dry-run", action="store_true", help="write no rows")
     return made

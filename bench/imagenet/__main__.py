@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 import fused_sam
-from bench import records
+from bench import flags, records
 from bench.imagenet.config import DTYPES, SAM_FLAGS, Config
 from bench.imagenet.data import Folders, Synthetic
 from bench.imagenet.progress import TIMES, Reporter, timing
@@ -31,7 +31,7 @@ from bench.imagenet.ranks import Ranks, joined, ranks_on_this_machine
 from bench.imagenet.signals import Interrupted, Requests
 from bench.imagenet.trainer import CHECKPOINT, Trainer
 from bench.training import checkpoint
-from bench.training.run import HelpFormatter, check, chosen_backend, chosen_device, complain
+from bench.training.run import check, chosen_backend, chosen_device, complain
 
 WARM_UP = 5  # steps that are not measured
 SCOPES = "each micro-batch has its own, a rank has one, all ranks have one, or every N ranks"
@@ -39,9 +39,7 @@ SCOPES = "each micro-batch has its own, a rank has one, all ranks have one, or e
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.imagenet", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser("imagenet", __doc__, allow_abbrev=False)
     _add_task(parser.add_argument_group("images and model"))
     _add_training(parser.add_argument_group("training"))
     _add_sam(parser.add_argument_group("FusedSAM (docs/options.md)"))

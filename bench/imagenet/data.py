@@ -60,8 +60,8 @@ class Folders:
         self, root: Path, image_size: int, batch_size: int, micro_batches: int, ranks: Ranks, seed: int, workers: int
     ) -> None:
         vision = records.torchvision("bench.imagenet")
-        training = vision.datasets.ImageFolder(root / "train", _augmentation(vision.transforms, image_size))
-        validation = vision.datasets.ImageFolder(root / "val", _central_crop(vision.transforms, image_size))
+        training = vision.datasets.ImageFolder(root / "train", _augmentation(vision.transforms.v2, image_size))
+        validation = vision.datasets.ImageFolder(root / "val", _central_crop(vision.transforms.v2, image_size))
         if training.classes != validation.classes:
             different = sorted(set(training.classes) ^ set(validation.classes))[0]
             raise ValueError(f"Invalid class {different} in {root}. Must be a folder of both train and val.")

@@ -21,7 +21,7 @@ CURVES = (("train_loss", "Training loss", False), ("test_error", "Test accuracy 
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--adam-lr", type=float, default=1e-3, help="first learning rate of Adam (default: %(default)s)")
+    group.add_argument("--adam-lr", type=float, default=1e-3, help="first learning rate of Adam")
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:

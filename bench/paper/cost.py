@@ -32,9 +32,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     names = f"some of: {'; '.join(METHODS)} (default: all)"
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), metavar="NAME", help=names)
-    lengths = "of the runs, in units of --epochs (default: %(default)s)"
+    lengths = "of the runs, in units of --epochs"
     add("--lengths", type=float, nargs="+", default=list(LENGTHS), metavar="X", help=lengths)
-    rates = "of symmetric label noise, a comparison each; rho is doubled where there is noise (default: %(default)s)"
+    rates = "of symmetric label noise, a comparison each; rho is doubled where there is noise"
     add("--noise-rates", type=float, nargs="+", default=list(NOISE_RATES), metavar="P", help=rates)
 
 

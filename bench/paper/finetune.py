@@ -28,13 +28,13 @@ EVEN, ODD = 0, 1
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--rhos", type=float, nargs="*", default=[0.01], help="SAM with these radii too (default: 0.01)")
+    add("--rhos", type=float, nargs="*", default=[0.01], help="SAM with these radii too")
     add("--checkpoint", type=Path, help="state_dict of the --model, to be fine-tuned on all classes of the --dataset")
-    size = "images of the first model (default: %(default)s)"
+    size = "images of the first model"
     add("--pretrain-size", type=int, default=12_000, metavar="N", help=size)
-    epochs = "epochs of the first model (default: %(default)s)"
+    epochs = "epochs of the first model"
     add("--pretrain-epochs", type=int, default=4, metavar="N", help=epochs)
-    add("--pretrain-lr", type=float, default=flags.SMALL["lr"], help="its learning rate (default: %(default)s)")
+    add("--pretrain-lr", type=float, default=flags.SMALL["lr"], help="its learning rate")
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import records
+from bench import flags, records
 from bench.paper import data, models, tables
 from bench.paper.config import Config
 
@@ -38,29 +38,38 @@ CIFAR: dict[str, Any] = {"train_size": 50_000, "model": "wrn-28-10", "shift": 4,
 DATASETS: dict[str, dict[str, Any]] = {"fashion-mnist": {}, "digits": {}, "cifar10": CIFAR, "cifar100": CIFAR}
 
 RHO = 0.05
+EPILOG = """Other data sets have other defaults, and so has --paper.
+A command that is given again runs only what is missing, and goes on with a run that was interrupted."""
 
 Adder = Callable[[argparse._ArgumentGroup], None]
 
 
-def parser(name: str, description: str, add_own: Adder | None) -> argparse.ArgumentParser:
-    """Return the flags of one experiment."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m bench.paper.{name}",
-        description=description,
-        epilog="A command that is given again runs only what is missing, and goes on with a run that was interrupted.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser(name: str, description: str, add_own: Adder | None, own: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """Return the flags of one experiment, whose ``own`` defaults it has beside the shared ones."""
+    made = flags.parser(f"paper.{name}", description, epilog=EPILOG)
     if add_own is not None:
         add_own(made.add_argument_group("this experiment"))
-    _add_task(made.add_argument_group("data and model"))
-    _add_training(made.add_argument_group("training"))
+    values = {"test_size": 0, "rho": RHO} | SMALL | dict(own)
+    _add_task(_layered(made.add_argument_group("data and model"), values))
+    _add_training(_layered(made.add_argument_group("training"), values))
     _add_machine(made.add_argument_group("machine and files"))
     return made
 
 
-def _add_task(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--dataset", choices=tuple(DATASETS), default=SMALL["dataset"], help="(default: %(default)s)")
+def _layered(group: argparse._ArgumentGroup, values: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return what adds a flag, with a default of its own or one of the values for `base_config` to fill in."""
+
+    def add(flag: str, help: str, **options: Any) -> None:
+        name = flag.lstrip("-").replace("-", "_")
+        if "default" not in options and name in values:
+            help = f"{help} (default: {values[name]})"
+        group.add_argument(flag, help=help, **options)
+
+    return add
+
+
+def _add_task(add: Callable[..., Any]) -> None:
+    add("--dataset", choices=tuple(DATASETS), default=SMALL["dataset"], help="of images")
     add("--data-dir", type=Path, help="folder of its files: idx files, or what torchvision unpacks for CIFAR")
     add("--train-size", type=int, metavar="N", help="training images, drawn by the seed")
     add("--test-size", type=int, metavar="N", help="test images, always the same; 0 for all")
@@ -69,8 +78,7 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
     add("--shift", type=int, metavar="PIXELS", help="largest random shift")
 
 
-def _add_training(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def _add_training(add: Callable[..., Any]) -> None:
     add("--paper", action="store_true", help="the paper's hyperparameters for this data set, model and length")
     add("--epochs", type=int, metavar="N", help="the shortest runs' epochs")
     add("--batch-size", type=int, metavar="N", help="images per step")
@@ -83,8 +91,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    add("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, default=1, metavar="N", help="of the CPU")
     add("--results", type=Path, default=records.ROOT / "runs" / "paper", metavar="FOLDER", help="of rows and picture")
     add("--record", action="store_true", help="rows and picture go to bench/results, where the pages are made from")
 

@@ -34,7 +34,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="on symmetric noise")
     of_asymmetric = "on asymmetric noise (default: those that are not bootstrapped)"
     add("--asymmetric-methods", nargs="+", choices=METHODS, default=["SGD", "Mixup", "SAM"], help=of_asymmetric)
-    add("--alpha", type=float, default=1.0, help="of Mixup's Beta(alpha, alpha) (default: %(default)s)")
+    add("--alpha", type=float, default=1.0, help="of Mixup's Beta(alpha, alpha)")
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:

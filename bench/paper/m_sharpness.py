@@ -32,11 +32,11 @@ NEIGHBOURS = 3  # of scikit-learn's estimator, which needs more runs than that
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--m", type=int, nargs="+", default=[64, 16, 4], help="images that share a perturbation in training (64 16 4)")
+    add("--m", type=int, nargs="+", default=[64, 16, 4], help="images that share a perturbation in training")
     add("--rhos", type=float, nargs="+", default=[0.1, 0.2], metavar="RHO", help="radii to train with")
-    add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong (0.2)")
-    add("--measured-m", type=int, nargs="+", default=[4, 16, 64, 256], metavar="M", help="to measure (4 16 64 256)")
-    add("--examples", type=int, default=256, metavar="N", help="training images that it is measured on (256)")
+    add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong")
+    add("--measured-m", type=int, nargs="+", default=[4, 16, 64, 256], metavar="M", help="to measure")
+    add("--examples", type=int, default=256, metavar="N", help="training images that it is measured on")
     add("--batchnorm", action="store_true", help="leave BatchNorm in the network")
 
 

@@ -30,7 +30,7 @@ PAPER_VALIDATION, VALIDATION = 0.1, 0.5
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     kinds = [name for name in methods.METHODS if name != "SGD"]
-    whose = f"whose radius is chosen: {'; '.join(kinds)} (default: %(default)s)"
+    whose = f"whose radius is chosen: {'; '.join(kinds)}"
     add("--method", choices=kinds, default="SAM", metavar="NAME", help=whose)
     add("--rhos", type=float, nargs="+", default=list(RHOS), metavar="RHO", help="radii to try (default: the paper's)")
     rates = "of symmetric label noise, one grid for each; labels that are held out are clean (default: none, and 40 %%)"

@@ -52,7 +52,7 @@ class Experiment:
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then draw and print; 0 when every run finished."""
-    made = flags.parser(experiment.name, experiment.description, experiment.add_arguments)
+    made = flags.parser(experiment.name, experiment.description, experiment.add_arguments, experiment.defaults)
     args = flags.parse(made, argv)
     console = Console(highlight=False, markup=False)
     try:

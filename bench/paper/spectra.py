@@ -32,10 +32,10 @@ WIDTH = 0.02  # of its Gaussians, of the whole span
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--measurements", type=int, default=3, metavar="N", help="at as many epochs, the last one at the end (3)")
-    add("--examples", type=int, default=128, metavar="N", help="images that the Hessian is of (128)")
-    add("--probes", type=int, default=1, metavar="N", help="of the density (1)")
-    add("--lanczos-steps", type=int, default=20, metavar="N", help="for each of them (20)")
+    add("--measurements", type=int, default=3, metavar="N", help="at as many epochs, the last one at the end")
+    add("--examples", type=int, default=128, metavar="N", help="images that the Hessian is of")
+    add("--probes", type=int, default=1, metavar="N", help="of the density")
+    add("--lanczos-steps", type=int, default=20, metavar="N", help="for each of them")
     add("--batchnorm", action="store_true", help="leave BatchNorm in the network")
 
 

@@ -65,13 +65,13 @@ class RandomDirection:
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     radii = {"type": float, "nargs": "+", "metavar": "RHO"}
-    add("--rhos", **radii, default=[0.1, 0.2], help="radii for p = 2, besides --rho (0.1 0.2)")
-    add("--inf-rhos", **radii, default=[5e-4, 1e-3], help="for p = inf (5e-4 1e-3)")
-    add("--random-rhos", **radii, default=[2.0], help="for random directions (2)")
-    add("--steps", type=int, nargs="+", default=[5], help="of the ascent, with --rho, besides 1 (5)")
-    add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong (0.2)")
-    add("--validation", type=float, default=0.1, metavar="PART", help="of the training images is held out (0.1)")
-    add("--cosines", type=int, default=6, metavar="N", help="points at which the two gradients are compared (6)")
+    add("--rhos", **radii, default=[0.1, 0.2], help="radii for p = 2, besides --rho")
+    add("--inf-rhos", **radii, default=[5e-4, 1e-3], help="for p = inf")
+    add("--random-rhos", **radii, default=[2.0], help="for random directions")
+    add("--steps", type=int, nargs="+", default=[5], help="of the ascent, with --rho, besides 1")
+    add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong")
+    add("--validation", type=float, default=0.1, metavar="PART", help="of the training images is held out")
+    add("--cosines", type=int, default=6, metavar="N", help="points at which the two gradients are compared")
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:

@@ -6,7 +6,6 @@ the collectives and their elements in one step, after steps that let Distributed
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from bench import records
+from bench import flags, records
 from bench.ranks.steps import Step, eager, ours
 from bench.training.models import WideResNet, parameter_count
 
@@ -82,7 +81,7 @@ def _work(rank: int, store: str, out: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count, append."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ranks.counts", description=__doc__.splitlines()[0])
+    parser = flags.parser("ranks.counts", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=records.RESULTS / "distributed.jsonl", help="file to append to")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

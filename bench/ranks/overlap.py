@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from bench import records
+from bench import flags, records
 from bench.ranks import links
 from bench.ranks.steps import Step, eager, ours
 from bench.records import Spread
@@ -119,12 +119,12 @@ def rows(options: argparse.Namespace, times: dict[str, list[float]], sent: dict[
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ranks.overlap", description=__doc__.splitlines()[0])
+    parser = flags.parser("ranks.overlap", __doc__.splitlines()[0])
     add = parser.add_argument
-    add("--ranks", type=int, default=RANKS, help=f"processes (default: {RANKS})")
-    add("--megabits", type=float, default=MEGABITS, help=f"a second, of each link each way (default: {MEGABITS:g})")
-    add("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    add("--steps", type=int, default=STEPS, help=f"of each variant in a round (default: {STEPS})")
+    add("--ranks", type=int, default=RANKS, help="processes")
+    add("--megabits", type=float, default=MEGABITS, help="a second, of each link each way")
+    add("--rounds", type=int, default=ROUNDS, help="of all variants")
+    add("--steps", type=int, default=STEPS, help="of each variant in a round")
     add("--out", type=Path, default=records.RESULTS / "distributed_overlap.jsonl", help="file to append to")
     add("--rank", type=int, help=argparse.SUPPRESS)
     add("--store", help=argparse.SUPPRESS)

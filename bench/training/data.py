@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import http.client
 import os
+import socket
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ SIZE = 28
 CLASSES = 10
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 CACHE_DIR = records.ROOT / "data" / "fashion-mnist"
+TORCHVISION_DIR = records.ROOT / "data" / "torchvision"
+KEPT = Path("FashionMNIST", "raw")  # where torchvision keeps the files, in the folder it is given
 URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 TIMEOUT_S = 10
 
@@ -118,6 +121,23 @@ def load_folder(folder: Path) -> Dataset:
     return Dataset("Fashion-MNIST", str(folder), _read_split(folder, "train"), _read_split(folder, "t10k"), flip=True)
 
 
+def by_torchvision(folder: Path, download: bool = False) -> Dataset:
+    """Read what torchvision keeps in a folder, or has it download; it checks sums of its own.
+
+    Raises:
+        RuntimeError: if there is no torchvision, or the files are not there.
+    """
+    reader = records.torchvision("torchvision's FashionMNIST").datasets.FashionMNIST
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_S)  # torchvision sets none
+    try:
+        parts = [reader(folder, train=train, download=download) for train in (True, False)]
+    finally:
+        socket.setdefaulttimeout(before)
+    train, test = (Images(part.data, part.targets) for part in parts)
+    return Dataset("Fashion-MNIST", str(folder), train, test, flip=True)
+
+
 def download(folder: Path, opener: Opener = urllib.request.urlopen) -> None:
     """Fetch the four files; each gets its name only once its checksum is right."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,13 +173,16 @@ def load_digits() -> Dataset:
 def load(data_dir: Path | None = None, say: Callable[[str], None] = print) -> Dataset:
     """Return the first that is there: `data_dir`, Debian's package, an earlier download, a download, digits.
 
-    An explicit `data_dir` is used or refused, never replaced by another source.
+    An explicit `data_dir` is used or refused, never replaced by another source. It may be a folder of torchvision's,
+    which also downloads where it can be imported.
     """
     if data_dir is not None:
-        return load_folder(data_dir)
-    for folder in (DEBIAN_DIR, CACHE_DIR):
+        return load_folder(data_dir / KEPT if (data_dir / KEPT).is_dir() else data_dir)
+    for folder in (DEBIAN_DIR, CACHE_DIR, TORCHVISION_DIR / KEPT):
         if has_files(folder):
             return load_folder(folder)
+    with contextlib.suppress(RuntimeError, OSError, http.client.HTTPException):
+        return by_torchvision(TORCHVISION_DIR, download=True)
     try:
         say(f"Downloading Fashion-MNIST to {CACHE_DIR}")
         download(CACHE_DIR)

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fused_sam
-from bench import records
+from bench import flags, records
 from bench.paper import methods
 from bench.paper.config import Config
 from bench.paper.data import split
@@ -28,7 +28,7 @@ from bench.paper.training import Training
 from bench.tables import mean
 from bench.training import checkpoint, curves, data
 from bench.training.models import WideResNet, parameter_count
-from bench.training.run import HelpFormatter, StepClock, bar, check, chosen_backend, chosen_device, complain
+from bench.training.run import StepClock, bar, check, chosen_backend, chosen_device, complain
 
 SOURCES = "Debian's dataset-fashion-mnist, else a download, else scikit-learn's digits"
 NOISE = "this fraction of the training labels is replaced by another class"
@@ -51,9 +51,7 @@ FULL = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.training.fashion_mnist", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = flags.parser("training.fashion_mnist", __doc__)
     _add_task(parser.add_argument_group("task"))
     _add_model(parser.add_argument_group("model and optimizers"))
     _add_machine(parser.add_argument_group("machine and files"))

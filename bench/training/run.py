@@ -1,8 +1,7 @@
-"""What every training run has: its flags, its rate, its losses, its clock, its bar."""
+"""What every training run has: its rate, its losses, its clock, its bar."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import statistics
@@ -15,13 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fused_sam import backends
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def check(values: Any, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
@@ -39,8 +31,7 @@ def chosen_device(name: str) -> str:
 
 def chosen_backend(name: str | None, device: str) -> str:
     """Return the name of the backend that FusedSAM uses."""
-    module = backends.for_device(torch.device(device).type, backends.requested(name))
-    return module.__name__.rpartition(".")[2]
+    return backends.chosen(torch.device(device).type, backends.requested(name))
 
 
 def complain(error: BaseException, who: str = "") -> int:

@@ -250,11 +250,7 @@ void Batch::make_backups(bool owned) {
                (*grads_)[static_cast<size_t>(i)].is_sole_owner(grads_->references())) {
       t.backup = t.grad;
     } else {
-<<<<<<< HEAD
       t.backup = data_of(api.empty_like(PyTuple_GET_ITEM(params_.ptr(), i)));
-=======
-      t.backup = data_of(PyObject_CallOneArg(api.empty_like, PyTuple_GET_ITEM(params_.ptr(), i)));
->>>>>>> hostbench
     }
   }
 }

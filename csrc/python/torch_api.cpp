@@ -59,18 +59,11 @@ PyObject* Attribute::call(PyObject* object) const {
 TorchApi::TorchApi()
     : tensor_type(imported("torch", "Tensor")),
       strided(imported("torch", "strided")),
-<<<<<<< HEAD
       torch(py::module_::import("torch").release().ptr()),
       empty_name(PyUnicode_InternFromString("empty")),
       empty_like_name(PyUnicode_InternFromString("empty_like")),
       empty_keywords(py::make_tuple("dtype", "device").release().ptr()),
       uint8(imported("torch", "uint8")),
-=======
-      empty(imported("torch", "empty")),
-      empty_like(imported("torch", "empty_like")),
-      uint8(imported("torch", "uint8")),
-      empty_keywords(py::make_tuple("dtype", "device").release().ptr()),
->>>>>>> hostbench
       dtypes{imported("torch", "float32"), imported("torch", "float64"), imported("torch", "bfloat16"),
              imported("torch", "float16")},
       storage_use_count(imported_or_null("torch._C", "_storage_Use_Count")),
@@ -86,11 +79,7 @@ TorchApi::TorchApi()
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api->version.major == 1) describe = api->describe;
   }
-<<<<<<< HEAD
   const py::object tensor = py::handle(torch).attr("empty")(1);
-=======
-  const py::object tensor = py::handle(empty)(1);
->>>>>>> hostbench
   counts_uses = count_uses(tensor.ptr(), &lone);
 }
 
@@ -121,13 +110,8 @@ void TorchApi::read_through(const py::object& capsule) {
 PyObject* TorchApi::empty_bytes(int64_t bytes, Device device) const {
   const py::int_ size(bytes);
   const py::str name(device.name());
-<<<<<<< HEAD
   PyObject* const arguments[] = {torch, size.ptr(), uint8, name.ptr()};
   return PyObject_VectorcallMethod(empty_name, arguments, 2, empty_keywords);
-=======
-  PyObject* const arguments[] = {size.ptr(), uint8, name.ptr()};
-  return PyObject_Vectorcall(empty, arguments, 1, empty_keywords);
->>>>>>> hostbench
 }
 
 bool TorchApi::count_uses(PyObject* tensor, Uses* uses) const {

@@ -42,11 +42,7 @@ struct TorchApi {
 
   PyObject* tensor_type;
   PyObject* strided;
-<<<<<<< HEAD
   PyObject *torch, *empty_name, *empty_like_name, *empty_keywords, *uint8;
-=======
-  PyObject *empty, *empty_like, *uint8, *empty_keywords;
->>>>>>> hostbench
   std::array<PyObject*, 4> dtypes;  // in the order of DType
   PyObject* storage_use_count;      // null where this torch has none
   PyObject* increment_version;
@@ -55,14 +51,9 @@ struct TorchApi {
   bool reading = false;            // whether it is to be used
   Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata;
 
-<<<<<<< HEAD
   // torch.empty and torch.empty_like: new references, or null with an error set.
   PyObject* empty_bytes(int64_t bytes, Device device) const;
   PyObject* empty_like(PyObject* tensor) const { return PyObject_CallMethodOneArg(torch, empty_like_name, tensor); }
-=======
-  // torch.empty: new reference, or null with an error set.
-  PyObject* empty_bytes(int64_t bytes, Device device) const;
->>>>>>> hostbench
 
   // How often the C++ tensor, its storage and the storage's Python object are referred to.
   struct Uses {

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fused_sam.backends.interface import Backend
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     _eager: Backend = eager
 
 logger = logging.getLogger("fused_sam")
+Name: TypeAlias = Literal["native", "triton", "eager"]
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,29 @@ def requested(name: str | None = None) -> str | None:
 
 @functools.cache
 def for_device(device_type: str, name: str | None = None) -> Backend:
-    """Return the backend for tensors of a device type such as ``"cpu"`` or ``"cuda"``.
+    """Return the backend for tensors of a device type such as ``"cpu"`` or ``"cuda"``, and say so in the log, once.
 
     Raises:
         RuntimeError: if the requested backend cannot take tensors of the device; the message says why.
     """
+    backend = _candidate(device_type, name)
+    how = "chosen for %s tensors" if name is None else "taken for %s tensors, as was asked"
+    logger.info(f"backend %r {how}", backend.name, device_type)
+    if name is None:
+        _warn_of_what_is_missing(device_type, backend.name)
+    module: Backend = _load(backend)
+    return module
+
+
+def chosen(device_type: str, name: str | None = None) -> str:
+    """Return the name of the backend that `for_device` returns, or raise what it does."""
+    return _candidate(device_type, name).name
+
+
+def _candidate(device_type: str, name: str | None) -> Candidate:
     for backend in REGISTRY:
-        if name is not None and backend.name != name:
-            continue
-        if _state(backend, device_type) == "ok":
-            if name is None:
-                logger.info("backend %r chosen for %s tensors", backend.name, device_type)
-                _warn_of_what_is_missing(device_type, backend.name)
-            module: Backend = _load(backend)
-            return module
+        if name in (None, backend.name) and _state(backend, device_type) == "ok":
+            return backend
     raise RuntimeError(
         f"backend={name!r} was asked for but cannot take {device_type} tensors: "
         f"{available(device_type).get(name or '', 'there is no such backend')}"

@@ -99,7 +99,7 @@ def step_error(backend: str, device: str = "cpu") -> float:
     options: dict[str, Any] = {"rho": 0.05, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
     params = [w.to(device, copy=True).requires_grad_() for w in weights]
     exact = [w.double() for w in weights]
-    ours, reference = FusedSAM(params, backend=backend, **options), ReferenceSAM(exact, **options)
+    ours, reference = FusedSAM(params, **{**options, "backend": backend}), ReferenceSAM(exact, **options)
     for optimizer, ps, dtype in ((ours, params, torch.float32), (reference, exact, torch.float64)):
         for grads, half in zip(gradients, (optimizer.first_step, optimizer.second_step)):
             for p, g in zip(ps, grads):

@@ -62,14 +62,14 @@ class SAMStep:
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.max_grad_norm = max_grad_norm
-        self._micro_batches = MicroBatches()
+        self._micro_batches = MicroBatches(self.sam)
 
     def __call__(self, batch: Any) -> Tensor:
         """Return the loss of the batch at w, detached; with ``direction="momentum"`` that at w + e."""
         accelerator, micro_batches = self.accelerator, self._micro_batches
-        with accelerator.accumulate(self.model), micro_batches.given_up_on_error(self.sam):
+        with accelerator.accumulate(self.model), micro_batches.given_up_on_error():
             whole, last = functools.partial(self._pass, batch), accelerator.sync_gradients
-            loss = micro_batches.run(self.sam, whole, last, no_sync_of(accelerator, self.model))
+            loss = micro_batches.run(whole, last, no_sync_of(accelerator, self.model))
             if last:
                 if self.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)

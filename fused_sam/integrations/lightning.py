@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fused_sam.integrations.passes import MicroBatches, along_momentum, sam_of
-from fused_sam.optimizer import FusedSAM
+from fused_sam.integrations.passes import MicroBatches
 
 if TYPE_CHECKING:
     Hooks = Any  # those of the LightningModule, which comes after the mixin
@@ -48,12 +47,10 @@ class SAMModule(Hooks):
         response = super().on_train_batch_start(batch, batch_idx)
         if not self.automatic_optimization:
             return response
-        sam = sam_of(self.trainer.optimizers[0])
-        if self._micro_batches is None:
-            self._micro_batches = MicroBatches()
+        micro_batches = self._micro_batches = MicroBatches.of(self.trainer.optimizers[0], self._micro_batches)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:  # where Lightning zeroes the gradients, later
-            self._micro_batches.forget()
-        self._micro_batches.keep(sam, functools.partial(self._pass, self._arguments(batch, batch_idx)))
+            micro_batches.forget()
+        micro_batches.keep(functools.partial(self._pass, self._arguments(batch, batch_idx)))
         self._begins = True
         return response
 
@@ -61,11 +58,10 @@ class SAMModule(Hooks):
         """Do as the LightningModule, at w or w + e; between micro-batches the weights are at w."""
         if not self.automatic_optimization or self._micro_batches is None:
             return super().backward(loss, *args, **kwargs)
-        sam = sam_of(self.trainer.optimizers[0])
-        with self._micro_batches.given_up_on_error(sam):
+        with self._micro_batches.given_up_on_error():
             super().backward(loss, *args, **kwargs)
         if not self._steps:
-            sam.restore()  # along the momentum; what comes between may be an evaluation
+            self._micro_batches.sam.restore()  # along the momentum; what comes between may be an evaluation
         return None
 
     def optimizer_step(
@@ -76,34 +72,39 @@ class SAMModule(Hooks):
         Raises:
             RuntimeError: if `on_train_batch_start` has not been called.
         """
-        sam, micro_batches = sam_of(optimizer), self._micro_batches
+        micro_batches = self._micro_batches
         if micro_batches is None or not self._begins or optimizer_closure is None:
             raise RuntimeError("SAMModule.on_train_batch_start was not called: the module's own must call super().")
         self._steps = True
         try:
-            with micro_batches.given_up_on_error(sam):
-                super().optimizer_step(epoch, batch_idx, optimizer, self._second_half(sam, optimizer_closure))
+            with micro_batches.given_up_on_error():
+                second_half = self._second_half(micro_batches, optimizer_closure)
+                super().optimizer_step(epoch, batch_idx, optimizer, second_half)
         finally:
             self._steps = False
             micro_batches.forget()
-            sam.restore()  # where Lightning makes no step, since no training_step has returned a loss
+            micro_batches.sam.restore()  # where Lightning makes no step, since no training_step has returned a loss
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Do as the LightningModule; nothing in a run at w + e that follows one at w."""
         if not self._replays:
             super().log(*args, **kwargs)
 
-    def _second_half(self, sam: FusedSAM, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the module is stepped by another optimizer.
+        return {**super().__getstate__(), "_micro_batches": None}
+
+    def _second_half(self, micro_batches: MicroBatches, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure for `FusedSAM.step`, which calls it once, where the weights are when this returns."""
-        if along_momentum(sam):
-            return closure if sam.perturbed else _with_gradients_there_are(sam, closure)
+        sam = micro_batches.sam
+        if micro_batches.along_momentum():
+            return closure if sam.perturbed else micro_batches.adding(closure)
         if not sam.perturb_next:
-            return _with_gradients_there_are(sam, closure)
-        assert self._micro_batches is not None
+            return micro_batches.adding(closure)
         no_sync = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
         closure()
-        self._micro_batches.ascend(sam, no_sync)
-        return functools.partial(self._losses, self._micro_batches, no_sync)
+        micro_batches.ascend(no_sync)
+        return functools.partial(self._losses, micro_batches, no_sync)
 
     def _losses(self, micro_batches: MicroBatches, no_sync: Any) -> Any:
         """Make all passes; return a loss, or None if no pass has one: then there is no gradient."""
@@ -145,27 +146,12 @@ def _guarded(training_step: Callable[..., Any]) -> Callable[..., Any]:
         if not self._begins:
             return training_step(self, *args, **kwargs)
         self._begins = False
-        sam = sam_of(self.trainer.optimizers[0])
-        with self._micro_batches.given_up_on_error(sam):
-            along_momentum(sam)
+        micro_batches: MicroBatches = self._micro_batches
+        with micro_batches.given_up_on_error():
+            micro_batches.along_momentum()
             return training_step(self, *args, **kwargs)
 
     guarded.guarded = True  # type: ignore[attr-defined]
     # Lightning looks through one wrapper for the names of the arguments, and there may have been one.
     guarded.__wrapped__ = getattr(training_step, "__wrapped__", training_step)
     return guarded
-
-
-def _with_gradients_there_are(sam: FusedSAM, closure: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the closure so that it adds to the gradients of earlier micro-batches: step(closure) zeroes them at w."""
-    params = [p for group in sam.param_groups for p in group["params"]]
-    grads = [p.grad for p in params]
-    for p in params:
-        p.grad = None
-
-    def added() -> Any:
-        for p, grad in zip(params, grads):
-            p.grad = grad
-        return closure()
-
-    return added

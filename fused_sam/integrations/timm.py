@@ -10,7 +10,7 @@ import torch
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import Tensor
 
-from fused_sam.integrations.passes import MicroBatches, NoSync, sam_of
+from fused_sam.integrations.passes import MicroBatches, NoSync
 
 
 class SAMScaler(NativeScaler):
@@ -36,7 +36,7 @@ class SAMScaler(NativeScaler):
         if not enabled:
             self._scaler = torch.amp.GradScaler(device, enabled=False)
         self._no_sync = no_sync
-        self._micro_batches = MicroBatches()
+        self._micro_batches: MicroBatches | None = None
 
     def __call__(
         self,
@@ -57,12 +57,12 @@ class SAMScaler(NativeScaler):
             ValueError: for ``create_graph``, ``clip_grad`` without ``parameters``, or an optimizer with ``replay_rng``.
             RuntimeError: if variables that ``forward`` reads from an enclosing function have changed when it is called.
         """
-        sam = sam_of(optimizer)
+        micro_batches = self._micro_batches = MicroBatches.of(optimizer, self._micro_batches)
         if create_graph:
             raise ValueError(f"Invalid {create_graph=}. Must be False with SAM.")
         if clip_grad is not None and parameters is None:
             raise ValueError(f"Invalid {parameters=} with {clip_grad=}. Must be what is clipped.")
-        if sam.replay_rng:
+        if micro_batches.sam.replay_rng:
             raise ValueError("Invalid replay_rng=True. Must be False: the first forward has been made already.")
         require_same = _watch(forward)
 
@@ -73,8 +73,8 @@ class SAMScaler(NativeScaler):
         def at_w() -> None:
             self._scaler.scale(loss).backward()
 
-        with self._micro_batches.given_up_on_error(sam):
-            self._micro_batches.run(sam, whole, need_update, self._no_sync, at_w)
+        with micro_batches.given_up_on_error():
+            micro_batches.run(whole, need_update, self._no_sync, at_w)
             if not need_update:
                 return
             if clip_grad is not None:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fused_sam.integrations.accelerate import no_sync_of
-from fused_sam.integrations.passes import MicroBatches, sam_of
-from fused_sam.optimizer import FusedSAM
+from fused_sam.integrations.passes import MicroBatches
 
 
 class SAMTrainer(Trainer):
@@ -24,8 +23,7 @@ class SAMTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._micro_batches = MicroBatches()
-        self._sam: FusedSAM | None = None
+        self._micro_batches: MicroBatches | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Do as `Trainer.train`; whatever ends it, the weights are at w.
@@ -36,12 +34,13 @@ class SAMTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._micro_batches.forget()
-            if self._sam is not None:
-                self._sam.restore()
+            if self._micro_batches is not None:
+                self._micro_batches.forget()
+                self._micro_batches.sam.restore()
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Do as `Trainer.training_step`, and after the last micro-batch of a step make all of them again at w + e."""
-        self._sam, accelerator = sam_of(self.optimizer), self.accelerator
+        micro_batches = self._micro_batches = MicroBatches.of(self.optimizer, self._micro_batches)
+        accelerator = self.accelerator
         whole = functools.partial(super().training_step, model, *args, **kwargs)
-        return self._micro_batches.run(self._sam, whole, accelerator.sync_gradients, no_sync_of(accelerator, model))
+        return micro_batches.run(whole, accelerator.sync_gradients, no_sync_of(accelerator, model))
