@@ -12,9 +12,10 @@ from torch.autograd import _profiler_enabled
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_sam import backends, closures, dtensor, masters, schedules
+from fused_sam import backends, closures, dtensor, schedules
 from fused_sam.ascent import make_perturbation
 from fused_sam.descent import Maker, checkpoints, make_base, make_inner
+from fused_sam.ops import masters
 from fused_sam.options import Adaptive, Direction, Options, check_group, check_new_group, given_once, require_no_clash
 from fused_sam.parameters import Parameters, listed
 from fused_sam.peers import SingleProcess

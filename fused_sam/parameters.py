@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from fused_sam.backends.interface import AscentGroup, InvalidTensor, TensorList
 from fused_sam.backends.memory import require_disjoint
-from fused_sam.masters import MASTER, Masters
 from fused_sam.ops.groups import host_number
 from fused_sam.ops.lists import Gradients, lookup
+from fused_sam.ops.masters import MASTER, Masters
 from fused_sam.options import check_group
 
 

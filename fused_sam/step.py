@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from fused_sam import dtensor, labels, mistakes, ops, report, schedules
+from fused_sam import dtensor, mistakes, ops, report, schedules
 from fused_sam.ascent import Displacement, Perturbation
 from fused_sam.backends.interface import InvalidTensor, Journal
 from fused_sam.descent import Base, clipping, looksam
+from fused_sam.ops import labels
 from fused_sam.ops.lists import clear_grads
 from fused_sam.options import Options, require_unscaled
 from fused_sam.parameters import Parameters

@@ -24,7 +24,7 @@ from torch import Tensor
 from fused_sam import ops
 from fused_sam.backends.interface import AscentGroup, Journal, TensorList
 from fused_sam.backends.memory import ordered_sum, overlaps_itself, wide
-from fused_sam.masters import MASTER
+from fused_sam.ops.masters import MASTER
 from fused_sam.ops.routing import require_match
 from fused_sam.parameters import Parameters
 

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from fused_sam import ops
-from fused_sam.peers import Peers
+P = TypeVar("P")  # what takes the norm: the peers of a step
 
 
 class _LabelledNorm:
     """Peers whose norm has a label; what follows it in an ascent is the perturbation, which gets another."""
 
-    def __init__(self, peers: Peers, labels: contextlib.ExitStack) -> None:
+    def __init__(self, peers: Any, labels: contextlib.ExitStack) -> None:
         self._peers = peers
         self._labels = labels
 
-    def norm(self, ascent: ops.Ascent, tensors: list[Tensor]) -> Tensor | None:
+    def norm(self, *args: Any) -> Any:
         with record_function("FusedSAM.norm"):
-            norm = self._peers.norm(ascent, tensors)
+            norm = self._peers.norm(*args)
         self._labels.enter_context(record_function("FusedSAM.perturb"))
         return norm
 
@@ -34,11 +32,11 @@ class _LabelledNorm:
 
 
 @contextlib.contextmanager
-def ascent(peers: Peers) -> Iterator[Peers]:
+def ascent(peers: P) -> Iterator[P]:
     """Label the block; give it peers that label the norm, and what comes after it."""
     with contextlib.ExitStack() as labels:
         labels.enter_context(record_function("FusedSAM.ascent"))
-        yield cast(Peers, _LabelledNorm(peers, labels))
+        yield cast(P, _LabelledNorm(peers, labels))
 
 
 def update(base_step: Callable[..., None]) -> Callable[..., None]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sam import ops
 from fused_sam.backends.interface import SIXTEEN_BIT, TensorList
+from fused_sam.ops.groups import is_capturing
 
 MASTER = "master"
 
@@ -46,7 +46,7 @@ class Masters:
         self._fresh = [
             i for i, g in enumerate(grads) if masters[i] is None and g is not None and params[i].dtype in SIXTEEN_BIT
         ]
-        if self._fresh and ops.is_capturing(params):
+        if self._fresh and is_capturing(params):
             raise RuntimeError("Masters would be made in every replay: step once before capturing a CUDA graph.")
         for i in self._fresh:
             masters[i] = params[i].detach().float()
