@@ -16,7 +16,8 @@ import torch
 import typed_script
 from helpers import RHO, leaves, quadratic, snapshot
 
-from fused_sam import FusedSAM, backends, labels, step
+from fused_sam import FusedSAM, backends, step
+from fused_sam.ops import labels
 
 ROOT = Path(__file__).parent.parent
 
