@@ -224,8 +224,9 @@ def test_fine_tuning_keeps_the_statistics_and_makes_a_new_head(tmp_path):
 
 
 def base_of(*argv: str, own: dict | None = None) -> tuple[Config, float]:
-    args = flags.parse(flags.parser("test", "", None), argv)
-    return flags.base_config(args, args.dataset, own or {}), args.rho
+    own = own or {}
+    args = flags.parse(flags.parser("test", "", None, own), argv)
+    return flags.base_config(args, args.dataset, own), args.rho
 
 
 def test_flags_win_over_the_paper_and_the_paper_over_defaults(capsys, tmp_path):
