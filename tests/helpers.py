@@ -49,10 +49,14 @@ SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 BLOCK = 16384  # elements the CPU kernels claim at a time
 # Every size up to two vectors of every dtype, a prime, and the edges of one and two blocks.
 SIZES = [*range(131), 1009, *(BLOCK * k + d for k in (1, 2) for d in (-1, 0, 1))]
+FEW_SIZES = [0, 1, 3, 16, 67, 129, 1009, BLOCK + 1]
 if os.environ.get("TRITON_INTERPRET") == "1":
     # A program costs milliseconds there: the edges alone, with those of its own chunks.
     SIZES = [*range(5), *(2**k + d for k in (4, 5, 7) for d in (-1, 0, 1)), 1009, 1025, 8191, 8193, BLOCK + 1]
-FEW_SIZES = [0, 1, 3, 16, 67, 129, 1009, BLOCK + 1]
+elif "PTX_EMULATOR" in os.environ and "FUSED_SAM_PTX_LONG" not in os.environ:
+    # An element costs a microsecond there: the edges of warps, units and Triton's chunks, for CPU blocks mean nothing.
+    SIZES = [*range(67), *(2**k + d for k in (7, 8, 10) for d in (-1, 0, 1)), 4099, 8193]
+    FEW_SIZES = [0, 1, 3, 16, 67, 129, 1009, 4099]
 # Beyond the size, in every dtype, up to which the native backend keeps w in memory of its own rather than in that of
 # the gradient, and beyond one thread's work.
 LARGE = 181 * 182

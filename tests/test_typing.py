@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,6 @@ from fused_sam import FusedSAM, backends, step
 from fused_sam.ops import labels
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.slow
-def test_mypy_strict_finds_the_mistakes_of_a_users_script_and_nothing_else() -> None:
-    pytest.importorskip("mypy")
-    # With no configuration of ours. Of the cache that `make lint` fills it can use nothing: the options are others.
-    options = ["--strict", "--follow-imports=silent", "--config-file=", "--cache-dir=.mypy_cache/strict"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", *options, typed_script.__file__], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_users_script_runs() -> None:

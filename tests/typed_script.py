@@ -1,4 +1,4 @@
-"""What a user writes, with annotations: test_typing.py runs it, and has mypy --strict check it.
+"""What a user writes, with annotations: test_typing.py runs it, and `make lint` checks it as mypy --strict does.
 
 A `type: ignore` is a mistake that is to be found: where it is not, mypy says that the comment is unused.
 """
