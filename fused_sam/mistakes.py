@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from fused_sam.backends.interface import TensorList
+from fused_sam.ops.lists import first_present
 
 _LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
 NO_FIRST = (
@@ -75,13 +76,13 @@ class First:
 
 def first_of(tensors: list[Tensor], grads: TensorList, left: bool) -> First | None:
     """Return what `look_at_second` compares with; None without any gradient."""
-    for p, grad in zip(tensors, grads):
-        if grad is not None:
-            first = First(p)
-            if left:
-                first.watch(grad)
-            return first
-    return None
+    index = first_present(grads)
+    if index is None:
+        return None
+    first = First(tensors[index])
+    if left:
+        first.watch(grads[index])
+    return first
 
 
 def look_at_second(first: First | None, groups: list[dict[str, Any]]) -> str | None:

@@ -57,6 +57,7 @@ def test_gradients_are_read_and_cleared(lists: ModuleType) -> None:
     assert len(found) == len(params)
     assert [x is not None for x in lists.presence(found)] == [True, False] * 3
     assert not lists.all_present(found)
+    assert (lists.first_present(found), lists.first_present([None, 3]), lists.first_present([None])) == (0, 1, None)
     assert all(f is (None if i % 2 else gradients[i]) for i, f in enumerate(found))
     lists.clear_grads(params)
     assert all(p.grad is None for p in params)

@@ -47,6 +47,8 @@ class Gradients {
   Gradients(const pybind11::object& list, Py_ssize_t count);
 
   size_t size() const { return entries_.size(); }
+  auto begin() const { return entries_.begin(); }
+  auto end() const { return entries_.end(); }
   HeldTensor& operator[](size_t index) { return entries_[index]; }
   // Negative numbers count from the end. Throws IndexError.
   HeldTensor& at(Py_ssize_t index);

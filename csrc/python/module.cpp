@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -18,6 +19,14 @@ namespace py = pybind11;
 using namespace fused_sam;
 
 namespace {
+
+// The index of the first entry that is there, or None.
+template <class Entries, class IsThere>
+py::object first_of(const Entries& entries, const IsThere& is_there) {
+  const auto found = std::find_if(entries.begin(), entries.end(), is_there);
+  if (found == entries.end()) return py::none();
+  return py::int_(std::distance(entries.begin(), found));
+}
 
 void stream_copy(const py::object& dst, const py::object& src, int threads) {
   TensorView to, from;
@@ -49,6 +58,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("lookup", &lookup);
   m.def("all_present", &all_present);
   m.def("all_present", [](const Gradients& grads) { return grads.all_present(); });
+  m.def("first_present", [](const py::list& entries) {
+    return first_of(entries, [](const py::handle& entry) { return !entry.is_none(); });
+  });
+  m.def("first_present", [](const Gradients& grads) {
+    return first_of(grads, [](const HeldTensor& entry) { return entry.defined(); });
+  });
   m.def("presence", [](const py::list& entries) { return entries; });
   m.def("presence", [](const Gradients& grads) { return grads.presence(); });
   m.def("increment_version", &increment_version);

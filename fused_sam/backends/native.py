@@ -122,7 +122,7 @@ class Batch:
         return workspace[0] if shape else workspace
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
-        if norm is not None:
+        if norm is not None and norm.dtype != torch.float64:
             norm = norm.double()
         if not self.on_host:
             self.stream = current_stream(self.device).cuda_stream

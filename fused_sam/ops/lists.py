@@ -39,6 +39,11 @@ def all_present(tensors: TensorList) -> bool:
     return all(x is not None for x in tensors)
 
 
+def first_present(tensors: TensorList) -> int | None:
+    """Return the index of the first entry that is not None; None without any."""
+    return next((i for i, x in enumerate(tensors) if x is not None), None)
+
+
 def presence(tensors: TensorList) -> TensorList:
     """Return a list with None where there is none: the entries themselves, or True for those of `Gradients`."""
     return tensors
@@ -71,7 +76,8 @@ if not TYPE_CHECKING:
         import fused_sam._native as _native
 
         Gradients, increment_version = _native.Gradients, _native.increment_version
-        all_present, clear_grads = _native.all_present, _native.clear_grads
+        all_present, first_present = _native.all_present, _native.first_present
+        clear_grads = _native.clear_grads
         lookup, presence = _native.lookup, _native.presence
         LISTS = list, Gradients
         why_not_aten = read_through_aten()
