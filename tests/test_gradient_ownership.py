@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import HYPER, LARGE, RHO, assert_same_bits, bits, leaves, quadratic, set_grads, snapshot
@@ -206,6 +207,33 @@ def test_memory_that_others_may_see_is_never_written(
     assert float(length) == pytest.approx(RHO, rel=1e-4)
     descend(opt, params, w)
     assert_same_bits(watched, expected)
+
+
+ELSEWHERE: dict[str, Callable[[Any], Tensor]] = {
+    "numpy": torch.from_numpy,
+    "a buffer": lambda array: torch.frombuffer(memoryview(array), dtype=torch.float32),
+    "DLPack": torch.from_dlpack,
+}
+
+
+@zero_grad_or_not
+@pytest.mark.parametrize("tensor_on", ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_memory_that_torch_has_not_allocated_is_never_written(
+    tensor_on: Callable[[Any], Tensor], zero_grad: bool, backend: str, device: str
+) -> None:
+    """A backward of numpy's, whose result is a buffer that the next one writes into."""
+    if device != "cpu":
+        pytest.skip("numpy's arrays are on the CPU")
+    params = leaves(9, LARGE)
+    w = [p.detach().clone() for p in params]
+    opt = FusedSAM(params, rho=RHO, backend=backend, lr=LR)
+    arrays = [np.full(p.numel(), 0.3, dtype=np.float32) for p in params]
+    set_grads(params, [tensor_on(array) for array in arrays])
+    opt.first_step(zero_grad=zero_grad)
+    assert all((array == np.float32(0.3)).all() for array in arrays)
+    for array in arrays:
+        array.fill(1)
+    descend(opt, params, w)
 
 
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])

@@ -48,8 +48,8 @@ def strided() -> Tensor:
     return torch.randn(7, 10)[:, ::2]
 
 
-def freed() -> Tensor:
-    x = torch.randn(5)
+def freed(offset: int = 0) -> Tensor:
+    x = torch.randn(5 + offset)[offset:]
     x.untyped_storage().resize_(0)
     return x
 
@@ -85,6 +85,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "other shape": lambda: (torch.randn(6), torch.randn(2, 3), *torch.randn(2, 6)),
     "other device": lambda: (torch.randn(6), torch.randn(6, device="meta"), *torch.randn(2, 6)),
     "freed": lambda: (torch.randn(5), freed(), *torch.randn(2, 5)),
+    "freed behind an offset": lambda: (torch.randn(5), freed(7), *torch.randn(2, 5)),
     "no tensor": lambda: (torch.randn(5), 0.5, *torch.randn(2, 5)),
 }
 every_device = pytest.mark.parametrize("device", [CPU, XPU], ids=str)

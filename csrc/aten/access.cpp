@@ -52,6 +52,7 @@ bool read_impl(const Impl* tensor, Device device, TensorView* view) {
     }
     const c10::IntArrayRef sizes = tensor->sizes(), strides = tensor->strides();
     view->data = const_cast<Impl*>(tensor)->mutable_data();
+    if (tensor->storage().data() == nullptr) view->data = nullptr;  // freed: an offset would make it look like memory
     view->ndim = static_cast<int>(sizes.size());
     view->shape = sizes.data();
     view->strides = strides.data();
@@ -91,7 +92,9 @@ void bump_version(PyObject* tensor) {
 
 bool is_sole_owner(const Handle* tensor) {
   const Impl* impl = impl_of(tensor);
-  return c10::raw::intrusive_ptr::use_count(const_cast<Impl*>(impl)) == 1 && impl->storage().use_count() == 1;
+  const c10::Storage& storage = impl->storage();
+  return c10::raw::intrusive_ptr::use_count(const_cast<Impl*>(impl)) == 1 && storage.use_count() == 1 &&
+         storage.resizable();
 }
 
 PyObject* to_object(Handle* tensor) {
@@ -127,11 +130,10 @@ PyMODINIT_FUNC PyInit__aten() {
   using namespace fused_sam;
   PyObject* module = PyModule_Create(&kModule);
   PyObject* access = PyCapsule_New(const_cast<Access*>(&kAccess), Access::kCapsule, nullptr);
-  if (module == nullptr || access == nullptr || PyModule_AddObject(module, "access", access) != 0 ||
-      PyModule_AddStringConstant(module, "torch_version", FUSED_SAM_TORCH_VERSION) != 0) {
-    Py_XDECREF(access);
-    Py_XDECREF(module);
-    return nullptr;
-  }
-  return module;
+  const bool made = module != nullptr && access != nullptr && PyModule_AddObjectRef(module, "access", access) == 0 &&
+                    PyModule_AddStringConstant(module, "torch_version", FUSED_SAM_TORCH_VERSION) == 0;
+  Py_XDECREF(access);
+  if (made) return module;
+  Py_XDECREF(module);
+  return nullptr;
 }

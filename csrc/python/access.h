@@ -28,8 +28,8 @@ struct Access {
   void (*clear_grad)(PyObject* tensor);
   // Tells autograd that the tensor has been written.
   void (*bump_version)(PyObject* tensor);
-  // Whether nothing else refers to the tensor or its memory. False also where that is not certain: it has had an
-  // object.
+  // Whether nothing else refers to the tensor or its memory, which torch has allocated: a buffer of numpy's, or one
+  // that processes share, is seen by others. False also where that is not certain: it has had an object.
   bool (*is_sole_owner)(const Handle* tensor);
   // Takes the reference and returns the tensor's object, or null with an error set.
   PyObject* (*to_object)(Handle* tensor);

@@ -42,6 +42,18 @@ bool count_elements(TensorView* view) {
 
 namespace {
 
+// Whether memory was freed: behind an offset nothing looks like an address, if a low one.
+bool is_freed(PyObject* tensor, const TensorView& view) {
+  constexpr uintptr_t kLow = uintptr_t{1} << 36;
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  if (address >= kLow) return false;
+  PyObject* offset = PyObject_CallMethod(tensor, "storage_offset", nullptr);
+  const bool freed = offset != nullptr && PyLong_AsSize_t(offset) * static_cast<size_t>(size_of(view.dtype)) == address;
+  Py_XDECREF(offset);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return freed;
+}
+
 bool read_described(PyObject* object, Device device, TensorView* view) {
   dlpack::Description d;
   if (TorchApi::get().describe(object, &d) != 0) {
@@ -115,7 +127,7 @@ bool read_tensor(PyObject* object, Device device, TensorView* view) {
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(api.tensor_type))) return false;
   const bool described = api.describe != nullptr && device.numbered_alike();
   const bool read = described ? read_described(object, device, view) : read_attributes(object, device, view);
-  return read && count_elements(view);
+  return read && count_elements(view) && (view->numel == 0 || !is_freed(object, *view));
 }
 
 bool is_dense(const TensorView& view) {

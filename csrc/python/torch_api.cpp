@@ -73,7 +73,8 @@ TorchApi::TorchApi()
       data_ptr(tensor_type, "data_ptr"),
       use_count(tensor_type, "_use_count"),
       untyped_storage(tensor_type, "untyped_storage"),
-      storage_cdata(imported("torch", "UntypedStorage"), "_cdata") {
+      storage_cdata(imported("torch", "UntypedStorage"), "_cdata"),
+      storage_resizable(imported("torch", "UntypedStorage"), "resizable") {
   const py::object capsule = py::getattr(py::handle(tensor_type), "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -98,8 +99,10 @@ const TorchApi& TorchApi::get() {
 
 void TorchApi::read_through(const py::object& capsule) {
   TorchApi& api = instance();
-  api.reading = false;
-  if (capsule.is_none()) return;
+  if (capsule.is_none()) {
+    api.reading = false;
+    return;
+  }
   const auto* access = static_cast<const Access*>(PyCapsule_GetPointer(capsule.ptr(), Access::kCapsule));
   if (access == nullptr) throw py::error_already_set();
   if (access->version != Access::kVersion) throw py::value_error("Invalid access. Must be that of this build.");
@@ -120,7 +123,10 @@ bool TorchApi::count_uses(PyObject* tensor, Uses* uses) const {
   PyObject* storage = untyped_storage.call(tensor);
   PyObject* cdata = storage ? storage_cdata.get(storage) : nullptr;
   uses->storage = cdata ? as_long(PyObject_CallOneArg(storage_use_count, cdata)) : -1;
+  PyObject* resizable = storage ? storage_resizable.call(storage) : nullptr;
+  uses->resizable = resizable == Py_True;
   uses->storage_object = storage ? static_cast<long>(Py_REFCNT(storage)) : -1;
+  Py_XDECREF(resizable);
   Py_XDECREF(cdata);
   Py_XDECREF(storage);
   if (PyErr_Occurred()) PyErr_Clear();

@@ -49,17 +49,20 @@ struct TorchApi {
   int (*describe)(void*, dlpack::Description*) = nullptr;
   const Access* access = nullptr;  // stays, once there is one: handles may be held
   bool reading = false;            // whether it is to be used
-  Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata;
+  Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata, storage_resizable;
 
   // torch.empty and torch.empty_like: new references, or null with an error set.
   PyObject* empty_bytes(int64_t bytes, Device device) const;
   PyObject* empty_like(PyObject* tensor) const { return PyObject_CallMethodOneArg(torch, empty_like_name, tensor); }
 
-  // How often the C++ tensor, its storage and the storage's Python object are referred to.
+  // How often the C++ tensor, its storage and the storage's Python object are referred to, and whether the memory is
+  // torch's own: that of others, numpy's or what processes share, cannot be resized.
   struct Uses {
     long tensor = 0, storage = 0, storage_object = 0;
+    bool resizable = false;
     bool operator==(const Uses& other) const {
-      return tensor == other.tensor && storage == other.storage && storage_object == other.storage_object;
+      return tensor == other.tensor && storage == other.storage && storage_object == other.storage_object &&
+             resizable == other.resizable;
     }
   };
   // False where torch does not tell.

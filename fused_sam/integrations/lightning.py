@@ -92,7 +92,8 @@ class SAMModule(Hooks):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module is stepped by another optimizer.
-        return {**super().__getstate__(), "_micro_batches": None}
+        fresh = {"_micro_batches": None, "_begins": False, "_steps": False, "_replays": False}
+        return {**super().__getstate__(), **fresh}
 
     def _second_half(self, micro_batches: MicroBatches, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure for `FusedSAM.step`, which calls it once, where the weights are when this returns."""

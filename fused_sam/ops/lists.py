@@ -75,10 +75,9 @@ if not TYPE_CHECKING:
     with contextlib.suppress(Exception):  # whatever a broken build raises
         import fused_sam._native as _native
 
-        Gradients, increment_version = _native.Gradients, _native.increment_version
-        all_present, first_present = _native.all_present, _native.first_present
-        clear_grads = _native.clear_grads
-        lookup, presence = _native.lookup, _native.presence
+        # All or, where a core is out of date, none.
+        names = "Gradients", "all_present", "clear_grads", "first_present", "increment_version", "lookup", "presence"
+        globals().update({name: getattr(_native, name) for name in names})
         LISTS = list, Gradients
         why_not_aten = read_through_aten()
 
