@@ -68,6 +68,9 @@ class CMakeBuild(build_ext):
             self._be_pure()
 
     def _build_aten(self, ext: Extension) -> None:
+        needed = _mode("FUSED_SAM_ATEN") == "ON"
+        if not needed and self.distribution.ext_modules == []:
+            return  # without a core, of which has been told
         try:
             if self.distribution.ext_modules == []:
                 raise CannotBuild("there is no native core")
@@ -75,7 +78,7 @@ class CMakeBuild(build_ext):
             _install("_aten", Path(self.get_ext_fullpath(ext.name)).resolve())
         except (CannotBuild, OSError, subprocess.CalledProcessError) as error:
             told = f"the reader of tensors could not be built ({error})"
-            if _mode("FUSED_SAM_ATEN") == "ON":
+            if needed:
                 raise SystemExit(f"FUSED_SAM_ATEN=ON, but {told}.") from None
             print(f"warning: FusedSAM: {told}; tensors will be read in a slower way.", file=sys.stderr)
 
