@@ -70,7 +70,7 @@ class CMakeBuild(build_ext):
     def _build_aten(self, ext: Extension) -> None:
         needed = _mode("FUSED_SAM_ATEN") == "ON"
         if not needed and self.distribution.ext_modules == []:
-            return  # without a core, of which has been told
+            return  # the warning about the core says enough
         try:
             if self.distribution.ext_modules == []:
                 raise CannotBuild("there is no native core")

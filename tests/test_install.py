@@ -181,6 +181,14 @@ REFUSED: dict[str, tuple[dict[str, str], list[str]]] = {
             "They need nvcc of a CUDA toolkit (on PATH, in CUDA_HOME, or named by CUDACXX)",
         ],
     ),
+    "no core to read tensors for": (
+        {"CXX": "/nowhere/c++", "FUSED_SAM_ATEN": "ON"},
+        ["FUSED_SAM_ATEN=ON, but the reader of tensors could not be built (there is no native core)"],
+    ),
+    "no core asked for": (
+        {"FUSED_SAM_NATIVE": "OFF", "FUSED_SAM_ATEN": "ON"},
+        ["FUSED_SAM_ATEN=ON, but FUSED_SAM_NATIVE=OFF."],
+    ),
     "misspelt mode": ({"FUSED_SAM_NATIVE": "MAYBE"}, ["Invalid FUSED_SAM_NATIVE='MAYBE'"]),
     "our architectures": ({"FUSED_SAM_CUDA_ARCHITECTURES": "9.0 Hopper"}, [HOPPER]),
     "torch's architectures": ({"TORCH_CUDA_ARCH_LIST": "9.0 Hopper"}, [HOPPER]),

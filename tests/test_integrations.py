@@ -257,15 +257,26 @@ class TestLightning:
     def test_a_copy_of_the_module_within_a_step_is_free_of_it(self) -> None:
         copies = []
 
-        def on_before_optimizer_step(self: Any, optimizer: Any) -> None:
-            assert optimizer.perturbed
+        def keep_a_copy(self: Any) -> None:
             opt, self.opt = self.opt, None  # the test's own
             copies.append(copy.deepcopy(self))
             self.opt = opt
 
-        module = self.fit(Case(2), {"on_before_optimizer_step": on_before_optimizer_step}, {})
+        def on_train_batch_start(self: Any, batch: list[Tensor], index: int) -> None:
+            super(type(self), self).on_train_batch_start(batch, index)
+            keep_a_copy(self)
+
+        def on_before_optimizer_step(self: Any, optimizer: Any) -> None:
+            assert optimizer.perturbed
+            keep_a_copy(self)
+
+        hooks = {"on_train_batch_start": on_train_batch_start, "on_before_optimizer_step": on_before_optimizer_step}
+        module = self.fit(Case(2), hooks, {})
         assert snapshot(module.net.parameters()) == by_hand(twin := Net(), sam(twin), Case(2))[-1]
-        assert {copied._micro_batches for copied in copies} == {None}
+        batch = next(iter(loader()))
+        for copied in copies:
+            assert copied.training_step(batch, 0).requires_grad
+            assert snapshot(module.net.parameters()) != snapshot(copied.net.parameters())
 
     def test_manual_optimization_is_left_alone(self) -> None:
         def training_step(self: Any, batch: list[Tensor], index: int) -> None:

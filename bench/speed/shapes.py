@@ -54,7 +54,7 @@ TITLES = {
     "resnet20": "ResNet-20",
 }
 
-# Numbers of tensors of which the host's work is measured, each of one element: of models, and of many small tensors.
+# How many tensors of one element the host's work is measured on: those of models, and many small ones.
 HOST_SETS = {"resnet20": 65, "resnet50": 161, "vit_b16": 152, "1000": 1_000, "10000": 10_000}
 
 

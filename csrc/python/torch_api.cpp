@@ -105,7 +105,9 @@ void TorchApi::read_through(const py::object& capsule) {
   }
   const auto* access = static_cast<const Access*>(PyCapsule_GetPointer(capsule.ptr(), Access::kCapsule));
   if (access == nullptr) throw py::error_already_set();
-  if (access->version != Access::kVersion) throw py::value_error("Invalid access. Must be that of this build.");
+  if (access->version != Access::kVersion)
+    throw py::value_error(
+        "Invalid fused_sam._aten, of another build than fused_sam._native. Must be installed with it.");
   api.access = access;
   api.reading = true;
 }

@@ -60,16 +60,19 @@ def read_through_aten() -> str | None:
         import fused_sam._aten as _aten
         import fused_sam._native as _native
     except ImportError as error:
-        return str(error)
+        return f"{error} (an install that finds this torch compiles it: docs/performance.md)"
     if _aten.torch_version != torch.__version__:
         return f"fused_sam._aten was compiled for torch {_aten.torch_version}, and this is {torch.__version__}"
-    _native.read_through(_aten.access)
+    try:
+        _native.read_through(_aten.access)
+    except ValueError as error:
+        return str(error)
     return None
 
 
 LISTS: tuple[type[list[Any]], ...] = (list,)  # the types of what has an entry for each parameter
 # Why tensors are read through Python and DLPack, at several times the cost; None where they are not.
-why_not_aten: str | None = "the native core does not load"
+why_not_aten: str | None = "the native core does not load, or is out of date"
 
 if not TYPE_CHECKING:
     with contextlib.suppress(Exception):  # whatever a broken build raises
