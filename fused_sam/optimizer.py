@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
-import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -226,7 +226,7 @@ class FusedSAM(SharedStep):
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         observed = (hooks or _profiler_enabled()) and type(self).step is FusedSAM.step
-        if observed or torch.compiler.is_compiling():
+        if observed or is_compiling():
             given: dict[str, Any] = {} if ascent is None else {"ascent": ascent}
             given |= {"use_gradients": True} if use_gradients else {}
             return self._observed_step(*(() if closure is None else (closure,)), **given)

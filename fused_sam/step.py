@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import profiler
+from torch.compiler import is_compiling
 
 from fused_sam import dtensor, mistakes, ops, report, schedules
 from fused_sam.ascent import Displacement, Perturbation
@@ -26,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # torch's own is a class, and twice as slow
 # Returns a false value unless torch.compile looks into the calls of this thread.
-_is_compiling: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+_compiles_calls: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
 
 def untraced(function: F, recorded: bool = False) -> F:
@@ -43,9 +44,9 @@ def untraced(function: F, recorded: bool = False) -> F:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_compiling():  # the former where this is traced itself
+        if is_compiling() or _compiles_calls():  # the former where this is traced itself
             return disabled(*args, **kwargs)
-        if recorded or not torch.is_grad_enabled():
+        if recorded or not is_grad_enabled():
             return function(*args, **kwargs)
         _set_grad_enabled(False)
         try:

@@ -68,3 +68,10 @@ void* operator new(size_t size) {
   if (void* memory = malloc(size)) return memory;
   throw std::bad_alloc();
 }
+
+void* operator new(size_t size, std::align_val_t alignment) {
+  if (size >= kListBytes && is_ours(__builtin_return_address(0)) && fails()) throw std::bad_alloc();
+  const auto multiple = static_cast<size_t>(alignment);
+  if (void* memory = aligned_alloc(multiple, (size + multiple - 1) / multiple * multiple)) return memory;
+  throw std::bad_alloc();
+}

@@ -36,7 +36,7 @@ PyObject* item(const py::tuple& items, Py_ssize_t index) {
 // Tensors smaller than this share one allocation for their backups: asking torch who owns a gradient, and holding on to
 // it, costs more than copying so little.
 constexpr int64_t kSmallBytes = 4096;
-constexpr int64_t kAlignment = 64;
+constexpr auto kAlignment = static_cast<int64_t>(FreesAligned::kAlignment);
 
 int64_t bytes_of(const Tensor& t) {
   return t.numel * size_of(t.dtype);
@@ -228,16 +228,7 @@ void Batch::make_backups(bool owned) {
     if (t.grad != nullptr && !t.has_rounded() && bytes_of(t) < kSmallBytes)
       pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
   }
-  const TorchApi& api = TorchApi::get();
-  const auto data_of = [&](PyObject* memory) {
-    if (memory == nullptr) throw py::error_already_set();
-    memory_.emplace_back(py::reinterpret_steal<py::object>(memory));
-    const auto address = py::reinterpret_steal<py::object>(api.data_ptr.call(memory));
-    if (!address) throw py::error_already_set();
-    return PyLong_AsVoidPtr(address.ptr());
-  };
-  char* pool = nullptr;
-  if (pool_bytes > 0) pool = static_cast<char*>(data_of(api.empty_bytes(pool_bytes, device_)));
+  auto* pool = static_cast<char*>(pool_bytes > 0 ? make_pool(pool_bytes) : nullptr);
   for (Py_ssize_t i = 0; i < count_; ++i) {
     Tensor& t = tensors_[static_cast<size_t>(i)];
     if (t.grad == nullptr) continue;
@@ -250,9 +241,25 @@ void Batch::make_backups(bool owned) {
                (*grads_)[static_cast<size_t>(i)].is_sole_owner(grads_->references())) {
       t.backup = t.grad;
     } else {
-      t.backup = data_of(api.empty_like(PyTuple_GET_ITEM(params_.ptr(), i)));
+      t.backup = hold(TorchApi::get().empty_like(PyTuple_GET_ITEM(params_.ptr(), i)));
     }
   }
+}
+
+// To ask torch for memory takes longer than to copy a few small tensors; but of a GPU's only torch knows.
+void* Batch::make_pool(int64_t bytes) {
+  if (for_cuda_ || !device_.cpu()) return hold(TorchApi::get().empty_bytes(bytes, device_));
+  pool_.reset(::operator new(static_cast<size_t>(bytes), FreesAligned::kAlignment));
+  return pool_.get();
+}
+
+// Takes a new tensor, or null with an error set, and returns the address of its memory.
+void* Batch::hold(PyObject* memory) {
+  if (memory == nullptr) throw py::error_already_set();
+  memory_.emplace_back(py::reinterpret_steal<py::object>(memory));
+  const auto address = py::reinterpret_steal<py::object>(TorchApi::get().data_ptr.call(memory));
+  if (!address) throw py::error_already_set();
+  return PyLong_AsVoidPtr(address.ptr());
 }
 
 void Batch::set_backups(const py::list& backups) {

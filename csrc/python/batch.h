@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <new>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -13,6 +14,11 @@
 #include "tensor_view.h"
 
 namespace fused_sam {
+
+struct FreesAligned {
+  void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+  static constexpr std::align_val_t kAlignment{64};
+};
 
 // The tensors of one op, read once. Lists may be None or hold None. The tensors are kept alive as long as this object,
 // though a kernel runs without the interpreter lock.
@@ -52,7 +58,7 @@ class Batch {
   // caller. None: they do not. Throws ValueError for any other.
   void read_steps(const pybind11::object& steps);
 
-  // The tensors that hold the backups made here.
+  // The tensors of torch that hold backups made here.
   pybind11::list memory();
 
   // True for every parameter that has a backup, None for the others.
@@ -68,6 +74,8 @@ class Batch {
 
  private:
   bool describe(Py_ssize_t index, Tensor* out);
+  void* make_pool(int64_t bytes);
+  void* hold(PyObject* memory);
   bool read_weights(Py_ssize_t index, TensorView* param, TensorView* master, Tensor* out) const;
   void use_backups_of(const Batch& ascent);
 
@@ -75,8 +83,9 @@ class Batch {
   bool for_cuda_;
   Py_ssize_t count_;
   pybind11::tuple params_, backups_, masters_, states_[kStates];
-  std::shared_ptr<Gradients> grads_;  // null without any
-  std::vector<HeldTensor> memory_;    // of the backups made here
+  std::shared_ptr<Gradients> grads_;          // null without any
+  std::vector<HeldTensor> memory_;            // torch's, of the backups made here
+  std::unique_ptr<void, FreesAligned> pool_;  // of small ones on the CPU
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
   std::vector<Py_ssize_t> unsupported_;
