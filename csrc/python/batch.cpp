@@ -75,10 +75,11 @@ bool read_dense_param(PyObject* object, Device device, TensorView* view, Tensor*
 uint64_t layout_key(const TensorView& view) {
   uint64_t key = 14695981039346656037u;
   const auto mix = [&key](int64_t value) { key = (key ^ static_cast<uint64_t>(value)) * 1099511628211u; };
-  mix(static_cast<int64_t>(view.dtype));
+  const bool any_strides = view.contiguous || view.numel <= 1;
+  mix(static_cast<int64_t>(view.dtype) + 8 * view.ndim);
   for (int d = 0; d < view.ndim; ++d) {
     mix(view.shape[d]);
-    if (view.shape[d] != 1 && view.numel > 1) mix(view.strides[d]);
+    if (!any_strides && view.shape[d] != 1) mix(view.strides[d]);
   }
   return key;
 }

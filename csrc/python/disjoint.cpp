@@ -33,12 +33,12 @@ Order& last_order(size_t count) {
 }  // namespace
 
 void require_disjoint(const std::vector<Tensor>& tensors, bool with_backups) {
-  std::vector<Range> ranges;
-  ranges.reserve((3 + kStates) * tensors.size());
+  std::vector<Range> ranges((3 + kStates) * tensors.size());
+  size_t count = 0;
   const auto add = [&](const void* data, const Tensor& t, DType dtype) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
     const auto bytes = static_cast<uintptr_t>(t.numel * size_of(dtype));
-    if (data != nullptr && bytes > 0) ranges.emplace_back(begin, begin + bytes);
+    if (data != nullptr && bytes > 0) ranges[count++] = {begin, begin + bytes};
   };
   for (const Tensor& t : tensors) {
     add(t.param, t, t.dtype);
@@ -47,9 +47,10 @@ void require_disjoint(const std::vector<Tensor>& tensors, bool with_backups) {
     // A master is its own backup.
     if (with_backups && !t.has_rounded()) add(t.backup, t, t.dtype);
   }
-  Order& order = last_order(ranges.size());
+  ranges.resize(count);
+  Order& order = last_order(count);
   if (!order.empty() && !overlap(ranges, order)) return;
-  order.resize(ranges.size());
+  order.resize(count);
   std::iota(order.begin(), order.end(), size_t{0});
   std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return ranges[a] < ranges[b]; });
   if (overlap(ranges, order)) {

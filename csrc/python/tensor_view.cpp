@@ -32,7 +32,9 @@ bool to_dtype(uint8_t code, uint8_t bits, DType* dtype) {
 
 bool count_elements(TensorView* view) {
   view->numel = 1;
-  for (int d = 0; d < view->ndim; ++d) {
+  view->contiguous = true;
+  for (int d = view->ndim - 1; d >= 0; --d) {
+    view->contiguous = view->contiguous && (view->shape[d] == 1 || view->strides[d] == view->numel);
     if (view->shape[d] < 0 || __builtin_mul_overflow(view->numel, view->shape[d], &view->numel)) return false;
   }
   const auto item = static_cast<uintptr_t>(size_of(view->dtype));  // a power of two
@@ -131,14 +133,7 @@ bool read_tensor(PyObject* object, Device device, TensorView* view) {
 }
 
 bool is_dense(const TensorView& view) {
-  if (view.numel <= 1) return true;
-  int64_t expected = 1;
-  bool contiguous = true;
-  for (int d = view.ndim - 1; d >= 0 && contiguous; --d) {
-    contiguous = view.shape[d] == 1 || view.strides[d] == expected;
-    expected *= view.shape[d];
-  }
-  if (contiguous) return true;
+  if (view.contiguous || view.numel <= 1) return true;
   if (view.ndim > TensorView::kMaxDims) return false;
   // Dense in some other order of dimensions, such as channels_last.
   int order[TensorView::kMaxDims], used = 0;
@@ -146,7 +141,7 @@ bool is_dense(const TensorView& view) {
     if (view.shape[d] != 1) order[used++] = d;
   }
   std::sort(order, order + used, [&](int a, int b) { return view.strides[a] < view.strides[b]; });
-  expected = 1;
+  int64_t expected = 1;
   for (int i = 0; i < used; ++i) {
     if (view.strides[order[i]] != expected) return false;
     expected *= view.shape[order[i]];
@@ -156,9 +151,10 @@ bool is_dense(const TensorView& view) {
 
 bool same_layout(const TensorView& a, const TensorView& b) {
   if (a.ndim != b.ndim) return false;
+  const bool any_strides = (a.contiguous && b.contiguous) || a.numel <= 1;
   for (int d = 0; d < a.ndim; ++d) {
     if (a.shape[d] != b.shape[d]) return false;
-    if (a.shape[d] != 1 && a.numel > 1 && a.strides[d] != b.strides[d]) return false;
+    if (!any_strides && a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
   }
   return true;
 }

@@ -35,6 +35,7 @@ struct TensorView {
   int64_t numel;
   DType dtype;
   int ndim;
+  bool contiguous;  // elements lie in the order of their indices, without gaps
   const int64_t* shape;
   const int64_t* strides;
   int64_t owned[2 * kMaxDims];
@@ -44,7 +45,8 @@ struct TensorView {
 // other object or tensor; a Python error is never left behind.
 bool read_tensor(PyObject* object, Device device, TensorView* view);
 
-// Fills in how many elements a view has. False for a number, or an address, that kernels cannot take.
+// Fills in how many elements a view has, and whether it is contiguous. False for a number, or an address, that kernels
+// cannot take.
 bool count_elements(TensorView* view);
 
 // Distinct elements have distinct addresses and no address between the first and the last is unused.
