@@ -15,7 +15,7 @@ class _WithDefaults(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
         says = default is not None and default is not False and default is not argparse.SUPPRESS
-        if not says or not action.option_strings or text is None or "(default:" in text:
+        if not says or not action.option_strings or text is None or "default:" in text:
             return text
         return f"{text} (default: {_shown(default)})"
 

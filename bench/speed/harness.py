@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from bench import records
+from bench import flags, records
 from bench.records import Row, Spread, last_level_cache
 from bench.speed.rivals import OURS, TwoPass, find
 from bench.speed.shapes import Shape, parameter_count
@@ -46,7 +46,7 @@ PRELOAD = ["torch._dynamo", "fused_sam", "pytorch_optimizer", "bench.speed.harne
 
 def parser(name: str, doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
     """Return a parser of bench.speed.NAME with the options that all have; `rounds`: the default, 0 for one by set."""
-    made = argparse.ArgumentParser(prog=f"python -m bench.speed.{name}", description=doc.splitlines()[0])
+    made = flags.parser(f"speed.{name}", doc.splitlines()[0])
     file = records.RESULTS / f"cpu_{name.partition('_')[0]}.jsonl"
     made.add_argument("--out", type=Path, default=file, help="file to append to")
     made.add_argument("--dry-run", action="store_true", help="write no rows")
