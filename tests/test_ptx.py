@@ -25,12 +25,12 @@ ARCHITECTURES = (80, 90) if LONG else (90,)  # that of make's install: nothing i
 SUITES = {
     "ops": (
         "test_ops.py test_ops_update.py test_ops_accumulate.py test_ops_adam.py",
-        "interpreted",
+        "emulated",
         "norm perturb accumulate sgd adam",
     ),
     "more ops": (
         "test_ops_masters.py test_p_norms.py test_mixed_dtypes.py",
-        "interpreted",
+        "emulated",
         "peak powers perturb power_perturb sgd adam",
     ),
     "launches": ("ptx/launches.py test_cuda_tables.py", "", "norm peak powers perturb accumulate sgd"),
@@ -42,7 +42,7 @@ if LONG:
             "test_optimizer_contract.py test_adam.py test_storage.py test_amp.py test_microbatch.py test_parity.py "
             "test_decay_in_ascent.py test_device_scalars.py test_gradient_ownership.py test_ops_arguments.py "
             "test_faults.py",
-            "interpreted",
+            "emulated",
             "norm perturb accumulate sgd adam",
         ),
     }

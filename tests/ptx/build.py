@@ -101,6 +101,7 @@ def _compile(jobs: list[tuple[str, Path, Path]], headers: str) -> list[str]:
 
 def _link(library: Path, objects: list[str], more: list[str]) -> Path:
     aside = library.with_suffix(".part")
+    library.parent.mkdir(exist_ok=True)
     if not library.exists() or any(Path(o).stat().st_mtime > library.stat().st_mtime for o in objects):
         _run(["g++", "-shared", "-o", str(aside), *objects, *more])
         os.replace(aside, library)
