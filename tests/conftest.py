@@ -36,8 +36,8 @@ if EMULATED:  # test_ptx.py: the CUDA kernels, as nvcc compiles them
 CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
 
 
-# The core reads tensors through Python and DLPack where there is no module fused_sam._aten. So do tests on the emulator,
-# and of these files, which are about what is read, those of the CPU's kernels a second time.
+# Without the module fused_sam._aten the core reads tensors through Python and DLPack. So do tests on the emulator, and
+# of these files, which are about what is read, those of the CPU's kernels a second time.
 THROUGH_DLPACK = pytest.param(("native", "cpu", "dlpack"), id="native-dlpack")
 READING = {
     *("test_storage.py", "test_stale.py", "test_faults.py", "test_gradient_ownership.py", "test_use_gradients.py"),

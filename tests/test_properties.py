@@ -5,18 +5,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
-import torch
 from calls import Calls, EagerCalls
-from helpers import DTYPES, snapshot
-from hypothesis import given
-from hypothesis import strategies as st
-from layouts import SEEDS, TENSORS, laid_out
 
-from fused_sam import FusedSAM, backends
+from fused_sam import backends
 
 # Any order of calls: those that make no sense are warned of.
 pytestmark = [
