@@ -156,7 +156,8 @@ def bindings(
         given = tuple([*states, None][:count])
         made.clear()
         if held:
-            grads = _native.Gradients(params)
+            with contextlib.suppress(TypeError, AttributeError):  # of what is no list of parameters
+                grads = _native.Gradients(params)
         arguments = params, grads, backups, given, masters, device, 0, for_cuda
         attempt(name, lambda: made.append(_native.Batch(*arguments)), params)
         return made[0] if made else None
