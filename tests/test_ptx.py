@@ -41,7 +41,8 @@ SUITES = {
     ),
 }
 if LONG:
-    others = {path.name for path in HERE.glob("test_*.py")} - {*OPS.split(), *MORE_OPS.split()}
+    # The emulator is for one thread at a time.
+    others = {path.name for path in HERE.glob("test_*.py")} - {*OPS.split(), *MORE_OPS.split(), "test_threads.py"}
     SUITES |= {
         "launches": (LAUNCHES, "launches or failures or lists or properties", SUITES["launches"][2]),
         "optimizer": (" ".join(sorted(others)), "emulated", SUITES["launches"][2]),
