@@ -4,8 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// What kernels of the CPU and of CUDA share is compiled for the host by the C++ compiler, and for the device by nvcc.
 #if defined(__CUDACC__)
-#define FUSED_SAM_HD __host__ __device__ __forceinline__
+#define FUSED_SAM_HD __device__ __forceinline__
 #else
 #define FUSED_SAM_HD inline
 #endif

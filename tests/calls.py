@@ -298,12 +298,6 @@ class Calls(RuleBasedStateMachine):
             assert_same_bits([g], [copy])
 
 
-class InterpretedCalls(Calls):
-    """The same on the CUDA kernels, interpreted."""
-
-    backend = "interpreted"
-
-
 class EagerCalls(Calls):
     """The same on torch operations."""
 

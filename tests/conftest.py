@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import random
@@ -12,22 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from ptx import build
+from emulated_tests import EMULATED
 from ranks import Ranks
 
 from fused_sam import backends
 from fused_sam.ops import lists
 
-with contextlib.suppress(ImportError):  # where the native core is not built
-    from interpreted import BACKEND as INTERPRETED
-
-    from fused_sam import _native
-
-    # Last: it must never be anybody's choice.
-    backends.REGISTRY = (*backends.REGISTRY, INTERPRETED)
-
 # A backend and a device it serves. Where there is no GPU, one placeholder stands for all GPU targets.
-CPU_TARGETS = [("native", "cpu"), ("interpreted", "cpu"), ("eager", "cpu")]
+CPU_TARGETS = [("native", "cpu"), ("eager", "cpu")]
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     # Slow: test_triton.py chooses which tests run so.
     import interpreter
@@ -36,12 +27,22 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     CPU_TARGETS.append(("triton", "cpu"))
 if "PTX_TRITON" in os.environ:  # test_ptx.py: compiled, and run on the emulator
     CPU_TARGETS.append(("triton", "cpu"))
-# Whole files of tests that test_ptx.py runs.
-EMULATED = {
-    *("test_ops.py", "test_ops_update.py", "test_ops_accumulate.py", "test_ops_adam.py", "test_ops_masters.py"),
-    *("test_p_norms.py", "test_mixed_dtypes.py"),
-}
+if EMULATED:  # test_ptx.py: the CUDA kernels, as nvcc compiles them
+    from ptx.backend import BACKEND
+
+    # Last: it must never be anybody's choice.
+    backends.REGISTRY = (*backends.REGISTRY, BACKEND)
+    CPU_TARGETS.append(("emulated", "cpu"))
 CUDA_TARGETS = [("native", "cuda"), ("triton", "cuda"), ("eager", "cuda")]
+
+
+# Without the module fused_sam._aten the core reads tensors through Python and DLPack. So do tests on the emulator, and
+# of these files, which are about what is read, those of the CPU's kernels a second time.
+THROUGH_DLPACK = pytest.param(("native", "cpu", "dlpack"), id="native-dlpack")
+READING = {
+    *("test_storage.py", "test_stale.py", "test_faults.py", "test_gradient_ownership.py", "test_use_gradients.py"),
+    *("test_optimizer_contract.py", "test_ops_arguments.py", "test_leaks.py"),
+}
 
 
 def _targets() -> list[object]:
@@ -54,21 +55,30 @@ def _targets() -> list[object]:
     ]
 
 
-@pytest.fixture(params=_targets())
-def target(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """(backend, device); skipped with the backend's own reason where it does not work.
+TARGETS = _targets()
 
-    The interpreted kernels' tests read tensors through Python and DLPack, and so does whoever has no ATen extension.
-    """
-    backend, device = request.param
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        twice = metafunc.definition.path.name in READING
+        metafunc.parametrize("target", TARGETS + twice * [THROUGH_DLPACK], indirect=True)
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """(backend, device); skipped with the backend's own reason where it does not work."""
+    backend, device, *reader = request.param
     state = backends.available(device).get(backend, "not part of this build")
     if state != "ok":
         pytest.skip(f"backend {backend}: {state}")
-    if backend == "interpreted":
-        _native.read_through(None)
-    yield request.param
-    if backend == "interpreted":
-        lists.read_through_aten()
+    if backend != "emulated" and not reader:
+        yield backend, device
+        return
+    from fused_sam import _native
+
+    _native.read_through(None)
+    yield backend, device
+    lists.read_through_aten()
 
 
 @pytest.fixture
@@ -132,16 +142,6 @@ def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.get_default_dtype() is torch.float32
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with what takes long: at the end of a run it would keep one core busy while the others wait.
-
-    In a run of all tests the CUDA kernels take those of the ops on the emulator, and not on the host as well.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long: at the end of a run it would keep one core busy while the others wait."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    whole = any(item.path.name == "test_ptx.py" for item in items)
-    if not whole or "PTX_EMULATOR" in os.environ or build.why_not() is not None:
-        return
-    twice = [item for item in items if item.path.name in EMULATED and "interpreted-cpu" in item.nodeid]
-    config.hook.pytest_deselected(items=twice)
-    kept = set(items).difference(twice)
-    items[:] = [item for item in items if item in kept]

@@ -13,9 +13,9 @@ import faulthandler
 import warnings
 from typing import Any
 
-import conftest  # noqa: F401  (the interpreted CUDA kernels as a backend)
 import profiles  # noqa: F401
 import torch
+from emulated_tests import EMULATED, NATIVE
 from helpers import bits, snapshot
 from hostile_arguments import (
     ADAM,
@@ -52,6 +52,11 @@ try:
     ACCESS = [None, aten] if why_not_aten is None else [None]
 except ImportError:
     ACCESS = [None]
+
+
+BACKENDS = st.sampled_from([*NATIVE, "eager"])
+# Without the emulator every launch fails.
+FOR_CUDA = st.sampled_from([False, True] if EMULATED else [False, False, False, True])
 
 
 @st.composite
@@ -127,7 +132,7 @@ def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
     todo=st.lists(calls(), min_size=1, max_size=6),
     then=st.lists(calls(), min_size=1, max_size=4),
     means=st.lists(st.tuples(SIZES, MEAN, THREADS, JOURNALS.map(lambda make: make())), max_size=2),
-    for_cuda=st.booleans(),
+    for_cuda=FOR_CUDA,
     held=st.booleans(),
     access=st.sampled_from(ACCESS),
 )
@@ -151,7 +156,8 @@ def bindings(
         given = tuple([*states, None][:count])
         made.clear()
         if held:
-            grads = _native.Gradients(params)
+            with contextlib.suppress(TypeError, AttributeError):  # of what is no list of parameters
+                grads = _native.Gradients(params)
         arguments = params, grads, backups, given, masters, device, 0, for_cuda
         attempt(name, lambda: made.append(_native.Batch(*arguments)), params)
         return made[0] if made else None
@@ -185,7 +191,7 @@ def bindings(
     numbers=st.lists(SANE, min_size=4, max_size=4),
     norm=mostly(st.sampled_from([None, torch.tensor(0.3, dtype=torch.float64), torch.ones(3).double()]), SCALARS),
     p=EXPONENTS,
-    backend=st.sampled_from(["native", "interpreted", "eager"]),
+    backend=BACKENDS,
 )
 def op_surface(given: Any, steps: Any, sizes: Any, numbers: Any, norm: Any, p: Any, backend: str) -> None:
     """The ops, which are for anybody to call."""
@@ -260,7 +266,7 @@ def rounded_master(entry: Any, dtype: torch.dtype) -> bytes | None:
     mode=st.sampled_from(MODES),
     sixteen=st.booleans(),
     replaced=st.booleans(),
-    backend=st.sampled_from(["native", "interpreted", "eager"]),
+    backend=BACKENDS,
 )
 def checkpoints(state: Any, options: Any, base: Any, mode: Any, sixteen: bool, replaced: bool, backend: str) -> None:
     """A checkpoint that anybody has edited, or state that has been edited in place."""

@@ -8,7 +8,7 @@ python=$(command -v "${PYTHON:-python}")
 root=$PWD build=$PWD/build/sanitize cxx=${CXX:-g++}
 tests=(test_ops.py test_ops_update.py test_ops_adam.py test_ops_masters.py test_ops_arguments.py test_p_norms.py
   test_decay_in_ascent.py test_storage.py test_promises.py
-  test_gradient_ownership.py test_faults.py test_properties.py)
+  test_gradient_ownership.py test_faults.py test_properties.py test_cuda_tables.py)
 
 compile() { # folder, sanitizers, target
   cmake -S . -B "$build/$1" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DFUSED_SAM_SANITIZE="$2" -DFUSED_SAM_CUDA=OFF \
@@ -33,4 +33,4 @@ cd "$root/tests"
 "$python" -c "import hostile, fused_sam; assert 'sanitize' in fused_sam.__file__; hostile.main()"
 # Growth of the process, and what lies beside preloaded libraries of their own, say nothing here.
 exec "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" "$@" \
-  -k "(native or interpreted or Native or Interpreted) and not thousand and not grow and not swap_takes"
+  -k "(native or Native or units) and not thousand and not grow and not swap_takes"

@@ -1,4 +1,4 @@
-"""The compiled CUDA code, on machines that need no GPU: what the install made; in `make soak` every architecture."""
+"""The CUDA code on machines that need no GPU: what the install compiled; in `make soak` for every architecture."""
 
 from __future__ import annotations
 
@@ -80,6 +80,21 @@ def test_loads_are_under_way_together(registers: dict[str, int]) -> None:
         warps = REGISTERS // (THREADS_PER_BLOCK * -(-registers[name] // 8) * 8) * THREADS_PER_BLOCK // 32
         assert len(good) >= count, (kernel, dtype, loops[name])
         assert min(good) * 16 * 32 * min(warps, 64) / 1024 >= kilobytes, (kernel, dtype, registers[name])
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_an_error_of_the_runtime_is_that_of_the_call_that_made_it(tmp_path: Path) -> None:
+    program = tmp_path / "harness"
+    sources = [
+        ROOT / "tests/launches" / "harness.cu",
+        ROOT / "tests/launches" / "runtime.cpp",
+        ROOT / "csrc/cuda/work_list.cpp",
+    ]
+    build = ["nvcc", "-std=c++17", "--expt-relaxed-constexpr", "-cudart=none", "-arch=sm_90", *sources, "-o", program]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.stdout == "ok\n"
 
 
 @pytest.mark.slow

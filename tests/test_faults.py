@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_tests import NATIVE
 from helpers import (
     HYPER,
     LARGE,
@@ -233,7 +234,7 @@ def test_parameters_that_overlap_are_refused(backend: str, device: str) -> None:
 
 
 @pytest.mark.skipif(backends.available().get("native") != "ok", reason="the native backend is not built")
-@pytest.mark.parametrize("backend", ["native", "interpreted"])
+@pytest.mark.parametrize("backend", NATIVE)
 def test_the_ascent_takes_the_gradients_memory(backend: str) -> None:
     """Nothing but the step refers to the gradients then: w lies where they were, and nothing is allocated for it."""
     params = leaves(LARGE, 90_000)

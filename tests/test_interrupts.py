@@ -20,7 +20,7 @@ from fused_sam import FusedSAM
 PACKAGE = str(Path(fused_sam.__file__).parent)
 ADAM = {"lr": 0.013, "betas": (0.8, 0.97), "weight_decay": 0.017}
 # Of these, too, what eager has done to the state by then stays done, as with torch.optim's own for-loop.
-ALL_OR_NOTHING = ("native", "interpreted")
+ALL_OR_NOTHING = ("native", "emulated")
 
 
 # An interrupt in the last lines of step(closure) leaves gradients, of which the next one speaks.

@@ -56,7 +56,7 @@ def growth(backend: str) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
-@pytest.mark.parametrize("backend", ["native", "interpreted", "eager"])
+@pytest.mark.parametrize("backend", ["native", "eager"])
 def test_no_option_lets_the_process_grow(backend: str) -> None:
     """A leak of 4 KiB in a step shows. What the backends have in common is seen with one of them."""
     if backend != "native" and "FUSED_SAM_SOAK" not in os.environ:

@@ -21,30 +21,31 @@ HERE = Path(__file__).parent
 LONG = "FUSED_SAM_PTX_LONG" in os.environ
 
 ARCHITECTURES = (80, 90) if LONG else (90,)  # that of make's install: nothing is compiled twice
+OPS = "test_ops.py test_ops_update.py test_ops_accumulate.py test_ops_adam.py"
+MORE_OPS = "test_ops_masters.py test_p_norms.py test_mixed_dtypes.py"
+# What is about the kernels alone, and of the optimizer every way to them.
+LAUNCHES = (
+    "ptx/launches.py ptx/failures.py ptx/lists.py ptx/properties.py test_storage.py test_faults.py test_parity.py "
+    "test_gradient_ownership.py test_optimizer_contract.py test_device_scalars.py test_microbatch.py test_masters.py"
+)
 # Files, which of their tests, and the kernels that these must launch.
 SUITES = {
-    "ops": (
-        "test_ops.py test_ops_update.py test_ops_accumulate.py test_ops_adam.py",
-        "interpreted",
-        "norm perturb accumulate sgd adam",
+    "ops": (OPS, "emulated or share", "norm perturb accumulate sgd adam"),
+    "more ops": (MORE_OPS, "emulated", "peak powers perturb power_perturb sgd adam"),
+    "launches": (
+        LAUNCHES,
+        "launches or failures or lists or properties and not no_program or emulated and (test_storage or test_faults "
+        "or test_gradient_ownership or test_optimizer_contract or test_device_scalars or test_masters "
+        "or test_parity and (four_groups or network) or test_microbatch and reference)",
+        "norm peak powers perturb power_perturb accumulate sgd adam",
     ),
-    "more ops": (
-        "test_ops_masters.py test_p_norms.py test_mixed_dtypes.py",
-        "interpreted",
-        "peak powers perturb power_perturb sgd adam",
-    ),
-    "launches": ("ptx/launches.py test_cuda_tables.py", "", "norm peak powers perturb accumulate sgd"),
 }
 if LONG:
+    # The emulator is for one thread at a time.
+    others = {path.name for path in HERE.glob("test_*.py")} - {*OPS.split(), *MORE_OPS.split(), "test_threads.py"}
     SUITES |= {
-        "failures": ("test_launch_failures.py", "not runtime", "norm perturb sgd"),
-        "optimizer": (
-            "test_optimizer_contract.py test_adam.py test_storage.py test_amp.py test_microbatch.py test_parity.py "
-            "test_decay_in_ascent.py test_device_scalars.py test_gradient_ownership.py test_ops_arguments.py "
-            "test_faults.py",
-            "interpreted",
-            "norm perturb accumulate sgd adam",
-        ),
+        "launches": (LAUNCHES, "launches or failures or lists or properties", SUITES["launches"][2]),
+        "optimizer": (" ".join(sorted(others)), "emulated", SUITES["launches"][2]),
     }
 # All of the op surface, of the optimizer what differs from backend to backend.
 TRITON_SUITES = {
@@ -108,7 +109,8 @@ def run_tests(files: str, which: str, env: dict[str, str], launches: Path) -> st
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_suite_passes_on_the_compiled_kernels(architecture: int, suite: str, order: str, tmp_path: Path) -> None:
     files, which, kernels = SUITES[suite]
-    env = environment(ORDERS[order], PTX_NATIVE=str(build.native(architecture)))
+    profile = "hundreds" if LONG else "few"
+    env = environment(ORDERS[order], PTX_NATIVE=str(build.native(architecture)), HYPOTHESIS_PROFILE=profile)
     launched = run_tests(files, which, env, tmp_path / "launches")
     for kernel in kernels.split():
         assert f"{len(kernel) + 7}{kernel}_kernel" in launched  # as C++ mangles it: behind the length of the name

@@ -200,11 +200,11 @@ def verdict_of_tests(code: int | None, message: str) -> Result:
 def sanitize(tool: str) -> Action:
     """Return a step that runs a tool of compute-sanitizer over a test of every kernel.
 
-    Rehearsed, the tests run without it, on the kernels' interpreter.
+    Rehearsed, the tests run without it, on the CPU's kernels.
     """
 
     def act(runner: Runner, seconds: float) -> Result:
-        target = "interpreted-cpu" if runner.rehearse else "native-cuda"
+        target = "native-cpu" if runner.rehearse else "native-cuda"
         command = [sys.executable, "-m", "pytest", *PYTEST_OPTIONS, *SANITIZED_TESTS]
         command += ["-k", f"{target} and {FEW_DTYPES}"]
         variables = tests_environment(runner, seconds)

@@ -1,6 +1,5 @@
 // What this build and this machine can do.
 #include "launch.cuh"
-#include "ops.cuh"
 
 namespace fused_sam::cuda {
 namespace {
@@ -44,13 +43,8 @@ std::string why_not(int device) {
   return architecture_why_not(architectures(), std::to_string(major) + std::to_string(minor), device);
 }
 
-const Ops& device_ops() {
-  using namespace device;
-  static const auto capacity = [] {
-    return static_cast<size_t>(driver_version() >= 12010 ? kMostPayload : kSmallPayload);
-  };
-  static const Ops ops{capacity, norm, peak, powers, clear, perturb, accumulate, sgd_update, adam_update};
-  return ops;
+size_t launch_capacity() {
+  return static_cast<size_t>(driver_version() >= 12010 ? kMostPayload : kSmallPayload);
 }
 
 }  // namespace fused_sam::cuda

@@ -5,7 +5,7 @@
 
 #include "launch.cuh"
 
-namespace fused_sam::cuda::device {
+namespace fused_sam::cuda {
 namespace {
 
 // Counters of finished blocks, one for each launch that may be running; each is back at zero when its launch is done.
@@ -34,9 +34,18 @@ __device__ bool is_last_block(uint32_t ticket) {
   return is_last;
 }
 
+// The sum of all lanes, on the first: lane k takes in lane k + half, for every half.
 __device__ double add_lanes(double sum) {
   for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_down_sync(0xffffffff, sum, half);
   return sum;
+}
+
+// The same additions, of numbers in memory.
+__device__ double add_warps(double* sums) {
+  for (int half = kUnitsPerBlock / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0];
 }
 
 // Adds up the sums of all threads and leaves the block's. To be called by all threads of all blocks; true in the one
@@ -46,7 +55,7 @@ __device__ bool leave_sum(double sum, const NormTerms& terms) {
   sum = add_lanes(sum);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sum;
   __syncthreads();
-  if (threadIdx.x == 0) terms.partials[terms.first_block + blockIdx.x] = add_pairwise(warps, kUnitsPerBlock);
+  if (threadIdx.x == 0) terms.partials[terms.first_block + blockIdx.x] = add_warps(warps);
   return terms.last && is_last_block(terms.ticket);
 }
 
@@ -64,4 +73,4 @@ __device__ double add_partials(const NormTerms& terms) {
 }
 
 }  // namespace
-}  // namespace fused_sam::cuda::device
+}  // namespace fused_sam::cuda

@@ -6,10 +6,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "targets.h"
-#include "warp_types.h"
+#include "../arithmetic.h"
+#include "launches.h"
 
-namespace fused_sam::cuda::device {
+namespace fused_sam::cuda {
 
 #if CUDART_VERSION >= 12010
 constexpr int kMostPayload = kLargePayload;
@@ -45,6 +45,38 @@ __device__ __forceinline__ Place place(bool reverse) {
   return {block * kUnitsPerBlock + threadIdx.x / kWarp, static_cast<int>(threadIdx.x % kWarp)};
 }
 
+// The dtypes of a unit's tensor, as kernels know them: each kernel exists for lists of one kind, where they are
+// constant, and as `AnyTypes` for lists of several. In the former, what is constant for a launch is tested outside of
+// the loops.
+template <class P, class G, class M = NoRounded>
+struct OneType {
+  static constexpr bool kConstant = true;
+  template <class E, class F>
+  static __device__ __forceinline__ void dispatch(const E&, const F& f) {
+    f(P{}, G{}, M{});
+  }
+};
+
+struct AnyTypes {
+  static constexpr bool kConstant = false;
+  template <class E, class F>
+  static __device__ __forceinline__ void dispatch(const E& entry, const F& f) {
+    fused_sam::dispatch(entry.dtype(), entry.grad_dtype(), entry.rounded_dtype(), f);
+  }
+};
+
+// Returns f(types) for the dtypes that a list's tensors have in common if those are usual, else f(AnyTypes{}).
+template <class F>
+auto with_types(const CommonTypes& types, const F& f) {
+  if (types.are(DType::f32, DType::f32)) return f(OneType<float, float>{});
+  if (types.are(DType::bf16, DType::bf16)) return f(OneType<bf16, bf16>{});
+  if (types.are(DType::f16, DType::f16)) return f(OneType<f16, f16>{});
+  if (types.are(DType::f64, DType::f64)) return f(OneType<double, double>{});
+  if (types.are(DType::f32, DType::bf16, DType::bf16)) return f(OneType<float, bf16, bf16>{});
+  if (types.are(DType::f32, DType::f16, DType::f16)) return f(OneType<float, f16, f16>{});
+  return f(AnyTypes{});
+}
+
 // The kernel for a list, kernel_for(types, bytes): for the dtypes that its tensors have in common if those are usual,
 // and for the smallest arguments that hold it. All others share one kernel, of two sizes.
 template <class F>
@@ -70,4 +102,4 @@ void launch(const void* kernel, const Target& target, const WorkList<Group>& lis
         what);
 }
 
-}  // namespace fused_sam::cuda::device
+}  // namespace fused_sam::cuda

@@ -1,5 +1,6 @@
 // The CUDA entry points, for callers without CUDA headers. Every op cuts its tensors into as few launches as kernel
-// arguments allow, enqueues them on a stream and returns; nothing waits for the device and nothing is allocated.
+// arguments allow, enqueues them on a stream and returns; nothing waits for the device and nothing is allocated. A
+// build without CUDA throws (not_built.cpp).
 #pragma once
 
 #include <string>
@@ -9,8 +10,8 @@
 
 namespace fused_sam::cuda {
 
-// Where to run: a stream (cudaStream_t) of a device, or, with device < 0, the host: the same functions called lane by
-// lane on host memory, which is how the tests run the kernels where there is no GPU.
+// Where to run: a stream (cudaStream_t) of a device. That of CPU tensors is -1, which no driver knows: with it an op
+// throws, but on the emulator of the tests.
 struct Target {
   int device;
   void* stream;
@@ -28,15 +29,12 @@ std::string architecture_why_not(const std::string& built_for, const std::string
 // "sm_75, sm_80, ...", or empty in a build without CUDA.
 const char* architectures();
 
-// For tests: of the next launches on the host so many succeed, and the one after them throws. Negative: all succeed.
-void fail_on_host(int64_t good);
-
 // Elements [begin, begin + count) of tensor number `tensor`, worked on by one warp of the launch number `launch`.
 struct UnitPlace {
   int64_t launch, tensor, begin, count;
 };
 
-// How `perturb` cuts fp32 tensors of those sizes, one group each if `grouped`, as a device finds them.
+// How `perturb` cuts fp32 tensors of those sizes, one group each if `grouped`, as a device finds them: for tests.
 std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped);
 
 // How many fp64 numbers `norm` needs to work in.

@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "launch.h"
+
 namespace fused_sam::cuda {
 
 template <int kAddresses>
@@ -43,6 +45,17 @@ int shift_for(int64_t elements) {
   return shift;
 }
 
+int64_t most_norm_blocks(const std::vector<Tensor>& tensors) {
+  const int shift = shift_of(tensors, has_grad);
+  int64_t units = 0, taken = 0;
+  for (const Tensor& t : tensors) {
+    if (t.numel == 0 || !has_grad(t)) continue;
+    units += units_of(t.numel, shift);
+    ++taken;
+  }
+  return taken == 0 ? 0 : units / kUnitsPerBlock + taken / static_cast<int64_t>(kRun) + 1;
+}
+
 void require_representable(const std::vector<Tensor>& tensors) {
   int64_t elements = 0;
   for (const Tensor& t : tensors) {
@@ -57,6 +70,38 @@ void require_representable(const std::vector<Tensor>& tensors) {
   if (elements >> kMaxShift >= int64_t{1} << 31) {
     throw std::out_of_range("Invalid number of elements, " + std::to_string(elements) + ". Must be below 2^45.");
   }
+}
+
+int64_t norm_partials(const std::vector<Tensor>& tensors, double q) {
+  return (q == 2.0 ? 1 : 3) * most_norm_blocks(tensors);
+}
+
+std::vector<UnitPlace> units(const std::vector<int64_t>& numels, bool grouped) {
+  std::vector<Tensor> tensors;
+  for (const int64_t numel : numels) {
+    // The address tells the tensor's number; nothing is read there.
+    auto* number = reinterpret_cast<void*>(tensors.size() + 1);
+    const auto group = grouped ? static_cast<int32_t>(tensors.size()) : 0;
+    Tensor t{};
+    t.param = t.grad = t.backup = number;
+    t.numel = numel;
+    t.group = group;
+    tensors.push_back(t);
+  }
+  const std::vector<AscentTerms> groups(grouped ? tensors.size() : 1);
+  const Cut cut{shift_of(tensors, has_grad), kLargePayload, false, false};
+  std::vector<UnitPlace> places;
+  int64_t launch = 0;
+  for_each_launch(tensors, groups, cut, has_grad, [&](const WorkList<AscentTerms>& list, bool, size_t) {
+    const auto walk = list.arguments().walk();
+    for (uint32_t i = 0; i < walk.units; ++i) {
+      const auto unit = walk.locate(i);
+      const auto tensor = static_cast<int64_t>(reinterpret_cast<uintptr_t>(unit.entry->param())) - 1;
+      places.push_back({launch, tensor, unit.begin, unit.count});
+    }
+    ++launch;
+  });
+  return places;
 }
 
 }  // namespace fused_sam::cuda

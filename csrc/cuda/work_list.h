@@ -41,6 +41,8 @@ class alignas(8) Entry {
   FUSED_SAM_HD void* backup() const { return has_rounded() ? nullptr : address(2); }
   FUSED_SAM_HD void* rounded() const { return has_rounded() ? address(2) : nullptr; }  // then the backup is param
   FUSED_SAM_HD void* state(int i) const { return address(3 + i); }
+  // The tensor's, where the cut is `numbered`.
+  FUSED_SAM_HD int64_t number() const { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address(3))); }
   FUSED_SAM_HD const float* step() const { return static_cast<const float*>(address(3 + kStates)); }
   FUSED_SAM_HD uint32_t first_unit() const { return first_unit_; }
   FUSED_SAM_HD uint32_t tail() const { return (packed_ & 0x3fff) + 1; }  // elements of the last unit
@@ -231,6 +233,13 @@ int shift_of(const std::vector<Tensor>& tensors, const Takes& takes) {
   for (const Tensor& t : tensors) elements += takes(t) ? t.numel : 0;
   return shift_for(elements);
 }
+
+inline bool has_grad(const Tensor& t) {
+  return t.grad != nullptr;
+}
+
+// As many blocks as all launches of a norm can have: each run of tensors leaves less than one of them without work.
+int64_t most_norm_blocks(const std::vector<Tensor>& tensors);
 
 // Throws std::out_of_range for what entries cannot hold: addresses of more than 48 bits, and too many elements.
 void require_representable(const std::vector<Tensor>& tensors);

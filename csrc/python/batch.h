@@ -28,7 +28,7 @@ class Batch {
   // to be used.
   // `device_type` and `device_index` say where the tensors are, as in `Device`.
   // `states` holds at most kStates lists; `masters` the fp32 copies of 16-bit parameters, or None. Throws ValueError
-  // unless all lists have the length of `params`. `for_cuda`: the CUDA kernels take it, on CPU tensors on the host.
+  // unless all lists have the length of `params`. `for_cuda`: the CUDA kernels take it.
   Batch(const pybind11::list& params, const pybind11::object& grads, const pybind11::object& backups,
         const pybind11::tuple& states, const pybind11::object& masters, int device_type, int device_index,
         bool for_cuda);

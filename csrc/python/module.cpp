@@ -86,5 +86,4 @@ PYBIND11_MODULE(_native, m) {
   cuda.def("driver_why_not", &cuda::driver_why_not);
   cuda.def("architecture_why_not", &cuda::architecture_why_not);
   cuda.def("units", &units);
-  cuda.def("fail_on_host", &cuda::fail_on_host);
 }

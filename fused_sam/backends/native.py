@@ -75,7 +75,7 @@ def batch(
 class Batch:
     """The ops, by the kernels of the CPU or, ``for_cuda``, on the current stream of the tensors' device.
 
-    Nothing waits for a device. The CUDA kernels take CPU tensors too, on the host: the tests run them so.
+    Nothing waits for a device. The CUDA kernels take CPU tensors on the emulator of the tests alone.
     """
 
     joins_update = True

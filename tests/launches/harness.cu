@@ -20,7 +20,7 @@ void require(bool condition, const char* promise) {
 std::string error_of(const Target& target, const WorkList<AscentTerms>& list) {
   static const char kernel = 0;
   try {
-    device::launch(&kernel, target, list, PerturbTerms{2.0, nullptr}, "perturb");
+    launch(&kernel, target, list, PerturbTerms{2.0, nullptr}, "perturb");
   } catch (const std::runtime_error& error) {
     return error.what();
   }

@@ -1,8 +1,8 @@
 """Builds the emulator, and links the native core to it in the place of the CUDA runtime.
 
-The core is made of the very objects of the installed library, but that ptx/host_ops.cpp stands for
-csrc/cuda/on_host.cpp: CUDA code is in them as PTX, too, which the emulator runs. Where the install has been made for
-another architecture, or before the sources were changed, CMake builds the core in a folder of its own.
+The core is made of the very objects of the installed library: CUDA code is in them as PTX, too, which the emulator
+runs. Where the install has been made for another architecture, or before the sources were changed, CMake builds the
+core in a folder of its own.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def why_not(with_nvcc: bool = True) -> str | None:
 def emulator() -> Path:
     """Build the emulator and return its library."""
     with _alone("emulator"):
-        sources = [path for path in sorted(HERE.glob("*.cpp")) if path.name != "host_ops.cpp"]
-        headers = _digest(HERE.glob("*.h"))
+        headers, sources = _digest(HERE.glob("*.h")), sorted(HERE.glob("*.cpp"))
         jobs = [(f"g++ {OWN_FLAGS} -c {path}", path, BUILD / "emulator" / f"{path.stem}.o") for path in sources]
         objects = _compile(jobs, headers)
         return _link(EMULATOR, objects, [])
@@ -53,13 +52,9 @@ def native(architecture: int) -> Path:
     library = emulator()
     folder = BUILD / f"sm_{architecture}"
     with _alone(folder.name):
-        source, target = HERE / "host_ops.cpp", folder / "host_ops.o"
-        headers = _digest((ROOT / "csrc").rglob("*.h"))
-        objects = _compile([(f"g++ {OWN_FLAGS} -fvisibility=hidden -c {source}", source, target)], headers)
         core = INSTALLED if _is_installed_for(architecture) else _build_core(folder / "cmake", architecture)
-        others = "on_host.cpp.o", "access.cpp.o"  # the latter is a library of its own
-        kept = [path for path in core.glob("CMakeFiles/*.dir/**/*.o") if path.name not in others]
-        objects += map(str, sorted(kept))
+        found = sorted(core.glob("CMakeFiles/*.dir/**/*.o"))
+        objects = [str(path) for path in found if path.name != "access.cpp.o"]  # a library of its own
         beside = [str(library), "-Wl,-rpath,$ORIGIN/..", "-Wl,-z,now", "-ldl"]
         return _link(folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", objects, beside)
 
@@ -106,6 +101,7 @@ def _compile(jobs: list[tuple[str, Path, Path]], headers: str) -> list[str]:
 
 def _link(library: Path, objects: list[str], more: list[str]) -> Path:
     aside = library.with_suffix(".part")
+    library.parent.mkdir(exist_ok=True)
     if not library.exists() or any(Path(o).stat().st_mtime > library.stat().st_mtime for o in objects):
         _run(["g++", "-shared", "-o", str(aside), *objects, *more])
         os.replace(aside, library)

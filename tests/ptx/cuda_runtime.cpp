@@ -133,8 +133,9 @@ const char* cudaGetErrorString(int error) {
 const char* cudaGetErrorName(int error) {
   return error == kIllegalAddress ? "cudaErrorIllegalAddress" : "cudaErrorLaunchFailure";
 }
+// -1 is that of CPU tensors, which a driver would refuse.
 int cudaSetDevice(int device) {
-  return device == 0 ? kSuccess : keep(kInvalidDevice);
+  return device <= 0 ? kSuccess : keep(kInvalidDevice);
 }
 int cudaGetDeviceCount(int* count) {
   *count = 1;

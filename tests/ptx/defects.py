@@ -64,11 +64,11 @@ def differences() -> list[str]:
         triton_driver.install(EMULATOR, int(TRITON))
         bounds.watch_triton(EMULATOR)
     else:
-        from interpreted import BACKEND
+        from ptx.backend import BACKEND
 
         bounds.watch_native(EMULATOR)
         backends.REGISTRY = (*backends.REGISTRY, BACKEND)
-    tested = "triton" if TRITON else "interpreted"
+    tested = "triton" if TRITON else "emulated"
     sizes = [20011, 33, 0, 300, 4097, 16384]
     results: dict[str, dict[str, Any]] = {"native": {}, tested: {}}
     for backend, found in results.items():

@@ -30,6 +30,7 @@ class Emulator:
         library.emulator_load.restype = ctypes.c_void_p
         library.emulator_replay.restype = library.emulator_launch.restype = ctypes.c_bool
         library.emulator_capture.argtypes = library.emulator_replay.argtypes = [ctypes.c_bool]
+        library.emulator_fail_after.argtypes = [ctypes.c_int64]
         library.emulator_register.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
         library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, *[ctypes.c_bool] * 3]
         library.emulator_parameters.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32]
@@ -65,6 +66,10 @@ class Emulator:
     def replay(self, together: bool = False) -> None:
         """Run what was kept: one by one, or side by side as on streams of their own."""
         assert self.library.emulator_replay(together)
+
+    def fail_after(self, good: int) -> None:
+        """Have the launch fail that comes after so many; with a negative number none."""
+        self.library.emulator_fail_after(good)
 
     def take_reports(self) -> list[str]:
         """Return what was wrong since it was last asked."""

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import HYPER, Lists, ascent_groups, scalar, sgd_groups, snapshot
+from helpers import HYPER, Lists, ascent_groups, bits, scalar, sgd_groups, snapshot
 from ptx.plugin import EMULATOR
 
 from fused_sam import ops
+from fused_sam.backends import native
 
 SIZES = [20011, 33, 0, 300, 4097]  # of several blocks
 
@@ -30,7 +31,7 @@ PARAMS = [torch.ones(n) for n in SIZES]
 
 
 def norm_of(grads: list[torch.Tensor], p: float) -> torch.Tensor:
-    return ops.norm(PARAMS, grads, ascent_groups(len(grads)), backend="interpreted", p=p)
+    return ops.norm(PARAMS, grads, ascent_groups(len(grads)), backend="emulated", p=p)
 
 
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0], ids=str)
@@ -64,7 +65,7 @@ def test_every_driver_gets_launches_that_it_takes(driver: int) -> None:
     """One before CUDA 12.1 takes 4 KB of parameters, so the same list in more launches."""
     EMULATOR.library.emulator_set_driver(driver)
     sizes, results = [k % 5 for k in range(1500)] + SIZES, []
-    for backend in ("native", "interpreted"):
+    for backend in ("native", "emulated"):
         torch.manual_seed(0)
         lists = Lists(sizes, torch.float32, "cpu")
         groups = ascent_groups(len(sizes))
@@ -78,10 +79,41 @@ def test_every_driver_gets_launches_that_it_takes(driver: int) -> None:
 @pytest.mark.parametrize("quantum", [3, 100])
 def test_updates_have_the_same_bits_however_threads_are_preempted(quantum: int) -> None:
     results = []
-    for backend in ("native", "interpreted"):
+    for backend in ("native", "emulated"):
         EMULATOR.configure(seed=quantum, quantum=quantum, resident=5)
         torch.manual_seed(0)
         lists = Lists([257, 33, 1025], torch.bfloat16, "cpu")
         lists.update(sgd_groups(3, **HYPER, dampening=0.3), backend=backend)
         results.append([snapshot(lists.params), snapshot(lists.momentum)])
     assert results[0] == results[1]
+
+
+class Stream:
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+
+
+def test_backups_are_kept_for_the_stream_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else memory would go back to the stream of the ascent while that of the update reads it."""
+    recorded: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda x, stream: recorded.append((x.data_ptr(), stream.cuda_stream)),
+        raising=False,
+    )
+    streams = iter([Stream(7), Stream(7), Stream(8)])
+    monkeypatch.setattr(native, "current_stream", lambda device: next(streams))
+    monkeypatch.setattr(native, "is_on_host", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    params = [torch.randn(n) for n in (5, 3000)]
+    before = bits(params[0]), bits(params[1])
+    grads = [torch.randn_like(p) for p in params]
+    ascent = native.Batch(True, params, grads, None)
+    ascent.make_backups(owned=False)
+    ascent.perturb(torch.tensor(2.0, dtype=torch.float64), [native.AscentGroup(2, 0.3, False)], 2.0, [])
+    assert recorded == []
+    ascent.restore()
+    assert sorted(recorded) == sorted((memory.data_ptr(), 8) for memory in ascent.core.memory)
+    assert recorded != []
+    assert (bits(params[0]), bits(params[1])) == before

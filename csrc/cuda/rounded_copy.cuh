@@ -1,7 +1,7 @@
 // Where weights go: copies, and the rounded 16-bit weights of fp32 masters.
 #pragma once
 
-#include "vector.h"
+#include "vector.cuh"
 
 namespace fused_sam::cuda {
 
@@ -15,11 +15,11 @@ struct Copy {
   template <int V>
   using Regs = Pack<F, V>;
   template <int V>
-  FUSED_SAM_HD Pack<F, V> load(int i) const {
+  __device__ __forceinline__ Pack<F, V> load(int i) const {
     return cuda::load<V>(from + i);
   }
   template <int V>
-  FUSED_SAM_HD void finish(int i, const Pack<F, V>& pack) const {
+  __device__ __forceinline__ void finish(int i, const Pack<F, V>& pack) const {
     if constexpr (std::is_same<T, F>::value) {
       cuda::store<V>(to + i, pack);
     } else {
@@ -31,7 +31,7 @@ struct Copy {
 };
 
 template <class T, class F>
-FUSED_SAM_HD void copy(T* to, const F* from, int count, int lane) {
+__device__ __forceinline__ void copy(T* to, const F* from, int count, int lane) {
   constexpr int V = pack_width<T, F>();
   walk(path_of<V>(count, to, from), Copy<T, F>{to, from}, lane);
 }
@@ -43,16 +43,17 @@ class RoundedCopy {
   using Type = M;
 
   template <class E>
-  FUSED_SAM_HD explicit RoundedCopy(const Unit<E>& u) : rounded_(static_cast<M*>(u.entry->rounded()) + u.begin) {}
+  __device__ __forceinline__ explicit RoundedCopy(const Unit<E>& u)
+      : rounded_(static_cast<M*>(u.entry->rounded()) + u.begin) {}
 
   template <int V>
-  FUSED_SAM_HD void store(int i, const Pack<P, V>& weights) const {
+  __device__ __forceinline__ void store(int i, const Pack<P, V>& weights) const {
     Copy<M, P>{rounded_, nullptr}.template finish<V>(i, weights);
   }
   // The master copy is w already.
-  FUSED_SAM_HD void restore(P* w, const P*, int count, int lane) const { copy(rounded_, w, count, lane); }
+  __device__ __forceinline__ void restore(P* w, const P*, int count, int lane) const { copy(rounded_, w, count, lane); }
   // What must be aligned as w is.
-  FUSED_SAM_HD const M* or_else(const P*) const { return rounded_; }
+  __device__ __forceinline__ const M* or_else(const P*) const { return rounded_; }
 
  private:
   M* rounded_;
@@ -64,14 +65,14 @@ class RoundedCopy<P, NoRounded> {
   using Type = NoRounded;
 
   template <class E>
-  FUSED_SAM_HD explicit RoundedCopy(const Unit<E>&) {}
+  __device__ __forceinline__ explicit RoundedCopy(const Unit<E>&) {}
 
   template <int V>
-  FUSED_SAM_HD void store(int, const Pack<P, V>&) const {}
-  FUSED_SAM_HD void restore(P* w, const P* source, int count, int lane) const {
+  __device__ __forceinline__ void store(int, const Pack<P, V>&) const {}
+  __device__ __forceinline__ void restore(P* w, const P* source, int count, int lane) const {
     if (source != w) copy(w, source, count, lane);
   }
-  FUSED_SAM_HD const P* or_else(const P* w) const { return w; }
+  __device__ __forceinline__ const P* or_else(const P* w) const { return w; }
 };
 
 }  // namespace fused_sam::cuda

@@ -1,21 +1,11 @@
 // One lane of a warp: its scalar arithmetic, and its loads and stores of up to 16 bytes.
 #pragma once
 
-#include <string.h>
-
-#include <cmath>
+#include <type_traits>
 
 #include "../arithmetic.h"
 #include "../powers.h"
 #include "work_list.h"
-
-#if defined(__CUDA_ARCH__)
-#define FUSED_SAM_UNROLL _Pragma("unroll")
-#define FUSED_SAM_ROLLED _Pragma("unroll 1")
-#else
-#define FUSED_SAM_UNROLL
-#define FUSED_SAM_ROLLED
-#endif
 
 namespace fused_sam::cuda {
 
@@ -25,51 +15,51 @@ template <class S>
 struct Lane {
   using Scalar = S;
   S v;
-  static FUSED_SAM_HD Lane set(S x) { return {x}; }
+  static __device__ __forceinline__ Lane set(S x) { return {x}; }
 };
 
 template <class S>
-FUSED_SAM_HD Lane<S> mul(Lane<S> a, Lane<S> b) {
+__device__ __forceinline__ Lane<S> mul(Lane<S> a, Lane<S> b) {
   return {a.v * b.v};
 }
 template <class S>
-FUSED_SAM_HD Lane<S> add(Lane<S> a, Lane<S> b) {
+__device__ __forceinline__ Lane<S> add(Lane<S> a, Lane<S> b) {
   return {a.v + b.v};
 }
-FUSED_SAM_HD Lane<float> magnitude(Lane<float> a) {
+__device__ __forceinline__ Lane<float> magnitude(Lane<float> a) {
   return {::fabsf(a.v)};
 }
-FUSED_SAM_HD Lane<double> magnitude(Lane<double> a) {
+__device__ __forceinline__ Lane<double> magnitude(Lane<double> a) {
   return {::fabs(a.v)};
 }
 template <class S>
-FUSED_SAM_HD Lane<S> with_sign(Lane<S> a, Lane<S> x) {
+__device__ __forceinline__ Lane<S> with_sign(Lane<S> a, Lane<S> x) {
   return {x.v > 0 ? a.v : x.v < 0 ? 0 - a.v : 0};
 }
-FUSED_SAM_HD Lane<float> fma(Lane<float> a, Lane<float> b, Lane<float> c) {
+__device__ __forceinline__ Lane<float> fma(Lane<float> a, Lane<float> b, Lane<float> c) {
   return {::fmaf(a.v, b.v, c.v)};
 }
-FUSED_SAM_HD Lane<double> fma(Lane<double> a, Lane<double> b, Lane<double> c) {
+__device__ __forceinline__ Lane<double> fma(Lane<double> a, Lane<double> b, Lane<double> c) {
   return {::fma(a.v, b.v, c.v)};
 }
 
 template <class S>
-FUSED_SAM_HD Lane<S> sub(Lane<S> a, Lane<S> b) {
+__device__ __forceinline__ Lane<S> sub(Lane<S> a, Lane<S> b) {
   return {a.v - b.v};
 }
 template <class S>
-FUSED_SAM_HD Lane<S> div(Lane<S> a, Lane<S> b) {
+__device__ __forceinline__ Lane<S> div(Lane<S> a, Lane<S> b) {
   return {a.v / b.v};
 }
-FUSED_SAM_HD Lane<float> root(Lane<float> a) {
+__device__ __forceinline__ Lane<float> root(Lane<float> a) {
   return {::sqrtf(a.v)};
 }
-FUSED_SAM_HD Lane<double> root(Lane<double> a) {
+__device__ __forceinline__ Lane<double> root(Lane<double> a) {
   return {::sqrt(a.v)};
 }
 // NaN where either is.
 template <class S>
-FUSED_SAM_HD Lane<S> larger(Lane<S> a, Lane<S> b) {
+__device__ __forceinline__ Lane<S> larger(Lane<S> a, Lane<S> b) {
   return {a.v != a.v || a.v > b.v ? a.v : b.v};
 }
 
@@ -80,19 +70,13 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 template <int V, class T>
-FUSED_SAM_HD Pack<T, V> load(const T* p) {
-#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ Pack<T, V> load(const T* p) {
   return *reinterpret_cast<const Pack<T, V>*>(p);
-#else
-  Pack<T, V> pack;
-  memcpy(&pack, p, sizeof(pack));
-  return pack;
-#endif
 }
 
 // The same, one by one where memory is not aligned.
 template <int V, bool kAligned, class T>
-FUSED_SAM_HD Pack<T, V> load_as(const T* p) {
+__device__ __forceinline__ Pack<T, V> load_as(const T* p) {
   Pack<T, V> pack;
   if constexpr (kAligned) {
     pack = load<V>(p);
@@ -103,30 +87,26 @@ FUSED_SAM_HD Pack<T, V> load_as(const T* p) {
 }
 
 template <int V, class T>
-FUSED_SAM_HD void store(T* p, const Pack<T, V>& pack) {
-#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
-#else
-  memcpy(p, &pack, sizeof(pack));
-#endif
 }
 
 // Elements per access: 16 bytes of the widest of the types.
 template <class... T>
-FUSED_SAM_HD constexpr int pack_width() {
+constexpr int pack_width() {
   size_t widest = 1;
   ((widest = sizeof(T) > widest ? sizeof(T) : widest), ...);
   return static_cast<int>(16 / widest);
 }
 
 template <int V, class T>
-FUSED_SAM_HD int misalignment(const T* p) {
+__device__ __forceinline__ int misalignment(const T* p) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % V);
 }
 
 // How many elements come before the first at which all pointers are aligned for packs of V; `count` if none is.
 template <int V, class T, class... Others>
-FUSED_SAM_HD int head_of(int count, const T* p, const Others*... others) {
+__device__ __forceinline__ int head_of(int count, const T* p, const Others*... others) {
   const int first = misalignment<V>(p);
   const bool alike = ((misalignment<V>(others) == first) && ...);
   const int head = (V - first) % V;
@@ -136,15 +116,15 @@ FUSED_SAM_HD int head_of(int count, const T* p, const Others*... others) {
 // For this lane's share of n packs of V elements calls op.load<V>(i) and then op.finish<V>(i, ...), where i = first(k)
 // is the place of the k-th pack. kUnroll packs are in flight before the first is used.
 template <int V, int kUnroll, class Op, class First>
-FUSED_SAM_HD void in_batches(const Op& op, int n, int lane, const First& first) {
-  FUSED_SAM_ROLLED
+__device__ __forceinline__ void in_batches(const Op& op, int n, int lane, const First& first) {
+#pragma unroll 1
   for (int j = lane; j < n; j += kWarp * kUnroll) {
     typename Op::template Regs<V> regs[kUnroll];
-    FUSED_SAM_UNROLL
+#pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       if (j + k * kWarp < n) regs[k] = op.template load<V>(first(j + k * kWarp));
     }
-    FUSED_SAM_UNROLL
+#pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       if (j + k * kWarp < n) op.template finish<V>(first(j + k * kWarp), regs[k]);
     }
@@ -156,15 +136,15 @@ template <int V>
 struct Path {
   int count, head;
 
-  FUSED_SAM_HD int packs() const { return (count - head) / V; }
+  __device__ __forceinline__ int packs() const { return (count - head) / V; }
 
   template <class Op, int kUnroll = Op::kUnroll>
-  FUSED_SAM_HD void walk_packs(const Op& op, int lane) const {
+  __device__ __forceinline__ void walk_packs(const Op& op, int lane) const {
     const int begin = head;
     in_batches<V, kUnroll>(op, packs(), lane, [begin](int k) { return begin + k * V; });
   }
   template <class Op>
-  FUSED_SAM_HD void walk_singles(const Op& op, int lane) const {
+  __device__ __forceinline__ void walk_singles(const Op& op, int lane) const {
     constexpr int kSingles = 4;
     const int before = head, packed = packs() * V;
     in_batches<1, kSingles>(op, count - packed, lane, [before, packed](int k) { return k < before ? k : k + packed; });
@@ -173,19 +153,19 @@ struct Path {
 
 // The path on which packs are aligned in all memory, or where there is none, all elements one by one.
 template <int V, class... T>
-FUSED_SAM_HD Path<V> path_of(int count, const T*... memory) {
+__device__ __forceinline__ Path<V> path_of(int count, const T*... memory) {
   return {count, head_of<V>(count, memory...)};
 }
 
 template <int V, class Op>
-FUSED_SAM_HD void walk(const Path<V>& path, const Op& op, int lane) {
+__device__ __forceinline__ void walk(const Path<V>& path, const Op& op, int lane) {
   path.walk_singles(op, lane);
   path.walk_packs(op, lane);
 }
 
 // Calls f with `flag`, as a constant if kConstant: f is compiled for both then, and neither tests the flag again.
 template <bool kConstant, class F>
-FUSED_SAM_HD void settle(bool flag, const F& f) {
+__device__ __forceinline__ void settle(bool flag, const F& f) {
   if constexpr (!kConstant) {
     f(flag);
   } else if (flag) {

@@ -1,4 +1,5 @@
-// Between the entry points (launch.h) and the two ways to run a launch: on a device (*.cu), or on the host.
+// The launches that the entry points (launch.h) are made of, each of one work list; where their kernels are, in the
+// *.cu files.
 #pragma once
 
 #include "launch.h"
@@ -31,30 +32,16 @@ struct UpdateTerms {
 // All that `restore_accumulate` is told is in the groups.
 struct AccumulateUnits {};
 
-// Lanes of a full tree: lane k takes in lane k + half, for every half. Shuffles on the device do the same additions.
-FUSED_SAM_HD double add_pairwise(double* lanes, int count) {
-  for (int half = count / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  }
-  return lanes[0];
-}
+// Bytes of entries and groups in a launch.
+size_t launch_capacity();
 
-template <class Group, class Terms>
-using Launch = void (*)(const Target&, const WorkList<Group>&, const Terms&);
-
-// The ops of one way to run them.
-struct Ops {
-  size_t (*capacity)();  // bytes of entries and groups in a launch
-  Launch<AscentTerms, NormTerms> norm, peak, powers;
-  void (*clear)(const Target&, Norm* out);
-  Launch<AscentTerms, PerturbTerms> perturb;
-  Launch<AccumulateTerms, AccumulateUnits> accumulate;
-  Launch<SgdTerms, UpdateTerms> sgd_update;
-  Launch<AdamTerms, UpdateTerms> adam_update;
-};
-
-// Throws std::runtime_error in builds without CUDA.
-const Ops& device_ops();
-const Ops& host_ops();
+void launch_norm(const Target&, const WorkList<AscentTerms>&, const NormTerms&);
+void launch_peak(const Target&, const WorkList<AscentTerms>&, const NormTerms&);
+void launch_powers(const Target&, const WorkList<AscentTerms>&, const NormTerms&);
+void clear_norm(const Target&, Norm* out);
+void launch_perturb(const Target&, const WorkList<AscentTerms>&, const PerturbTerms&);
+void launch_accumulate(const Target&, const WorkList<AccumulateTerms>&, const AccumulateUnits&);
+void launch_sgd(const Target&, const WorkList<SgdTerms>&, const UpdateTerms&);
+void launch_adam(const Target&, const WorkList<AdamTerms>&, const UpdateTerms&);
 
 }  // namespace fused_sam::cuda

@@ -1,8 +1,4 @@
-"""The CUDA kernels as a backend for CPU tensors: the functions that CUDA threads call, called lane by lane.
-
-Everything but the launch itself is what a GPU runs: the cutting of tensor lists into launches, units and packs, the
-arithmetic, the order of the sums.
-"""
+"""The CUDA kernels as a backend for CPU tensors, in a process whose core is that on the emulator."""
 
 from __future__ import annotations
 
@@ -24,11 +20,11 @@ NEEDS_DENSE = native.NEEDS_DENSE
 BASE_STEPS = native.BASE_STEPS
 TAKES_MASTERS = native.TAKES_MASTERS
 TAKES_POWERS = native.TAKES_POWERS
-BACKEND = Candidate("interpreted", "interpreted", "nothing: it is for the tests only")
+BACKEND = Candidate("emulated", "ptx.backend", "nothing: it is for the tests only")
 
 
 def why_not(device_type: str) -> str | None:
-    return None if device_type == "cpu" else "the interpreter is for CPU tensors"
+    return None if device_type == "cpu" else "the emulator is for CPU tensors"
 
 
 def batch(
