@@ -72,6 +72,11 @@ EXPERIMENTS = {
         {"SGD, 40% label noise": 1, "SAM rho=0.3, 40% label noise": 2},
         "| 0 (SGD) |",
     ),
+    "second_dataset": (
+        ["--noise-rates", "0.4"],
+        {"SGD": 1, "SGD, 2x epochs": 2, "SAM": 2},
+        "| 40% label noise | SGD, 2x epochs | 2 |",
+    ),
     "spectra": (
         ["--measurements", "1", "--examples", "2", "--lanczos-steps", "4"],
         {"SGD": 1, "SAM": 2},

@@ -50,7 +50,7 @@ def parser(name: str, description: str, add_own: Adder | None, own: Mapping[str,
     if add_own is not None:
         add_own(made.add_argument_group("this experiment"))
     values = {"test_size": 0, "rho": RHO} | SMALL | dict(own)
-    _add_task(_layered(made.add_argument_group("data and model"), values))
+    _add_task(_layered(made.add_argument_group("data and model"), values), values["dataset"])
     _add_training(_layered(made.add_argument_group("training"), values))
     _add_machine(made.add_argument_group("machine and files"))
     return made
@@ -68,8 +68,8 @@ def _layered(group: argparse._ArgumentGroup, values: Mapping[str, Any]) -> Calla
     return add
 
 
-def _add_task(add: Callable[..., Any]) -> None:
-    add("--dataset", choices=tuple(DATASETS), default=SMALL["dataset"], help="of images")
+def _add_task(add: Callable[..., Any], dataset: str) -> None:
+    add("--dataset", choices=tuple(DATASETS), default=dataset, help="of images")
     add("--data-dir", type=Path, help="folder of its files: idx files, or what torchvision unpacks for CIFAR")
     add("--train-size", type=int, metavar="N", help="training images, drawn by the seed")
     add("--test-size", type=int, metavar="N", help="test images, always the same; 0 for all")

@@ -138,12 +138,12 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
         lines.append(line)
     differences = ["SAM minus SGD"]
     for rate in rates:
-        gained = _gained(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
+        gained = gained(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
         differences += [str(summary.interval(gained)) if gained else "", *[""] * bool(published)]
     return summary.table(heads, [*lines, differences])
 
 
-def _gained(sgd: Sequence[Row], sam: Sequence[Row]) -> list[float]:
+def gained(sgd: Sequence[Row], sam: Sequence[Row]) -> list[float]:
     """Return points of accuracy for each seed that both have: images, noise and first weights are the same."""
     errors = {row["seed"]: row["test_error"] for row in sgd}
     return [errors[row["seed"]] - row["test_error"] for row in sam if row["seed"] in errors]
