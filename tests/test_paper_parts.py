@@ -62,6 +62,38 @@ def test_passes_are_counted_as_they_are_made(changes, passes):
     assert examples == pytest.approx(forward * 96)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.4])
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
+def test_weight_decay_in_the_loss_is_in_every_gradient_and_what_is_clipped(optimizer, micro_batch, clip):
+    torch.manual_seed(4)
+    model = nn.Linear(5, 3).double()
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
+    old, decay, rho, lr = torch.cat([p.detach().flatten() for p in model.parameters()]), 0.7, 0.3, 0.2
+
+    def gradient(w, part):
+        w = w.clone().requires_grad_()
+        loss = F.cross_entropy(F.linear(x[part], w[:15].view(3, 5), w[15:]), y[part]) + decay / 2 * (w @ w)
+        return torch.autograd.grad(loss, w)[0]
+
+    seconds = []
+    for part in [slice(0, 8)] if micro_batch is None else [slice(0, 4), slice(4, 8)]:
+        first = gradient(old, part)
+        seconds.append(gradient(old + rho * first / first.norm(), part) if optimizer == "sam" else first)
+    expected = torch.stack(seconds).mean(dim=0)
+    if clip:
+        assert expected.norm() > 2 * clip
+        expected *= clip / expected.norm()
+    values = {"lr": lr, "weight_decay": decay, "nesterov": True, "momentum": 0.6, "batch_size": 8}
+    values |= {"optimizer": optimizer, "micro_batch": micro_batch, "clip": clip, "decay_in_loss": True}
+    stepper = methods.make(model, replace(CONFIG, **values, options={"rho": rho} if optimizer == "sam" else {}))
+    loss, _ = stepper.step(lambda images, labels: F.cross_entropy(model(images), labels), x, y)
+    new = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(new, old - lr * 1.6 * expected, rtol=0, atol=5e-6 if clip else 1e-12)
+    at_w = F.cross_entropy(F.linear(x, old[:15].view(3, 5), old[15:]), y)
+    torch.testing.assert_close(loss, at_w)
+
+
 def test_cosine_is_that_of_the_whole_gradient():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
@@ -90,10 +122,19 @@ def test_cosine_is_that_of_the_whole_gradient():
 
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 0}, {"noise_rate": 1.0}, {"ascent": 0.0}, {"micro_batch": 33}, {"noise": "pink"}, {"mixup": -1.0}],
+    [
+        {"epochs": 0},
+        {"noise_rate": 1.0},
+        {"ascent": 0.0},
+        {"micro_batch": 33},
+        {"micro_batch": 4, "ascent": 0.5},
+        {"noise": "pink"},
+        {"mixup": -1.0},
+        {"clip": -1.0},
+    ],
 )
 def test_a_configuration_that_cannot_be_is_refused(change):
-    ((name, _),) = change.items()
+    name = next(iter(change))
     with pytest.raises(ValueError, match=f"Invalid {name}="):
         replace(CONFIG, **change)
 
@@ -227,6 +268,25 @@ def test_mixup_is_the_same_combination_of_images_and_labels():
         others = targets[place].nonzero().squeeze(1)
         partner = int(next((o for o in others if o != place), torch.tensor(place)))
         torch.testing.assert_close(mixed[place], share * images[place] + (1 - share) * images[partner])
+
+
+def test_crops_see_the_mirror_of_the_image_beyond_its_border():
+    pixels = torch.arange(2 * 3 * 6 * 5, dtype=torch.uint8).reshape(2, 3, 6, 5)
+    given = {"shift": 3, "flip": False, "seed": 3, "device": torch.device("cpu")}
+    images = data.Images(pixels, torch.arange(2))
+    mirrored, black = (data.Batches(images, 2, **given, reflect=reflect) for reflect in (True, False))
+    padded = F.pad(pixels.double(), (3, 3, 3, 3), mode="reflect")
+    seen = set()
+    for epoch in range(30):
+        crops, labels = next(mirrored.epoch(epoch))
+        crops = ((crops.double() * mirrored.std + mirrored.mean) * 255).round()
+        for crop, label in zip(crops, labels.tolist(), strict=True):
+            windows = padded[label].unfold(1, 6, 1).unfold(2, 5, 1).movedim(0, 2)  # [7, 7, 3, 6, 5]
+            ((top, left),) = (windows == crop).flatten(2).all(dim=2).nonzero().tolist()
+            seen |= {("top", top), ("left", left)}
+        unpadded = next(black.epoch(epoch))
+        assert torch.equal(unpadded[1], labels)  # one order, whatever the border
+    assert len(seen) == 14
 
 
 def test_cutout_covers_one_square_around_a_pixel():

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.paper import figures, flags, models, runner, summary, tables, training
+from bench.paper import figures, flags, runner, summary, tables, training
 from bench.paper.config import Config
 from bench.paper.data import Split, split
 from bench.paper.runner import Experiment, Named
@@ -99,9 +99,7 @@ def _pretrained(config: Config, context: training.Context) -> dict[str, Tensor]:
 
 def with_new_head(config: Config, images: Split, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights, with those of the last layer random where it has another number of classes."""
-    torch.manual_seed(config.seed)
-    channels, size = data.channelled(images.train.images[:1]).shape[1:3]
-    fresh = models.make(config.model, channels=channels, classes=images.classes, size=size).state_dict()
+    fresh = training.new_model(config, images).state_dict()
     head = list(fresh)[-1].rpartition(".")[0]
     wrong = [n for n in fresh.keys() | weights.keys() if n not in fresh or n not in weights]
     wrong += [n for n in fresh if n in weights and fresh[n].shape != weights[n].shape and not n.startswith(f"{head}.")]

@@ -1,8 +1,7 @@
 """A second data set: SAM against SGD of one and of two times its epochs, with clean and with wrong labels.
 
-By default scikit-learn's digits, which need no download: 1,797 images of 8x8 pixels (Alpaydin and Kaynak, 1998), enlarged
-to 28x28, of which 359 are the test set. Radii are the paper's, 0.05 and with wrong labels 0.1; none is chosen by the
-images that are tested on.
+By default scikit-learn's digits, which need no download: 1,797 images of 8x8 pixels, enlarged to 28x28, 359 of them for
+the test. Radii are the paper's, 0.05 and with wrong labels 0.1; none is chosen by the images that are tested on.
 """
 
 from __future__ import annotations

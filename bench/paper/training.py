@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench.paper import methods, models
@@ -22,6 +22,14 @@ from bench.training.run import cosine, mean_of_finite
 CHECKPOINT_SECONDS = 60.0
 COUNTS = ("epoch", "seconds", "passes", "history")
 Observer = Callable[["Training"], Row]
+
+
+def new_model(config: Config, images: Split) -> nn.Module:
+    """Return a run's network with its first weights, which follow from the seed."""
+    torch.manual_seed(config.seed)
+    channels, size = data.channelled(images.train.images[:1]).shape[1:3]
+    details = models.Details(*(getattr(config, name) for name in models.Details._fields))
+    return models.make(config.model, channels=channels, classes=images.classes, size=size, details=details)
 
 
 class Training:
@@ -49,11 +57,10 @@ class Training:
             flip=images.flip,
             seed=config.seed,
             device=self.device,
+            reflect=config.reflect,
             augmentation=augmentation(config.augment, images.train.images.shape[-1]),
         )
-        torch.manual_seed(config.seed)
-        channels, size = data.channelled(images.train.images[:1]).shape[1:3]
-        model = models.make(config.model, channels=channels, classes=images.classes, size=size)
+        model = new_model(config, images)
         if weights is not None:
             model.load_state_dict(weights)
         self.model = model.to(self.device, memory_format=torch.channels_last)
