@@ -291,7 +291,7 @@ def test_crops_see_the_mirror_of_the_image_beyond_its_border():
 
 def test_cutout_covers_one_square_around_a_pixel():
     ones = torch.ones(400, 2, 28, 28)
-    _, cutout = paper_data.augmentation("cutout", 28)
+    _, cutout = paper_data.augmentation("cutout", 28, "digits")
     holes = cutout(ones, torch.Generator().manual_seed(4)) == 0
     rows, columns = holes[:, 0].any(dim=2), holes[:, 0].any(dim=1)
     assert torch.equal(holes, (rows[:, None, :, None] & columns[:, None, None, :]).expand_as(holes))
@@ -303,14 +303,14 @@ def test_cutout_covers_one_square_around_a_pixel():
 
 
 @with_torchvision
-@pytest.mark.parametrize("channels", [1, 3])
-def test_autoaugment_follows_from_the_generator_alone(channels):
+@pytest.mark.parametrize(("channels", "dataset"), [(1, "fashion-mnist"), (3, "svhn")])
+def test_autoaugment_follows_from_the_generator_alone(channels, dataset):
     images = torch.randint(256, (24, channels, 32, 32), dtype=torch.uint8)
     changed = []
     for number, seed in enumerate((1, 1, 2)):
         torch.manual_seed(number)
         before = torch.get_rng_state()
-        changed.append(paper_data.autoaugment()(images, torch.Generator().manual_seed(seed)))
+        changed.append(paper_data.autoaugment(dataset)(images, torch.Generator().manual_seed(seed)))
         assert torch.equal(torch.get_rng_state(), before)
     first, again, other = changed
     assert torch.equal(first, again)
@@ -364,3 +364,38 @@ def test_cifar(tmp_path, monkeypatch, name, classes, files):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(FileNotFoundError, match="with the published files in"):
         paper_data.load(name, tmp_path)
+
+
+def test_only_svhn_has_a_policy_without_crops_and_flips():
+    def moves(dataset, augment):
+        return paper_data.moves(replace(CONFIG, dataset=dataset, augment=augment))
+
+    assert [moves("svhn", augment) for augment in paper_data.AUGMENTATIONS] == [False, True, True, False]
+    assert [moves("cifar10", augment) for augment in paper_data.AUGMENTATIONS] == [False, True, True, True]
+
+
+@with_torchvision
+def test_svhn_trains_on_both_published_parts(tmp_path, monkeypatch):
+    import torchvision
+    from scipy.io import savemat
+
+    reader, found = torchvision.datasets.SVHN, {}
+    pixels = torch.Generator().manual_seed(6)
+    for part, count in (("train", 5), ("extra", 7), ("test", 11)):
+        images = torch.randint(256, (32, 32, 3, count), generator=pixels, dtype=torch.uint8).numpy()  # as published
+        found[part] = images, [[1 + i % 10] for i in range(count)]  # the digit 0 has the label 10
+        path = tmp_path / reader.split_list[part][1]
+        savemat(path, {"X": images, "y": found[part][1]})
+        entry = [*reader.split_list[part][:2], hashlib.md5(path.read_bytes()).hexdigest()]
+        monkeypatch.setitem(reader.split_list, part, entry)
+    dataset = paper_data.load("svhn", tmp_path)
+    assert (dataset.name, dataset.classes) == ("svhn", 10)
+    assert dataset.train.labels.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6, 7]
+    assert dataset.test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    expected = torch.cat(
+        [torch.from_numpy(found[part][0]).movedim(-1, 0).movedim(-1, 1) for part in ("train", "extra")]
+    )
+    assert torch.equal(dataset.train.images, expected)
+    (tmp_path / reader.split_list["extra"][1]).unlink()
+    with pytest.raises(FileNotFoundError, match="No svhn with the published files in"):
+        paper_data.load("svhn", tmp_path)

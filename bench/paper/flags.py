@@ -45,7 +45,14 @@ SMALL: dict[str, Any] = {
 
 # What a data set of colour images changes in it: all of the data, and the paper's padding by four pixels.
 CIFAR: dict[str, Any] = {"train_size": 50_000, "model": "wrn-28-10", "shift": 4, "epochs": 200, "batch_size": 256}
-DATASETS: dict[str, dict[str, Any]] = {"fashion-mnist": {}, "digits": {}, "cifar10": CIFAR, "cifar100": CIFAR}
+SVHN = CIFAR | {"train_size": 604_388}
+DATASETS: dict[str, dict[str, Any]] = {
+    "fashion-mnist": {},
+    "digits": {},
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "svhn": SVHN,
+}
 
 RHO = 0.05
 EPILOG = """Other data sets have other defaults, and so has --paper.
@@ -81,7 +88,7 @@ def _layered(group: argparse._ArgumentGroup, values: Mapping[str, Any]) -> Calla
 
 def _add_task(add: Callable[..., Any], dataset: str) -> None:
     add("--dataset", choices=tuple(DATASETS), default=dataset, help="of images")
-    add("--data-dir", type=Path, help="folder of its files: idx files, or what torchvision unpacks for CIFAR")
+    add("--data-dir", type=Path, help="folder of its files: idx files, or what torchvision unpacks for CIFAR and SVHN")
     add("--train-size", type=int, metavar="N", help="training images, drawn by the seed")
     add("--test-size", type=int, metavar="N", help="test images, always the same; 0 for all")
     add("--model", metavar="NAME", help=f"one of {', '.join(models.NAMES)}, such as wrn-28-10")

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench.paper import methods, models
 from bench.paper.config import Config
-from bench.paper.data import Split, augmentation, mix, split
+from bench.paper.data import Split, augmentation, mix, moves, split
 from bench.records import Row
 from bench.training import checkpoint, data
 from bench.training.run import cosine, mean_of_finite
@@ -53,12 +53,12 @@ class Training:
         self.batches = data.Batches(
             images.train,
             config.batch_size,
-            shift=config.shift if config.augment != "none" else 0,
+            shift=config.shift if moves(config) else 0,
             flip=images.flip,
             seed=config.seed,
             device=self.device,
             reflect=config.reflect,
-            augmentation=augmentation(config.augment, images.train.images.shape[-1]),
+            augmentation=augmentation(config.augment, images.train.images.shape[-1], config.dataset),
         )
         model = new_model(config, images)
         if weights is not None:
