@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench.paper import methods, models
 from bench.paper.config import Config
 from bench.paper.data import Split, augmentation, mix, moves, split
 from bench.records import Row
 from bench.training import checkpoint, data
+from bench.training.models import training_mode
 from bench.training.run import cosine, mean_of_finite
 
 CHECKPOINT_SECONDS = 60.0
@@ -86,7 +86,7 @@ class Training:
 
     def train_epoch(self) -> float:
         """Train an epoch; return the mean training loss."""
-        self._training_mode()
+        training_mode(self.model, self.config.freeze_batchnorm)
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
         start, losses = self._clock(), []
         for step, (images, targets) in enumerate(self.batches.epoch(self.epoch)):
@@ -103,12 +103,6 @@ class Training:
         self.seconds += self._clock() - start
         self.epoch += 1
         return mean_of_finite(values, self.epoch)
-
-    def _training_mode(self) -> None:
-        self.model.train()
-        for module in self.model.modules() if self.config.freeze_batchnorm else ():
-            if isinstance(module, _BatchNorm):
-                module.eval()
 
     def _clock(self) -> float:
         """Return seconds: of the processor on a CPU, where other jobs do not count; of the wall on a device."""
