@@ -138,7 +138,9 @@ def test_efficientnet_l2_is_as_large_as_published():
 
     with torch.device("meta"):
         model = finetune.efficientnet_l2(models, 1000)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(480, abs=1)  # Xie et al. 2020, table 2
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        480.3, abs=0.05
+    )  # as timm's card of it says
 
 
 def test_a_run_starts_from_given_weights_but_for_a_last_layer_of_other_classes(tmp_path, capsys):

@@ -227,11 +227,12 @@ def test_fine_tuning_keeps_the_statistics_and_makes_a_new_head(tmp_path):
     digits = paper_data.load("digits")
     config = replace(CONFIG, freeze_batchnorm=True, extra={"pretraining": {"train_size": 100, "epochs": 1, "lr": 0.1}})
     context = training.Context(digits, tmp_path)
-    even, odd = (finetune.half(digits, parity) for parity in (finetune.EVEN, finetune.ODD))
-    assert len(even.train.labels) + len(odd.train.labels) == len(digits.train.labels)
-    assert even.test.labels.unique().tolist() == odd.test.labels.unique().tolist() == [0, 1, 2, 3, 4]
-    images = paper_data.split(even, config)
+    coarse = finetune.coarse(digits)
+    assert torch.equal(coarse.train.images, digits.train.images)
+    assert torch.equal(coarse.test.labels, digits.test.labels // 2)
+    images = context.split(config)
     pretrained = finetune._pretrained(config, context)
+    assert len(pretrained["head.bias"]) == coarse.classes == 5
     start = finetune.with_new_head(config, images, pretrained)
     assert all(torch.equal(start[name], pretrained[name]) for name in start if not name.startswith("head."))
     sam = replace(config, optimizer="sam", options={"rho": 0.1})

@@ -9,6 +9,7 @@ the first one says of the training images; its passes count both.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def _over_rates(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Write a table for each kind of noise; beside symmetric noise the paper's figures."""
+    """Write a table for each kind of noise; beside symmetric noise the paper's figures, of others' methods too."""
     published = {(row["method"], row["noise_rate"]): row["mean"] for row in tables.published("label_noise")}
     parts = [
         _accuracies(f"{noise} noise", same, published if noise == "symmetric" else {})
@@ -156,7 +157,11 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
     for rate in rates:
         points = gained(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
         differences += [str(summary.interval(points)) if points else "", *[""] * bool(published)]
-    return summary.table(heads, [*lines, differences])
+    others = [
+        [label, *itertools.chain.from_iterable(("", str(published.get((label, rate), ""))) for rate in rates)]
+        for label in dict.fromkeys(label for label, _ in published if (label,) not in summary.by(rows, "method"))
+    ]
+    return summary.table(heads, [*lines, differences, *others])
 
 
 def gained(sgd: Sequence[Row], sam: Sequence[Row]) -> list[float]:
