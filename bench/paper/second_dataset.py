@@ -13,12 +13,10 @@ from pathlib import Path
 
 from bench.paper import figures, runner, summary
 from bench.paper.config import Config
+from bench.paper.cost import NOISE_RATES, NOISY
 from bench.paper.label_noise import gained
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
-
-NOISE_RATES = (0.0, 0.4)
-NOISY = 2.0  # times rho with label noise: section 3.3 takes 0.1 where the rest of the paper takes 0.05
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
