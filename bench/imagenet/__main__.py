@@ -57,7 +57,7 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
     names = f"{datasets.FOLDERS}, a tree of class folders; or {', '.join(datasets.SOURCES)}"
     known = (datasets.FOLDERS, *datasets.SOURCES)
     add("--dataset", choices=known, default=datasets.FOLDERS, metavar="NAME", help=names)
-    usual = "(default: crop for folders, autoaugment for CIFAR, none for others)"
+    usual = "(default: crop for folders without --finetune, autoaugment for CIFAR, none for others)"
     about = f"random crops and flips, none or AutoAugment {usual}"
     add("--augment", choices=datasets.AUGMENTATIONS, help=about)
     add("--image-size", type=int, default=224, metavar="PIXELS", help="side of the crops")
@@ -140,7 +140,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         parser.set_defaults(**finetune.defaults(args.model, args.optimizer, ranks))
         args = parser.parse_args(argv)
-    args.augment = args.augment or datasets.usual_augmentation(args.dataset)
+    args.augment = args.augment or datasets.usual_augmentation(args.dataset, args.finetune)
     try:
         _check(args)
     except ValueError as error:

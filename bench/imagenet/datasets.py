@@ -38,10 +38,10 @@ SOURCES = {
 RESIZE = 256 / 224  # the shorter side before the central crop, of the crop's size
 
 
-def usual_augmentation(name: str) -> str:
-    """Return the paper's: none in fine-tuning (appendix C.2), but AutoAugment on CIFAR."""
+def usual_augmentation(name: str, finetune: bool = True) -> str:
+    """Return the paper's: in fine-tuning none (C.2), but AutoAugment on CIFAR; else a tree of images has crops."""
     if name == FOLDERS:
-        return "crop"
+        return "none" if finetune else "crop"
     return "autoaugment" if SOURCES[name].small else "none"
 
 

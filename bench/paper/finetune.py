@@ -130,7 +130,7 @@ EXPERIMENT = Experiment(
     figures.errors("Fine-tuning with frozen statistics", 3.6),
     section,
     add_arguments=add_arguments,
-    # The learning rate is the better one of 0.01 and 0.03 for SGD on held-out images of two seeds that are not recorded.
+    # Of the learning rates 0.01 and 0.03 the better one for SGD, on held-out images of two seeds that are not recorded.
     defaults={"train_size": 100, "epochs": 40, "batch_size": 25, "lr": 0.01, "weight_decay": 1e-5},
     execute=execute,
 )
