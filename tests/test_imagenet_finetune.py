@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 from imagenet_images import FLAGS, checkpoint, pil, rows, write_tree
+from torch import nn
 
 from bench.imagenet import __main__ as imagenet
 from bench.imagenet import datasets, finetune
 
+np = pytest.importorskip("numpy")
 savemat = pytest.importorskip("scipy.io").savemat
 SIZE = 24
 
@@ -39,8 +41,6 @@ def write_cars(root, monkeypatch):
     base = root / "stanford_cars"
     names = [[f"car {number}" for number in range(196)]]
     kinds = [("fname", "O"), ("class", "i4")]
-    import numpy as np
-
     for part, file, labels in (
         ("cars_train", "devkit/cars_train_annos.mat", [196, 3]),
         ("cars_test", "cars_test_annos_withlabels.mat", [7, 1, 2]),
@@ -141,38 +141,41 @@ def test_efficientnet_l2_is_as_large_as_published():
     )  # as timm's card of it says
 
 
-def test_a_run_starts_from_given_weights_but_for_a_last_layer_of_other_classes(tmp_path, capsys):
-    net = ["--model", "shufflenet_v2_x0_5", "--optimizer", "sgd", "--epochs", "3", "--lr", "1e-12"]
-    tree = write_tree(tmp_path / "tree")
+def net(classes):
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, classes))
 
-    def run(*flags):
-        return imagenet.main(["--data-dir", str(tree), *FLAGS, *net, *flags])
 
+def test_only_a_last_layer_of_other_classes_stays_random(tmp_path):
+    given = net(5).state_dict()
+    torch.save({"model": given, "epoch": 3}, tmp_path / "checkpoint.pt")  # as bench.imagenet leaves it
+    weights = finetune.weights_of(None, "resnet18", str(tmp_path / "checkpoint.pt"))
+    for classes in (5, 7):
+        model = net(classes)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        finetune.start(model, weights)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name] if name.startswith("2.") and classes == 7 else given[name]), name
+    del weights["0.weight"]
+    with pytest.raises(ValueError, match=r"Invalid weights: 0\.weight differs\. Must be those of this model\."):
+        finetune.start(net(5), weights)
+    with pytest.raises(ValueError, match="for efficientnet_l2"):
+        finetune.weights_of(None, "efficientnet_l2", "torchvision")
+
+
+def test_a_run_starts_from_weights_and_leaves_frozen_statistics_alone(tmp_path):
     from torchvision import models
 
-    torch.manual_seed(9)
+    tree = write_tree(tmp_path / "tree")
     given = models.shufflenet_v2_x0_5(num_classes=5).state_dict()
     torch.save(given, tmp_path / "weights.pt")
-    flags = ["--weights", str(tmp_path / "weights.pt"), "--freeze-batchnorm", "--evaluate-every", "2"]
-    assert run("--out", str(tmp_path / "out"), *flags) == 0
-    state = checkpoint(tmp_path / "out")["model"]
-    for name, value in given.items():
-        if name.startswith("fc."):
-            assert len(state[name]) == 3
-        else:  # running statistics too
-            torch.testing.assert_close(state[name], value, rtol=0, atol=1e-8)
+    flags = ["--model", "shufflenet_v2_x0_5", "--optimizer", "sgd", "--epochs", "3", "--lr", "1e-12"]
+    flags += ["--weights", str(tmp_path / "weights.pt"), "--freeze-batchnorm", "--evaluate-every", "2"]
+    assert imagenet.main(["--data-dir", str(tree), *FLAGS, *flags, "--out", str(tmp_path / "out")]) == 0
+    for name, value in checkpoint(tmp_path / "out")["model"].items():
+        if not name.startswith("fc."):
+            torch.testing.assert_close(value, given[name], rtol=0, atol=1e-8)
     (row,) = rows(tmp_path / "out")
     assert [point["epoch"] for point in row["history"]] == [2, 3]
-    # A checkpoint is a start, too; there the last layer fits.
-    again = ["--epochs", "1", "--weights", str(tmp_path / "out" / "checkpoint.pt")]
-    assert run("--out", str(tmp_path / "again"), *again) == 0
-    torch.testing.assert_close(
-        checkpoint(tmp_path / "again")["model"]["fc.weight"], state["fc.weight"], atol=1e-8, rtol=0
-    )
-    del given["conv1.0.weight"]
-    torch.save(given, tmp_path / "weights.pt")
-    assert run("--out", str(tmp_path / "third"), *flags) == 1
-    assert "Invalid weights: conv1.0.weight differs." in capsys.readouterr().out
 
 
 def test_the_papers_settings_are_defaults(monkeypatch):
