@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.paper import figures, flags, runner, summary, tables, training
 from bench.paper.config import Config
 from bench.paper.data import Split, split
-from bench.paper.label_noise import gained
+from bench.paper.label_noise import gain
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
 from bench.training import checkpoint, data
@@ -107,10 +107,8 @@ def with_new_head(config: Config, images: Split, weights: dict[str, Tensor]) -> 
 def section(rows: Sequence[Row]) -> str:
     """Write ours, and the paper's."""
     methods = summary.by(rows, "method")
-    lines = []
-    for (label,), same in methods.items():
-        gain = "" if label == "SAM" else str(summary.interval(gained(same, methods[("SAM",)])))
-        lines.append([label, *summary.errors(same), gain])
+    sam = methods.get(("SAM",), [])
+    lines = [[label, *summary.errors(same), gain(same, sam)] for (label,), same in methods.items()]
     heads = ["method", "passes", "test error, %", "training error, %", "SAM gains on it, points"]
     ours = summary.table(heads, lines)
     return f"{ours}\n\n{summary.caption(rows)}\n\n{_published()}"

@@ -155,8 +155,8 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
         lines.append(line)
     differences = ["SAM minus SGD"]
     for rate in rates:
-        points = gained(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
-        differences += [str(summary.interval(points)) if points else "", *[""] * bool(published)]
+        points = gain(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
+        differences += [points, *[""] * bool(published)]
     others = [
         [label, *itertools.chain.from_iterable(("", str(published.get((label, rate), ""))) for rate in rates)]
         for label in dict.fromkeys(label for label, _ in published if (label,) not in summary.by(rows, "method"))
@@ -164,10 +164,14 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
     return summary.table(heads, [*lines, differences, *others])
 
 
-def gained(sgd: Sequence[Row], sam: Sequence[Row]) -> list[float]:
-    """Return points of accuracy for each seed that both have: images, noise and first weights are the same."""
-    errors = {row["seed"]: row["test_error"] for row in sgd}
-    return [errors[row["seed"]] - row["test_error"] for row in sam if row["seed"] in errors]
+def gain(rows: Sequence[Row], sam: Sequence[Row]) -> str:
+    """Write by how many points SAM is better than others, for the seeds that both have; of its own rows nothing.
+
+    Of one seed, the images, their noise and the first weights are the same.
+    """
+    errors = {row["seed"]: row["test_error"] for row in rows}
+    points = [errors[row["seed"]] - row["test_error"] for row in sam if row["seed"] in errors]
+    return str(summary.interval(points)) if points and rows != sam else ""
 
 
 EXPERIMENT = Experiment(

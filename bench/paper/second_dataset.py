@@ -14,7 +14,7 @@ from pathlib import Path
 from bench.paper import figures, runner, summary
 from bench.paper.config import Config
 from bench.paper.cost import NOISE_RATES, NOISY
-from bench.paper.label_noise import gained
+from bench.paper.label_noise import gain
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
 
@@ -47,9 +47,10 @@ def section(rows: Sequence[Row]) -> str:
     lines = []
     for (rate,), same in summary.by(rows, "noise_rate").items():
         methods = summary.by(same, "method")
-        for (label,), own in methods.items():
-            gain = "" if label == "SAM" else str(summary.interval(gained(own, methods[("SAM",)])))
-            lines.append([summary.labels(rate), label, *summary.errors(own), gain])
+        sam = methods.get(("SAM",), [])
+        lines += [
+            [summary.labels(rate), label, *summary.errors(own), gain(own, sam)] for (label,), own in methods.items()
+        ]
     heads = ["labels", "method", "passes", "test error, %", "training error, %", "SAM gains on it, points"]
     return f"{summary.table(heads, lines)}\n\n{summary.caption(rows)}"
 
