@@ -210,7 +210,7 @@ def test_bootstrapping_trains_on_what_its_first_model_says(tmp_path, monkeypatch
 
 def test_mixup_takes_the_alpha_that_is_best_on_images_held_out(tmp_path):
     args = flags.parse(flags.parser("label_noise", "", label_noise.add_arguments, {}), ["--alpha", "9", "1"])
-    named = label_noise._methods(replace(CONFIG, noise_rate=0.5, seed=3), 0.1, args.alpha)
+    named = label_noise._methods(replace(CONFIG, noise_rate=0.5, seed=3, epochs=1), 0.1, args.alpha)
     context = training.Context(paper_data.load("digits"), tmp_path)
     row = label_noise.execute(named["Bootstrap + Mixup"], context)
     held_out = {}
