@@ -167,7 +167,7 @@ def test_synthetic_images_measure_and_train_nothing(tmp_path, capsys):
         (["--synthetic"], "Invalid data_dir. Must be given, or else --synthetic."),
         (["--resum"], "--resum"),
         # Before a step, by main: in one line.
-        (["--batch-size", "64"], "Invalid batch_size=64. Must be <= 48, the images in"),
+        (["--batch-size", "64"], "Invalid batch_size=64. Must be <= 48, the images to train on."),
         (["--micro-batches", "3"], "Invalid batch_size=16. Must be a multiple of ranks times micro-batches, 1 x 3."),
         (["--m-sharpness", "2"], "Invalid m_sharpness=2. Must divide the number of ranks, 1."),
         (["--amp", "fp16", "--m-sharpness", "micro"], "Invalid m_sharpness='micro' with amp='fp16'."),

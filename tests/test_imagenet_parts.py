@@ -12,6 +12,7 @@ from imagenet_net import BATCH, CPU, Net, batch, config, make_trainer, train, tr
 from torch import nn
 
 from bench.imagenet import data as imagenet_data
+from bench.imagenet import datasets
 from bench.imagenet.ranks import Ranks
 from fused_sam import FusedSAM
 
@@ -24,7 +25,8 @@ def tree(tmp_path_factory):
 
 
 def folders(tree, *, rank=0, ranks=1, micro_batches=1, seed=3, workers=0):
-    return imagenet_data.Folders(tree, 24, BATCH, micro_batches, Ranks(rank, ranks, CPU), seed, workers)
+    found = datasets.read("folders", tree, 24, "crop")
+    return imagenet_data.Files(*found, BATCH, micro_batches, Ranks(rank, ranks, CPU), seed, workers)
 
 
 def test_ranks_share_every_batch_and_every_image_that_is_evaluated(tree):

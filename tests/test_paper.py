@@ -72,6 +72,11 @@ EXPERIMENTS = {
         {"SGD, 40% label noise": 1, "SAM rho=0.3, 40% label noise": 2},
         "| 0 (SGD) |",
     ),
+    "second_dataset": (
+        ["--noise-rates", "0.4"],
+        {"SGD": 1, "SGD, 2x epochs": 2, "SAM": 2},
+        "| 40% label noise | SGD, 2x epochs | 2 |",
+    ),
     "spectra": (
         ["--measurements", "1", "--examples", "2", "--lanczos-steps", "4"],
         {"SGD": 1, "SAM": 2},
@@ -203,15 +208,31 @@ def test_bootstrapping_trains_on_what_its_first_model_says(tmp_path, monkeypatch
     assert row["right_labels"] == pytest.approx(agreement)
 
 
+def test_mixup_takes_the_alpha_that_is_best_on_images_held_out(tmp_path):
+    args = flags.parse(flags.parser("label_noise", "", label_noise.add_arguments, {}), ["--alpha", "9", "1"])
+    named = label_noise._methods(replace(CONFIG, noise_rate=0.5, seed=3, epochs=1), 0.1, args.alpha)
+    context = training.Context(paper_data.load("digits"), tmp_path)
+    row = label_noise.execute(named["Bootstrap + Mixup"], context)
+    held_out = {}
+    for alpha in (1.0, 9.0):
+        config = replace(named["Mixup"], mixup=alpha, validation=0.1, extra={})
+        held_out[alpha] = training.train(config, context).result()["test_error"]
+    assert row["alpha"] == min(held_out, key=held_out.get)
+    assert row["passes"] == 2 * named["Mixup"].epochs  # of the chosen one; not of the choice
+    direct = replace(named["Mixup"], mixup=row["alpha"], extra={})
+    assert label_noise.execute(named["Mixup"], context)["test_error"] == training.execute(direct, context)["test_error"]
+
+
 def test_fine_tuning_keeps_the_statistics_and_makes_a_new_head(tmp_path):
     digits = paper_data.load("digits")
     config = replace(CONFIG, freeze_batchnorm=True, extra={"pretraining": {"train_size": 100, "epochs": 1, "lr": 0.1}})
     context = training.Context(digits, tmp_path)
-    even, odd = (finetune.half(digits, parity) for parity in (finetune.EVEN, finetune.ODD))
-    assert len(even.train.labels) + len(odd.train.labels) == len(digits.train.labels)
-    assert even.test.labels.unique().tolist() == odd.test.labels.unique().tolist() == [0, 1, 2, 3, 4]
-    images = paper_data.split(even, config)
+    coarse = finetune.coarse(digits)
+    assert torch.equal(coarse.train.images, digits.train.images)
+    assert torch.equal(coarse.test.labels, digits.test.labels // 2)
+    images = context.split(config)
     pretrained = finetune._pretrained(config, context)
+    assert len(pretrained["head.bias"]) == coarse.classes == 5
     start = finetune.with_new_head(config, images, pretrained)
     assert all(torch.equal(start[name], pretrained[name]) for name in start if not name.startswith("head."))
     sam = replace(config, optimizer="sam", options={"rho": 0.1})
@@ -239,5 +260,11 @@ def test_flags_win_over_the_paper_and_the_paper_over_defaults(capsys, tmp_path):
     noise = dict(label_noise.EXPERIMENT.defaults)
     noisy, rho = base_of("--dataset", "cifar10", "--model", "resnet-32", "--paper", own=noise)
     assert (noisy.noise_rate, noisy.epochs, rho) == (0.4, 200, 0.1)
+    assert (config.micro_batch, config.clip, config.reflect, config.decay_in_loss) == (None, 0.0, False, False)
+    assert (mixed.micro_batch, mixed.clip, mixed.reflect, mixed.decay_in_loss) == (32, 5.0, True, True)
+    other, _ = base_of("--dataset", "cifar100", "--paper", "--micro-batch", "17", "--no-reflect", "--clip", "0")
+    assert (other.micro_batch, other.reflect, other.clip, other.uniform_head) == (17, False, 0.0, True)
+    assert base_of("--dataset", "cifar100", "--paper", "--batch-size", "80")[0].micro_batch == 10
+    assert base_of("--dataset", "cifar100", "--paper", own={"micro_batch": None})[0].micro_batch is None
     assert runner.main(classification.EXPERIMENT, ["--dataset", "digits", "--paper", "--results", str(tmp_path)]) == 1
     assert "ValueError: Invalid model='small'" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import torch
 
 from bench.paper import flags, methods, models
 from bench.paper.config import Config
-from bench.paper.models.shake import ShakeDrop, shake
+from bench.paper.models.shake import Noise, ShakeDrop, shake
 from bench.training.models import parameter_count
 
 
@@ -37,16 +37,30 @@ def test_every_family_takes_grey_and_coloured_images(name, channels, size):
         ("wrn-40-10", 55.8, 0.05),
         ("pyramidnet-110-270", 28.3, 0.2),  # 28.3 in the paper, 28.5 from its equations
         ("pyramidnet-272-200", 26.0, 0.05),
-        ("pyramidnet-272-200-shakedrop", 26.0, 0.05),
         ("shake-shake-26-2x32d", 2.9, 0.05),
         ("shake-shake-26-2x64d", 11.7, 0.05),
         ("shake-shake-26-2x96d", 26.2, 0.05),
     ],
 )
 def test_published_parameter_counts(name, millions, printed):
+    found = count(name, rounded_widths=False)
+    assert abs(found - millions) <= printed
+
+
+def count(name, **details):
     with torch.device("meta"):
-        model = models.make(name, channels=3, classes=10, size=32)
-    assert abs(parameter_count(model) / 1e6 - millions) <= printed
+        model = models.make(name, channels=3, classes=10, size=32, details=models.Details(**details))
+    return parameter_count(model) / 1e6
+
+
+def test_rounded_pyramids_have_the_weights_that_the_released_code_says_they_have_more():
+    assert abs(count("pyramidnet-272-200-shakedrop") - 26.0 - 0.2) <= 0.05
+
+
+def test_a_uniform_head_has_no_bias_and_weights_up_to_one_over_the_root_of_the_classes():
+    head = models.make("resnet-8", channels=1, classes=16, size=8, details=models.Details(uniform_head=True)).head
+    assert 0.24 < head.weight.abs().max() <= 0.25
+    assert not head.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -78,11 +92,17 @@ def test_shake_draws_a_share_for_each_image_and_another_for_the_gradient():
     assert abs(torch.corrcoef(both)[0, 1]) < 0.15
     assert torch.equal(shake(a, b, training=False), torch.full_like(a, 0.5))
 
+    c = torch.ones(5, 2, 1, 3, requires_grad=True)
+    mixed = shake(c, torch.zeros(5, 2, 1, 3), training=True, true_gradient=True)
+    mixed.sum().backward()
+    assert torch.equal(c.grad, mixed)
 
+
+@pytest.mark.parametrize("per_image", [True, False], ids=["image", "batch"])
 @pytest.mark.parametrize("keep", [0.0, 0.7, 1.0])
-def test_shakedrop_scales_as_published(keep):
+def test_shakedrop_scales_as_published(keep, per_image):
     torch.manual_seed(5)
-    layer = ShakeDrop(keep)
+    layer = ShakeDrop(keep, per_image)
     shares = []  # of the output and of the gradient, for 300 batches of four images
     for _ in range(300):
         x = torch.ones(4, 2, 1, 1, requires_grad=True)
@@ -90,31 +110,42 @@ def test_shakedrop_scales_as_published(keep):
         y.sum().backward()
         shares.append(torch.stack([y[:, 0, 0, 0].detach(), x.grad[:, 1, 0, 0]]))
     forward, backward = torch.stack(shares, dim=1)
-    kept = (forward == 1).all(dim=1)
-    assert torch.equal(kept, (backward == 1).all(dim=1))
+    kept = forward == 1
+    assert torch.equal(kept, backward == 1)
+    assert (kept.any(dim=1) != kept.all(dim=1)).any() == (per_image and keep == 0.7)
     assert abs(kept.double().mean() - keep) < 0.1
     assert forward.min() >= -1
     assert backward.min() >= 0
     if keep < 1:
         assert abs(forward[~kept].mean()) < 0.15
         assert 0.4 < backward[~kept].mean() < 0.6
+    layer.true_gradient = True
+    x = torch.ones(9, 2, 1, 1, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, x.grad)
     layer.eval()
     assert torch.equal(layer(torch.full((2, 1, 1, 1), 3.0)), torch.full((2, 1, 1, 1), keep * 3.0))
 
 
+@pytest.mark.parametrize("micro_batch", [None, 6], ids=["batch", "micro-batches"])
 @pytest.mark.parametrize("name", ["shake-shake-26-2x4d", "pyramidnet-20-12-shakedrop"])
-def test_both_passes_of_sam_see_the_same_shares(name):
+def test_both_passes_of_sam_see_the_same_shares_and_the_first_has_their_gradient(name, micro_batch):
     torch.manual_seed(2)
     model = models.make(name, channels=1, classes=10, size=8)
-    config = Config(**(flags.SMALL | {"model": name}), device="cpu", optimizer="sam", options={"rho": 1e-6})
+    about = {"model": name, "batch_size": 12, "micro_batch": micro_batch}
+    config = Config(**(flags.SMALL | about), device="cpu", optimizer="sam", options={"rho": 1e-6})
     stepper = methods.make(model, config)
-    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
-    losses = []
+    images, labels = torch.randn(12, 1, 8, 8), torch.arange(12) % 10
+    layer = next(module for module in model.modules() if isinstance(module, Noise))
+    losses, true = [], []
+    layer.register_forward_pre_hook(lambda layer, args: true.append(layer.true_gradient))
 
     def loss_of(images, labels):
         losses.append(torch.nn.functional.cross_entropy(model(images), labels))
         return losses[-1]
 
     stepper.step(loss_of, images, labels)
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
-    assert abs(loss_of(images, labels) - losses[0]) > 1e-2 * losses[0]
+    torch.testing.assert_close(losses[1::2], losses[::2], rtol=1e-4, atol=0)
+    assert true == [True, False] * (len(images) // (micro_batch or 12))
+    assert abs(loss_of(images[:micro_batch], labels[:micro_batch]) - losses[0]) > 1e-2 * losses[0]

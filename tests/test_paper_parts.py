@@ -1,17 +1,14 @@
-"""What the experiments of bench/paper are made of: methods, configurations, choices and statistics; their data."""
+"""What the experiments of bench/paper are made of: methods, configurations, choices and statistics."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import pickle
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision_ops
 from torch import nn
 
 pytest.importorskip("rich")
@@ -25,7 +22,6 @@ from bench.training import data
 
 SMALL = flags.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 1, "batch_size": 32}
 CONFIG = Config(**SMALL, device="cpu")
-with_torchvision = pytest.mark.skipif(torchvision_ops.import_or_reason() is not None, reason="no torchvision")
 
 
 # methods
@@ -62,6 +58,38 @@ def test_passes_are_counted_as_they_are_made(changes, passes):
     assert examples == pytest.approx(forward * 96)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.4])
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
+def test_weight_decay_in_the_loss_is_in_every_gradient_and_what_is_clipped(optimizer, micro_batch, clip):
+    torch.manual_seed(4)
+    model = nn.Linear(5, 3).double()
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
+    old, decay, rho, lr = torch.cat([p.detach().flatten() for p in model.parameters()]), 0.7, 0.3, 0.2
+
+    def gradient(w, part):
+        w = w.clone().requires_grad_()
+        loss = F.cross_entropy(F.linear(x[part], w[:15].view(3, 5), w[15:]), y[part]) + decay / 2 * (w @ w)
+        return torch.autograd.grad(loss, w)[0]
+
+    seconds = []
+    for part in [slice(0, 8)] if micro_batch is None else [slice(0, 4), slice(4, 8)]:
+        first = gradient(old, part)
+        seconds.append(gradient(old + rho * first / first.norm(), part) if optimizer == "sam" else first)
+    expected = torch.stack(seconds).mean(dim=0)
+    if clip:
+        assert expected.norm() > 2 * clip
+        expected *= clip / expected.norm()
+    values = {"lr": lr, "weight_decay": decay, "nesterov": True, "momentum": 0.6, "batch_size": 8}
+    values |= {"optimizer": optimizer, "micro_batch": micro_batch, "clip": clip, "decay_in_loss": True}
+    stepper = methods.make(model, replace(CONFIG, **values, options={"rho": rho} if optimizer == "sam" else {}))
+    loss, _ = stepper.step(lambda images, labels: F.cross_entropy(model(images), labels), x, y)
+    new = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(new, old - lr * 1.6 * expected, rtol=0, atol=5e-6 if clip else 1e-12)
+    at_w = F.cross_entropy(F.linear(x, old[:15].view(3, 5), old[15:]), y)
+    torch.testing.assert_close(loss, at_w)
+
+
 def test_cosine_is_that_of_the_whole_gradient():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
@@ -90,10 +118,19 @@ def test_cosine_is_that_of_the_whole_gradient():
 
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 0}, {"noise_rate": 1.0}, {"ascent": 0.0}, {"micro_batch": 33}, {"noise": "pink"}, {"mixup": -1.0}],
+    [
+        {"epochs": 0},
+        {"noise_rate": 1.0},
+        {"ascent": 0.0},
+        {"micro_batch": 33},
+        {"micro_batch": 4, "ascent": 0.5},
+        {"noise": "pink"},
+        {"mixup": -1.0},
+        {"clip": -1.0},
+    ],
 )
 def test_a_configuration_that_cannot_be_is_refused(change):
-    ((name, _),) = change.items()
+    name = next(iter(change))
     with pytest.raises(ValueError, match=f"Invalid {name}="):
         replace(CONFIG, **change)
 
@@ -168,139 +205,3 @@ def test_interval_is_students():
     assert str(summary.interval([3.0])) == "3.00"
     with pytest.raises(ValueError, match="Invalid values="):
         summary.interval([])
-
-
-# data
-
-
-def test_held_out_images_are_not_trained_on_and_keep_their_labels():
-    dataset = paper_data.load("digits")
-    whole = paper_data.split(dataset, replace(CONFIG, noise_rate=0.5))
-    part = paper_data.split(dataset, replace(CONFIG, noise_rate=0.5, validation=0.25))
-    assert (len(part.train.labels), len(part.test.labels), len(whole.train.labels)) == (72, 24, 96)
-    assert torch.equal(part.unseen.images, dataset.test.images)
-    assert torch.equal(part.test.images, whole.train.images[72:])
-    assert torch.equal(part.test.labels, whole.true_labels[72:])
-    assert int((part.train.labels != part.true_labels).sum()) == 36
-
-
-def uneven_labels(classes: int) -> torch.Tensor:
-    """Class c occurs 13 + 7 c times."""
-    labels = torch.cat([torch.full((13 + 7 * c,), c) for c in range(classes)])
-    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
-
-
-@pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("rate", [0.0, 0.2, 0.37, 0.8])
-def test_symmetric_noise_changes_exactly_as_many_labels(rate, classes):
-    clean = uneven_labels(classes)
-    noisy = paper_data.corrupted(clean, replace(CONFIG, noise_rate=rate, seed=3), classes)
-    assert int((noisy != clean).sum()) == round(rate * len(clean))
-    assert 0 <= int(noisy.min()) <= int(noisy.max()) < classes
-    if rate == 0.8:
-        assert len(noisy[clean == 0].unique()) > 5
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "fashion-mnist", "digits"])
-@pytest.mark.parametrize("rate", [0.2, 0.37])
-def test_asymmetric_noise_goes_to_the_partner_and_nowhere_else(rate, dataset):
-    clean = uneven_labels(10)
-    config = replace(CONFIG, dataset=dataset, noise="asymmetric", noise_rate=rate, seed=3)
-    noisy = paper_data.corrupted(clean, config, 10)
-    pairs = paper_data.confused(dataset, 10)
-    for c in range(10):
-        wrong = noisy[(clean == c) & (noisy != clean)]
-        assert len(wrong) == (round(rate * (13 + 7 * c)) if c in pairs else 0)
-        assert set(wrong.tolist()) <= {pairs.get(c)}
-    assert torch.equal(noisy, paper_data.corrupted(clean, config, 10))
-    assert not torch.equal(noisy, paper_data.corrupted(clean, replace(config, seed=4), 10))
-
-
-def test_mixup_is_the_same_combination_of_images_and_labels():
-    images = torch.randn(7, 2, 5, 3, generator=torch.Generator().manual_seed(1))
-    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6])  # all different: they say who was mixed with whom
-    mixed, targets = paper_data.mix(images, labels, 0.4, 9, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(targets.sum(dim=1), torch.ones(7))
-    shares = targets.gather(1, labels[:, None]).squeeze(1)
-    share = shares[shares < 1][0]
-    for place in range(7):
-        others = targets[place].nonzero().squeeze(1)
-        partner = int(next((o for o in others if o != place), torch.tensor(place)))
-        torch.testing.assert_close(mixed[place], share * images[place] + (1 - share) * images[partner])
-
-
-def test_cutout_covers_one_square_around_a_pixel():
-    ones = torch.ones(400, 2, 28, 28)
-    _, cutout = paper_data.augmentation("cutout", 28)
-    holes = cutout(ones, torch.Generator().manual_seed(4)) == 0
-    rows, columns = holes[:, 0].any(dim=2), holes[:, 0].any(dim=1)
-    assert torch.equal(holes, (rows[:, None, :, None] & columns[:, None, None, :]).expand_as(holes))
-    for sides in (rows, columns):
-        assert ((sides.int().diff(dim=1) == 1).sum(dim=1) + sides[:, 0] == 1).all()
-        lengths = sides.sum(dim=1)
-        assert (lengths.min(), lengths.max()) == (7, 14)  # clipped at a border, and half of the width
-        assert sides.float().mean(dim=0).min() > 0.1
-
-
-@with_torchvision
-@pytest.mark.parametrize("channels", [1, 3])
-def test_autoaugment_follows_from_the_generator_alone(channels):
-    images = torch.randint(256, (24, channels, 32, 32), dtype=torch.uint8)
-    changed = []
-    for number, seed in enumerate((1, 1, 2)):
-        torch.manual_seed(number)
-        before = torch.get_rng_state()
-        changed.append(paper_data.autoaugment()(images, torch.Generator().manual_seed(seed)))
-        assert torch.equal(torch.get_rng_state(), before)
-    first, again, other = changed
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert (first != images).flatten(1).any(dim=1).sum() >= 8  # most sub-policies change most images
-
-
-def write_cifar(folder, reader, counts, classes):
-    """Pickles as published, with random images, and their checksums for torchvision."""
-    key = "labels" if classes == 10 else "fine_labels"
-    base = folder / reader.base_folder
-    base.mkdir(parents=True)
-    pixels = torch.Generator().manual_seed(6)
-
-    def entry(count):
-        values = torch.randint(256, (count, 3072), generator=pixels, dtype=torch.uint8)
-        return {"data": values.numpy(), key: [(7 * i) % classes for i in range(count)]}
-
-    def write(name, content):
-        packed = pickle.dumps(content)
-        (base / name).write_bytes(packed)
-        return [name, hashlib.md5(packed).hexdigest()]
-
-    lists = {
-        part: [write(name, entry(counts[part])) for name, _ in getattr(reader, part)]
-        for part in ("train_list", "test_list")
-    }
-    names = {reader.meta["key"]: [str(number) for number in range(classes)]}
-    return lists | {"meta": reader.meta | {"md5": write(reader.meta["filename"], names)[1]}}
-
-
-@with_torchvision
-@pytest.mark.parametrize(("name", "classes", "files"), [("cifar10", 10, 5), ("cifar100", 100, 1)])
-def test_cifar(tmp_path, monkeypatch, name, classes, files):
-    import torchvision
-
-    reader = getattr(torchvision.datasets, name.upper())
-    for attribute, value in write_cifar(tmp_path, reader, {"train_list": 12, "test_list": 5}, classes).items():
-        monkeypatch.setattr(reader, attribute, value)
-    dataset = paper_data.load(name, tmp_path)
-    assert (dataset.name, dataset.classes, dataset.flip) == (name, classes, True)
-    assert dataset.train.images.shape == (12 * files, 3, 32, 32)
-    assert dataset.test.images.shape == (5, 3, 32, 32)
-    assert dataset.train.labels.tolist() == [(7 * i) % classes for i in range(12)] * files
-    assert dataset.test.labels.dtype == torch.int64
-    with open(tmp_path / reader.base_folder / reader.test_list[0][0], "rb") as file:
-        rows = torch.from_numpy(pickle.load(file)["data"])
-    assert torch.equal(dataset.test.images.flatten(1), rows)  # red plane, green plane, blue plane
-
-    damaged = tmp_path / reader.base_folder / reader.test_list[0][0]
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(FileNotFoundError, match="with the published files in"):
-        paper_data.load(name, tmp_path)

@@ -4,8 +4,9 @@
     torchrun --nproc-per-node=8 -m bench.imagenet --data-dir DIR            one for each GPU
     python -m bench.imagenet --synthetic --batch-size 256                   only measure throughput
 
-DIR holds train/CLASS/*.jpeg and val/CLASS/*.jpeg. The defaults are the recipe of Foret et al. (ICLR 2021): batches of
-4096 images, learning rate 1.0 on a cosine, label smoothing 0.1, rho 0.05, a perturbation for each accelerator.
+DIR holds train/CLASS/*.jpeg and val/CLASS/*.jpeg, or with --dataset what torchvision has unpacked. The defaults are
+the recipe of Foret et al. (ICLR 2021): batches of 4096 images, learning rate 1.0 on a cosine, label smoothing 0.1,
+rho 0.05, a perturbation for each accelerator; with --finetune they are its recipe for that.
 BatchNorm statistics come from the first pass of a SAM step only. Ctrl-C or SIGTERM saves the run at the end of the
 step; the same command with --resume goes on from there, with the same images.
 """
@@ -13,6 +14,7 @@ step; the same command with --resume goes on from there, with the same images.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,8 +26,9 @@ from rich.console import Console
 
 import fused_sam
 from bench import flags, records
+from bench.imagenet import datasets, finetune
 from bench.imagenet.config import DTYPES, SAM_FLAGS, Config
-from bench.imagenet.data import Folders, Synthetic
+from bench.imagenet.data import Files, Synthetic
 from bench.imagenet.progress import TIMES, Reporter, timing
 from bench.imagenet.ranks import Ranks, joined, ranks_on_this_machine
 from bench.imagenet.signals import Interrupted, Requests
@@ -34,6 +37,7 @@ from bench.training import checkpoint
 from bench.training.run import check, chosen_backend, chosen_device, complain
 
 WARM_UP = 5  # steps that are not measured
+EVALUATIONS = 10  # in fine-tuning, whose epochs may be thousands of a step each
 SCOPES = "each micro-batch has its own, a rank has one, all ranks have one, or every N ranks"
 
 
@@ -49,9 +53,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_task(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--data-dir", type=Path, metavar="DIR", help="folder with train and val")
+    add("--data-dir", type=Path, metavar="DIR", help="folder with train and val, or with what torchvision has unpacked")
+    names = f"{datasets.FOLDERS}, a tree of class folders; or {', '.join(datasets.SOURCES)}"
+    known = (datasets.FOLDERS, *datasets.SOURCES)
+    add("--dataset", choices=known, default=datasets.FOLDERS, metavar="NAME", help=names)
+    usual = "(default: crop for folders without --finetune, autoaugment for CIFAR, none for others)"
+    about = f"random crops and flips, none or AutoAugment {usual}"
+    add("--augment", choices=datasets.AUGMENTATIONS, help=about)
     add("--image-size", type=int, default=224, metavar="PIXELS", help="side of the crops")
     add("--model", default="resnet50", metavar="NAME", help="of torchvision: resnet101, vit_b_16, ...")
+    source = f"start from this state_dict, or with {finetune.TORCHVISION} from its own; the last layer may be another"
+    add("--weights", metavar="FILE", help=source)
+    add("--freeze-batchnorm", action="store_true", help="normalise by the running statistics, and leave them alone")
+    add("--finetune", action="store_true", help="the paper's settings for fine-tuning this model become the defaults")
     add("--synthetic", action="store_true", help="random images: print images/s and the parts of a step, and end")
     add("--steps", type=int, default=30, metavar="N", help=f"with --synthetic: measured after {WARM_UP} others")
 
@@ -103,6 +117,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add("--log-every", type=int, default=50, metavar="STEPS", help="look at the losses; the host waits for the device")
     out = "folder of checkpoint, row and curves (default: runs/imagenet/MODEL-OPTIMIZER)"
     add("--out", type=Path, metavar="DIR", help=out)
+    every = "epochs between evaluations, each with a checkpoint (default: 1; with --finetune a tenth of all)"
+    add("--evaluate-every", type=int, metavar="N", help=every)
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--results", type=Path, metavar="FILE", help="append the row here (default: results.jsonl in --out)")
 
@@ -120,6 +136,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return parsed and checked flags, with the defaults that depend on other flags filled in."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.finetune:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        parser.set_defaults(**finetune.defaults(args.model, args.optimizer, ranks))
+        args = parser.parse_args(argv)
+    args.augment = args.augment or datasets.usual_augmentation(args.dataset, args.finetune)
     try:
         _check(args)
     except ValueError as error:
@@ -138,27 +159,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    sizes = ("image_size", "steps", "epochs", "batch_size", "micro_batches", "log_every")
+    sizes = ("image_size", "steps", "epochs", "batch_size", "micro_batches", "log_every", "evaluate_every")
     check(args, ">= 1", lambda x: x >= 1, *sizes)
-    check(args, f"in [0, {args.epochs}], the epochs", lambda x: 0 <= x <= args.epochs, "warmup")
+    epochs = math.inf if args.epochs is None else args.epochs
+    check(args, f"in [0, {epochs}], the epochs", lambda x: 0 <= x <= epochs, "warmup")
     check(args, "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing", "ema")
     check(args, "in (0, 1]", lambda x: 0 < x <= 1, "ascent_part")
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Trainer:
     """Return the run with its images, and with the checkpoint if it resumes; refuses what cannot work."""
-    data: Folders | Synthetic
+    data: Files | Synthetic
     if args.batch_size % (ranks.size * args.micro_batches):
         what = f"ranks times micro-batches, {ranks.size} x {args.micro_batches}"
         raise ValueError(f"Invalid batch_size={args.batch_size}. Must be a multiple of {what}.")
     if args.synthetic:
         data = Synthetic(args.image_size, args.batch_size, args.micro_batches, WARM_UP + args.steps, ranks)
     else:
-        sizes = args.image_size, args.batch_size, args.micro_batches
-        data = Folders(args.data_dir, *sizes, ranks, args.seed, args.workers)
+        found = datasets.read(args.dataset, args.data_dir, args.image_size, args.augment)
+        data = Files(*found, args.batch_size, args.micro_batches, ranks, args.seed, args.workers)
+    if args.epochs is None:
+        args.epochs = math.ceil(args.finetuning_steps / data.steps)
+    usual = max(args.epochs // EVALUATIONS, 1) if args.finetune else 1
     flags = vars(args) | {"backend": chosen_backend(args.backend, args.device)}
     config = Config.of(flags, classes=data.classes, train_images=data.images, ranks=ranks.size)
-    trainer = Trainer(config, ranks, data, args.log_every)
+    trainer = Trainer(config, ranks, data, args.log_every, args.evaluate_every or usual)
     path = args.out / CHECKPOINT
     if args.resume:
         trainer.load_state_dict(checkpoint.load(path, asdict(config)))

@@ -10,6 +10,7 @@ from torch import nn
 
 import fused_sam
 from bench import records
+from bench.imagenet import finetune
 from bench.training.run import cosine
 
 TWO_HEADED = ("googlenet", "inception_v3")  # in training they have a second loss
@@ -24,7 +25,11 @@ SAM_FLAGS = (*SAM_OPTIONS, "backend", "m_sharpness", "ascent_part")
 class Config:
     """Everything that decides the figures; a checkpoint is continued under the same values only."""
 
+    dataset: str
+    augment: str
     model: str
+    weights: str | None
+    freeze_batchnorm: bool
     image_size: int
     classes: int
     train_images: int
@@ -87,8 +92,17 @@ class Config:
 
 
 def make_model(config: Config) -> nn.Module:
-    """Return a classifier with one loss from torchvision, with random weights."""
+    """Return a classifier with one loss from torchvision, with random weights or those to start from."""
     models = records.torchvision("bench.imagenet").models
+    model = _random(models, config)
+    if config.weights is not None:
+        finetune.start(model, finetune.weights_of(models, config.model, config.weights))
+    return model
+
+
+def _random(models: Any, config: Config) -> nn.Module:
+    if config.model == finetune.L2:
+        return finetune.efficientnet_l2(models, config.classes)
     if config.model not in models.list_models(module=models) or config.model in TWO_HEADED:
         raise ValueError(f"Invalid model={config.model!r}. Must be a classifier in torchvision.models, with one head.")
     size = {"image_size": config.image_size} if config.model.startswith("vit") else {}

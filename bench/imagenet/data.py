@@ -1,4 +1,4 @@
-"""ImageNet, or any tree of class folders, in batches for each rank; random images to measure throughput with.
+"""Image files in batches for each rank; random images to measure throughput with.
 
 Order and augmentation follow from the seed, the epoch and the number of the image alone: not from the number of worker
 processes, nor from where a run was interrupted.
@@ -9,25 +9,22 @@ from __future__ import annotations
 import signal
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from bench import records
 from bench.imagenet.ranks import Ranks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, scaled to [0, 1]
-RESIZE = 256 / 224  # the shorter side before the central crop, of the crop's size
 CLASSES = 1000
 
 Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B] int64
 
 
 class Synthetic:
-    """Random images that are on the device, the same in all micro-batches; arguments as those of `Folders`."""
+    """Random images that are on the device, the same in all micro-batches; arguments as those of `Files`."""
 
     def __init__(self, image_size: int, batch_size: int, micro_batches: int, steps: int, ranks: Ranks) -> None:
         self.classes, self.steps, self.images = CLASSES, steps, batch_size
@@ -43,12 +40,13 @@ class Synthetic:
             yield self._parts
 
 
-class Folders:
-    """A tree of images: train/CLASS/*.jpeg and val/CLASS/*.jpeg.
+class Files:
+    """A data set of image files, in batches for each rank.
 
     Args:
-        root: the folder with train and val.
-        image_size: of the crops.
+        training: images to train on, with their classes.
+        validation: those to evaluate.
+        classes: how many there are.
         batch_size: images of a step, over all ranks. The last, incomplete batch of an epoch is dropped.
         micro_batches: parts in which a rank gets its images of a step; so many are also evaluated together.
         ranks: among which the images are divided.
@@ -57,17 +55,19 @@ class Folders:
     """
 
     def __init__(
-        self, root: Path, image_size: int, batch_size: int, micro_batches: int, ranks: Ranks, seed: int, workers: int
+        self,
+        training: Any,
+        validation: Any,
+        classes: int,
+        batch_size: int,
+        micro_batches: int,
+        ranks: Ranks,
+        seed: int,
+        workers: int,
     ) -> None:
-        vision = records.torchvision("bench.imagenet")
-        training = vision.datasets.ImageFolder(root / "train", _augmentation(vision.transforms.v2, image_size))
-        validation = vision.datasets.ImageFolder(root / "val", _central_crop(vision.transforms.v2, image_size))
-        if training.classes != validation.classes:
-            different = sorted(set(training.classes) ^ set(validation.classes))[0]
-            raise ValueError(f"Invalid class {different} in {root}. Must be a folder of both train and val.")
         if len(training) < batch_size:
-            raise ValueError(f"Invalid {batch_size=}. Must be <= {len(training)}, the images in {root / 'train'}.")
-        self.classes, self.images, self.steps = len(training.classes), len(training), len(training) // batch_size
+            raise ValueError(f"Invalid {batch_size=}. Must be <= {len(training)}, the images to train on.")
+        self.classes, self.images, self.steps = classes, len(training), len(training) // batch_size
         self._device, self._micro_batches = ranks.device, micro_batches
         self._order = MicroBatches(len(training), batch_size, micro_batches, ranks, seed)
         at_once = batch_size // (ranks.size * micro_batches)
@@ -144,16 +144,6 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.float() - self._mean) / self._std
-
-
-def _augmentation(transforms: Any, size: int) -> Any:
-    crop = transforms.RandomResizedCrop(size)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
-
-
-def _central_crop(transforms: Any, size: int) -> Any:
-    resize = transforms.Resize(round(RESIZE * size))
-    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:

@@ -17,11 +17,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_sam
 from bench.imagenet.config import DTYPES, Config, make_model, make_optimizer
-from bench.imagenet.data import Batch, Folders, Normalise, Synthetic
+from bench.imagenet.data import Batch, Files, Normalise, Synthetic
 from bench.imagenet.progress import Reporter
 from bench.imagenet.ranks import Ranks
 from bench.imagenet.signals import Interrupted, Requests
 from bench.training import checkpoint
+from bench.training.models import training_mode
 from bench.training.run import StepClock, mean_of_finite
 from fused_sam import rng
 
@@ -37,10 +38,14 @@ class Trainer:
         ranks: of this process.
         data: what this rank trains with.
         log_every: steps between two looks at the losses, for which the host waits for the device.
+        evaluate_every: epochs between two evaluations with a checkpoint each.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, data: Folders | Synthetic, log_every: int) -> None:
-        self.config, self.ranks, self.data, self.log_every = config, ranks, data, log_every
+    def __init__(
+        self, config: Config, ranks: Ranks, data: Files | Synthetic, log_every: int, evaluate_every: int = 1
+    ) -> None:
+        self.config, self.ranks, self.data = config, ranks, data
+        self.log_every, self.evaluate_every = log_every, evaluate_every
         torch.manual_seed(config.seed)
         self.model = make_model(config).to(ranks.device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(config, self.model)
@@ -63,7 +68,7 @@ class Trainer:
         return self.epoch * self.data.steps + self.step
 
     def run(self, out: Path, reporter: Reporter, requests: Requests) -> None:
-        """Train the epochs that are left, each with an evaluation and a checkpoint.
+        """Train the epochs that are left, with an evaluation and a checkpoint after some of them and the last one.
 
         A signal stops the run, saved, at the end of the step, or of the evaluation if that was not the last one.
         """
@@ -71,15 +76,18 @@ class Trainer:
         while self.epoch < self.config.epochs:
             self._stop_if_asked(requests, out)
             self.train_epoch(out, reporter, requests)
-            self.save(out)  # evaluation takes a while
-            self.history.append(self._point())
+            due = (self.epoch + 1) % self.evaluate_every == 0 or self.epoch + 1 == self.config.epochs
+            if due:
+                self.save(out)  # evaluation takes a while
+                self.history.append(self._point())
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
-            self.save(out)
-            reporter.epoch(self.history[-1], self.steps_made)
+            if due:
+                self.save(out)
+                reporter.epoch(self.history[-1], self.steps_made)
 
     def train_epoch(self, out: Path, reporter: Reporter, requests: Requests) -> None:
         """Make the steps of the present epoch that are left."""
-        self.model.train()
+        training_mode(self.model, self.config.freeze_batchnorm)
         for parts in self.data.training(self.epoch, self.step):
             self.train_step(parts)
             self.step += 1
@@ -171,7 +179,7 @@ class Trainer:
 
     def measure(self, warm_up: int) -> dict[str, Any]:
         """Train an epoch without anything around it; figures as those of `look`, of the steps after the first ones."""
-        self.model.train()
+        training_mode(self.model, self.config.freeze_batchnorm)
         for parts in self.data.training(0, 0):
             if self.step == warm_up:
                 self.look()

@@ -43,18 +43,27 @@ class Config:
     optimizer: str = "sgd"  # a name in methods.STEPPERS
     options: dict[str, Any] = field(default_factory=dict)  # of the optimizer: rho, p, interval, ...
     ascent: float | None = None  # the part of each batch that e is made from
-    micro_batch: int | None = None  # examples that share a perturbation: the m of m-sharpness
+    micro_batch: int | None = None  # examples that share a perturbation, the m of m-sharpness; SGD adds up the parts
+    clip: float = 0.0  # largest norm of the gradient that the base step gets; 0 for any
+    decay_in_loss: bool = False  # the L2 term is part of the loss, and of both gradients, not of the base step
+    reflect: bool = False  # beyond the border an image is its mirror, and not black
+    uniform_head: bool = False  # first weights of the last layer from U(-1, 1) / sqrt(classes)
+    true_gradient: bool = True  # Shake-Shake and ShakeDrop have the shares of the forward in SAM's first gradient
+    mask_per_image: bool = True  # ShakeDrop drops a branch for some images, and not for all of a batch
+    rounded_widths: bool = True  # of a PyramidNet's blocks; published ones are rounded down
     freeze_batchnorm: bool = False  # normalise by the running statistics, and leave them alone
     measurements: int = 1  # points of the history, the last one at the end
     extra: dict[str, Any] = field(default_factory=dict)  # what only one experiment knows
 
     def __post_init__(self) -> None:
         check(self, ">= 1", lambda x: x >= 1, "train_size", "epochs", "batch_size", "measurements")
-        check(self, ">= 0", lambda x: x >= 0, "shift", "test_size", "mixup", "weight_decay")
+        check(self, ">= 0", lambda x: x >= 0, "shift", "test_size", "mixup", "weight_decay", "clip")
         check(self, "in [0, 1)", lambda x: 0 <= x < 1, "validation", "noise_rate", "label_smoothing")
         check(self, "in (0, 1]", lambda x: 0 < x <= 1, "ascent")
         check(self, f"in [1, {self.batch_size}], the batch", lambda x: 1 <= x <= self.batch_size, "micro_batch")
         check(self, f"one of {', '.join(NOISES)}", lambda x: x in NOISES, "noise")
+        if self.micro_batch is not None and self.ascent is not None:
+            raise ValueError(f"Invalid micro_batch={self.micro_batch} with ascent={self.ascent}. Must be one of them.")
 
     @property
     def key(self) -> str:

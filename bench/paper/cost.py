@@ -157,7 +157,7 @@ def _line(name: str, own: Sequence[Point], lengths: Sequence[int], best: Sequenc
 EXPERIMENT = Experiment(
     name="cost",
     description=__doc__,
-    defaults={"epochs": 20},
+    defaults={"epochs": 20, "micro_batch": None},  # not all of these kinds go with one
     grid=grid,
     figure=figure,
     section=section,

@@ -4,7 +4,8 @@ The paper's three augmentations of small images (section 3.1):
 
 basic           shift and flip, which `bench.training.data.Batches` does
 cutout          basic, then a square of zeros (DeVries and Taylor, 2017)
-autoaugment     the policy found for CIFAR-10, basic, then cutout (Cubuk et al., 2019, section 4.1)
+autoaugment     the policy found for CIFAR-10, basic, then cutout (Cubuk et al., 2019, section 4.1); for SVHN the policy
+                found for it, then cutout, as in the paper and its code
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from bench.paper.config import Config
 from bench.training import data
 
 AUGMENTATIONS = ("none", "basic", "cutout", "autoaugment")
-CIFAR = {"cifar10": 10, "cifar100": 100}
-CIFAR_DIR = records.ROOT / "data" / "cifar"
+# Of torchvision: the reader, the parts to train on, the part to test on, classes, and the folder for a download.
+VISION = {
+    "cifar10": ("CIFAR10", [{"train": True}], {"train": False}, 10, "cifar"),
+    "cifar100": ("CIFAR100", [{"train": True}], {"train": False}, 100, "cifar"),
+    "svhn": ("SVHN", [{"split": "train"}, {"split": "extra"}], {"split": "test"}, 10, "svhn"),  # all there is: B.1
+}
 # Patrini et al. 2017 for CIFAR-10: truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog. By the same idea
 # for Fashion-MNIST: pullover <-> coat, shirt -> T-shirt, sandal -> sneaker, ankle boot -> sneaker.
 CONFUSED = {
@@ -52,7 +57,7 @@ def load(name: str, data_dir: Path | None = None, say: Callable[[str], None] = p
     if name == "fashion-mnist":
         found = data.load(data_dir, say)
         return found._replace(name=found.name.lower())
-    return load_cifar(name, data_dir)
+    return load_vision(name, data_dir)
 
 
 def split(dataset: data.Dataset, config: Config) -> Split:
@@ -68,34 +73,39 @@ def split(dataset: data.Dataset, config: Config) -> Split:
         test = data.Images(*(part[kept:] for part in chosen))
         chosen = data.Images(*(part[:kept] for part in chosen))
     labels = corrupted(chosen.labels, config, dataset.classes)
-    flip = dataset.flip and config.augment != "none"
+    flip = dataset.flip and moves(config)
     return Split(chosen._replace(labels=labels), test, unseen, chosen.labels, flip, dataset.classes)
 
 
-def load_cifar(name: str, folder: Path | None = None) -> data.Dataset:
-    """Read both parts of CIFAR-10 or CIFAR-100.
+def load_vision(name: str, folder: Path | None = None) -> data.Dataset:
+    """Read both parts of a data set of small colour images; all may be mirrored, which the paper does with SVHN too.
 
     Args:
-        name: "cifar10" or "cifar100".
-        folder: has "cifar-10-batches-py" or "cifar-100-python" in it; it is used or refused. Without one the files are
-            downloaded, once.
+        name: one of VISION.
+        folder: has the published files, for CIFAR in the folder of their archive; it is used or refused. Without one
+            they are downloaded, once.
     """
-    if name not in CIFAR:
-        raise ValueError(f"Invalid dataset={name!r}. Must be one of {', '.join(CIFAR)}.")
-    datasets = records.torchvision(f"--dataset {name}").datasets
-    reader = getattr(datasets, name.upper())
+    if name not in VISION:
+        raise ValueError(f"Invalid dataset={name!r}. Must be one of {', '.join(VISION)}.")
+    reader_name, parts, test, classes, own = VISION[name]
+    reader = getattr(records.torchvision(f"--dataset {name}").datasets, reader_name)
+    root = folder or records.ROOT / "data" / own
     try:
-        train, test = (reader(folder or CIFAR_DIR, train=train, download=folder is None) for train in (True, False))
+        *train, tested = (_images(reader(root, **part, download=folder is None)) for part in [*parts, test])
     except RuntimeError as error:
         if folder is None:
             raise
-        raise FileNotFoundError(f"No {reader.base_folder} with the published files in {folder}.") from error
-    return data.Dataset(name, str(folder or CIFAR_DIR), _images(train), _images(test), flip=True, classes=CIFAR[name])
+        raise FileNotFoundError(f"No {name} with the published files in {folder}.") from error
+    trained = data.Images(*(torch.cat(of_parts) for of_parts in zip(*train, strict=True)))
+    return data.Dataset(name, str(root), trained, tested, flip=True, classes=classes)
 
 
 def _images(part: torch.utils.data.Dataset) -> data.Images:
-    pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()  # [N, 32, 32, 3] -> [N, 3, 32, 32]
-    return data.Images(pixels, torch.tensor(part.targets, dtype=torch.int64))
+    pixels = torch.from_numpy(part.data)
+    if pixels.shape[-1] == 3:  # CIFAR's: [N, 32, 32, 3] -> [N, 3, 32, 32]
+        pixels = pixels.permute(0, 3, 1, 2)
+    labels = part.targets if hasattr(part, "targets") else part.labels
+    return data.Images(pixels.contiguous(), torch.as_tensor(labels, dtype=torch.int64))
 
 
 def confused(dataset: str, classes: int) -> dict[int, int]:
@@ -141,13 +151,18 @@ def mix(
     return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, share)
 
 
-def augmentation(name: str, size: int) -> data.Augmentation:
+def moves(config: Config) -> bool:
+    """Return whether images are shifted and flipped: not under the policy for SVHN, as in the released code."""
+    return config.augment != "none" and (config.dataset, config.augment) != ("svhn", "autoaugment")
+
+
+def augmentation(name: str, size: int, dataset: str) -> data.Augmentation:
     """Return what an augmentation does besides shifts and flips."""
     if name not in AUGMENTATIONS:
         raise ValueError(f"Invalid augment={name!r}. Must be one of {', '.join(AUGMENTATIONS)}.")
     if name in ("none", "basic"):
         return data.NOTHING_ELSE
-    return data.Augmentation(before=autoaugment() if name == "autoaugment" else None, after=cutout(size // 2))
+    return data.Augmentation(before=autoaugment(dataset) if name == "autoaugment" else None, after=cutout(size // 2))
 
 
 def cutout(length: int) -> Change:
@@ -166,10 +181,11 @@ def cutout(length: int) -> Change:
     return change
 
 
-def autoaugment() -> Change:
-    """Return torchvision's AutoAugment with the policy for CIFAR-10, drawn for each image."""
+def autoaugment(dataset: str) -> Change:
+    """Return torchvision's AutoAugment with the policy for SVHN or for CIFAR-10, drawn for each image."""
     transforms = records.torchvision("--augment autoaugment").transforms.v2
-    policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    policies = transforms.AutoAugmentPolicy
+    policy = transforms.AutoAugment(policies.SVHN if dataset == "svhn" else policies.CIFAR10)
 
     def change(images: Tensor, generator: torch.Generator) -> Tensor:  # [B, C, H, W] uint8
         seed = int(torch.randint(2**63 - 1, (), generator=generator))

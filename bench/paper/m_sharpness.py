@@ -46,7 +46,7 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
         raise ValueError(f"Invalid measured_m={args.measured_m}. Must be at most {args.examples}, the images for it.")
     model = base.model if args.batchnorm else f"{base.model}-groupnorm"
     measured = {"examples": args.examples, "m": args.measured_m}
-    base = replace(base, model=model, noise_rate=args.noise_rate, extra=measured)
+    base = replace(base, model=model, noise_rate=args.noise_rate, micro_batch=None, extra=measured)
     runs = [("SGD", base)]
     for m in args.m:
         for rho in args.rhos:

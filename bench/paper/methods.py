@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.paper.config import Config
+from bench.paper.models.shake import Noise
 from bench.records import Row
 from fused_sam import FusedSAM, batchnorm
 
@@ -51,52 +52,72 @@ def make(model: nn.Module, config: Config) -> Stepper:
 
 def base_options(config: Config, base: type[Optimizer]) -> dict[str, Any]:
     """Return arguments of the base optimizer."""
-    shared = {"lr": config.lr, "weight_decay": config.weight_decay}
+    shared = {"lr": config.lr, "weight_decay": 0.0 if config.decay_in_loss else config.weight_decay}
     if issubclass(base, torch.optim.SGD):
         return shared | {"momentum": config.momentum, "nesterov": config.nesterov}
     return shared
 
 
+def objective(loss: Tensor, params: Sequence[Tensor], config: Config) -> Tensor:
+    """Return the loss, with the L2 term where that is part of it."""
+    if not config.decay_in_loss:
+        return loss
+    return loss + config.weight_decay / 2 * torch.stack([p.square().sum() for p in params]).sum()
+
+
 class Plain:
-    """One gradient, one step."""
+    """One gradient, one step. Micro-batches, of which BatchNorm sees one at a time, are added up."""
 
     def __init__(self, model: nn.Module, config: Config, base: type[Optimizer]) -> None:
         self.optimizer = base(model.parameters(), **base_options(config, base), **config.options)
+        self._params, self._config = list(model.parameters()), config
 
     def step(self, loss_of: LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
         self.optimizer.zero_grad()
-        loss = loss_of(images, targets)
-        loss.backward()
+        size = self._config.micro_batch or len(images)
+        groups = list(zip(images.split(size), targets.split(size), strict=True))
+        losses = []
+        for group in groups:
+            loss = loss_of(*group)
+            (objective(loss, self._params, self._config) / len(groups)).backward()
+            losses.append(loss.detach())
+        if self._config.clip:
+            nn.utils.clip_grad_norm_(self._params, self._config.clip)
         self.optimizer.step()
-        return loss.detach(), 1.0
+        return torch.stack(losses).mean(), 1.0
 
 
 class Sharp:
     """FusedSAM in the closure form, with all of its options; BatchNorm statistics from the first pass only.
 
-    Shake-Shake and ShakeDrop draw the same shares in both passes, as in the code that the paper's authors released.
+    Shake-Shake and ShakeDrop draw the same shares in both passes, as in the code that the paper's authors released. As
+    there, the first gradient is that of the output (`Config.true_gradient`).
     """
 
     def __init__(self, model: nn.Module, config: Config, base: type[Optimizer]) -> None:
-        options = {"replay_rng": "shake" in config.model} | config.options
+        options = {"replay_rng": "shake" in config.model, "max_grad_norm": config.clip or None} | config.options
         self.optimizer = FusedSAM(model.parameters(), base, **base_options(config, base), **options)
+        self._params, self._config = list(model.parameters()), config
         self._part, self._micro = config.ascent, config.micro_batch
         self._ascent_steps = config.options.get("ascent_steps", 1)
+        self._noise = [module for module in model.modules() if isinstance(module, Noise) and config.true_gradient]
         batchnorm.first_pass_only(model, self.optimizer)
 
     def step(self, loss_of: LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
         passes = self._passes()
 
         def closure(images: Tensor = images, targets: Tensor = targets) -> Tensor:
+            for layer in self._noise:
+                layer.true_gradient = self.optimizer.perturb_next and not self.optimizer.perturbed
             loss = loss_of(images, targets)
             if self.optimizer.second_order:
-                _backward_with_graph(loss)
+                _backward_with_graph(objective(loss, self._params, self._config))
             else:
-                loss.backward()
+                objective(loss, self._params, self._config).backward()
             return loss.detach()
 
         if self._micro is not None:
-            groups = zip(images.split(self._micro), targets.split(self._micro))
+            groups = zip(images.split(self._micro), targets.split(self._micro), strict=True)
             loss = self.optimizer.step([lambda group=group: closure(*group) for group in groups])
         elif self._part is not None:
             seen = max(1, round(self._part * len(images)))

@@ -9,19 +9,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from bench.paper import methods, models
 from bench.paper.config import Config
-from bench.paper.data import Split, augmentation, mix, split
+from bench.paper.data import Split, augmentation, mix, moves, split
 from bench.records import Row
 from bench.training import checkpoint, data
+from bench.training.models import training_mode
 from bench.training.run import cosine, mean_of_finite
 
 CHECKPOINT_SECONDS = 60.0
 COUNTS = ("epoch", "seconds", "passes", "history")
 Observer = Callable[["Training"], Row]
+
+
+def new_model(config: Config, images: Split) -> nn.Module:
+    """Return a run's network with its first weights, which follow from the seed."""
+    torch.manual_seed(config.seed)
+    channels, size = data.channelled(images.train.images[:1]).shape[1:3]
+    details = models.Details(*(getattr(config, name) for name in models.Details._fields))
+    return models.make(config.model, channels=channels, classes=images.classes, size=size, details=details)
 
 
 class Training:
@@ -45,15 +53,14 @@ class Training:
         self.batches = data.Batches(
             images.train,
             config.batch_size,
-            shift=config.shift if config.augment != "none" else 0,
+            shift=config.shift if moves(config) else 0,
             flip=images.flip,
             seed=config.seed,
             device=self.device,
-            augmentation=augmentation(config.augment, images.train.images.shape[-1]),
+            reflect=config.reflect,
+            augmentation=augmentation(config.augment, images.train.images.shape[-1], config.dataset),
         )
-        torch.manual_seed(config.seed)
-        channels, size = data.channelled(images.train.images[:1]).shape[1:3]
-        model = models.make(config.model, channels=channels, classes=images.classes, size=size)
+        model = new_model(config, images)
         if weights is not None:
             model.load_state_dict(weights)
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -79,7 +86,7 @@ class Training:
 
     def train_epoch(self) -> float:
         """Train an epoch; return the mean training loss."""
-        self._training_mode()
+        training_mode(self.model, self.config.freeze_batchnorm)
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
         start, losses = self._clock(), []
         for step, (images, targets) in enumerate(self.batches.epoch(self.epoch)):
@@ -96,12 +103,6 @@ class Training:
         self.seconds += self._clock() - start
         self.epoch += 1
         return mean_of_finite(values, self.epoch)
-
-    def _training_mode(self) -> None:
-        self.model.train()
-        for module in self.model.modules() if self.config.freeze_batchnorm else ():
-            if isinstance(module, _BatchNorm):
-                module.eval()
 
     def _clock(self) -> float:
         """Return seconds: of the processor on a CPU, where other jobs do not count; of the wall on a device."""

@@ -43,8 +43,9 @@ class RandomDirection:
     """The gradient at w + e for e of length rho in a random direction: one pass, which has to count for BatchNorm."""
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self.optimizer = FusedSAM(model.parameters(), **methods.base_options(config, torch.optim.SGD), **config.options)
-        self._params = list(model.parameters())
+        options = methods.base_options(config, torch.optim.SGD) | {"max_grad_norm": config.clip or None}
+        self.optimizer = FusedSAM(model.parameters(), **options, **config.options)
+        self._params, self._config = list(model.parameters()), config
 
     def step(self, loss_of: methods.LossOf, images: Tensor, targets: Tensor) -> tuple[Tensor, float]:
         """Train on a batch; the loss is that at w + e: there is none at w."""
@@ -56,7 +57,7 @@ class RandomDirection:
 
         def closure() -> None:
             losses.append(loss_of(images, targets))
-            losses[-1].backward()
+            methods.objective(losses[-1], self._params, self._config).backward()
 
         self.optimizer.step(closure, ascent=draw)
         return losses[-1].detach(), 1.0
@@ -269,7 +270,7 @@ EXPERIMENT = Experiment(
     figure,
     section,
     add_arguments=add_arguments,
-    defaults={"rho": 0.2, "epochs": 15, "augment": "none"},
+    defaults={"rho": 0.2, "epochs": 15, "augment": "none", "micro_batch": None},  # a random direction has no parts
     observe=observe,
     observe_during=observe_during,
 )

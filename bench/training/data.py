@@ -222,8 +222,9 @@ class Batches:
     Args:
         data: the training images.
         batch_size: the last, incomplete batch is dropped.
-        shift: shift by up to this many pixels in each direction; the border is black.
+        shift: shift by up to this many pixels in each direction.
         flip: mirror every second image on average.
+        reflect: what comes in at the border is the image's mirror, without the border's own pixels; or else black.
         augmentation: what else is done.
     """
 
@@ -236,6 +237,7 @@ class Batches:
         flip: bool,
         seed: int,
         device: torch.device,
+        reflect: bool = False,
         augmentation: Augmentation = NOTHING_ELSE,
     ) -> None:
         if not 1 <= batch_size <= len(data.labels):
@@ -244,7 +246,7 @@ class Batches:
         self.labels = data.labels.to(device)
         self.images = channelled(data.images).to(device)
         self.batch_size, self.shift, self.flip = batch_size, shift, flip
-        self.seed, self.device, self.augmentation = seed, device, augmentation
+        self.seed, self.device, self.reflect, self.augmentation = seed, device, reflect, augmentation
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
@@ -258,21 +260,30 @@ class Batches:
             rows, columns = self._windows(len(index), generator)
             at = index.to(self.device)
             images = self.images[at] if before is None else before(self.images[at], generator)
-            padded = torch.nn.functional.pad(images, (self.shift,) * 4).movedim(1, -1)
+            border = 0 if self.reflect else self.shift
+            padded = torch.nn.functional.pad(images, (border,) * 4).movedim(1, -1)
             image = torch.arange(len(index), device=self.device)
             shifted = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
             normalised = normalise(shifted, self.mean, self.std)
             yield normalised if after is None else after(normalised, generator), self.labels[at]
 
     def _windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return row and column numbers in the padded image, [count, H] and [count, W]."""
+        """Return row and column numbers in the padded image, [count, H] and [count, W]; with `reflect` in its own."""
         height, width = (torch.arange(size) for size in self.images.shape[-2:])
         top, left = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator)
         columns = width.expand(count, len(width))
         if self.flip:
             mirrored = torch.randint(0, 2, (count, 1), generator=generator).bool()
             columns = torch.where(mirrored, columns.flip(1), columns)
-        return (top + height).to(self.device), (left + columns).to(self.device)
+        windows = top + height, left + columns
+        if self.reflect:
+            windows = tuple(_mirrored(w - self.shift, n) for w, n in zip(windows, self.images.shape[-2:], strict=True))
+        return windows[0].to(self.device), windows[1].to(self.device)
+
+
+def _mirrored(places: Tensor, size: int) -> Tensor:
+    """Return places from -size to 2 size - 2, those outside of [0, size) mirrored at the border pixel."""
+    return size - 1 - (size - 1 - places.abs()).abs()
 
 
 def channelled(images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 STAGE_CHANNELS = (16, 32, 64)
 
@@ -118,6 +119,14 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
         return self.head(self.stages(F.relu(self.norm(self.stem(x)))).mean(dim=(2, 3)))
+
+
+def training_mode(model: nn.Module, frozen: bool) -> None:
+    """Put a model into training mode; BatchNorm, where it is frozen, normalises by its running statistics even so."""
+    model.train()
+    for module in model.modules() if frozen else ():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def parameter_count(model: torch.nn.Module) -> int:

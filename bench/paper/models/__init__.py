@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,7 +28,18 @@ GROUPS = 8  # at most; where they do not divide the channels, their greatest com
 BOTTLENECK_FROM = 164  # layers of the shallowest PyramidNet that was published with bottlenecks
 
 
-def make(name: str, *, channels: int, classes: int, size: int) -> nn.Module:
+class Details(NamedTuple):
+    """What papers and their code do in different ways; the fields of a `Config` of these names."""
+
+    rounded_widths: bool = True
+    mask_per_image: bool = True
+    uniform_head: bool = False
+
+
+USUAL = Details()
+
+
+def make(name: str, *, channels: int, classes: int, size: int, details: Details = USUAL) -> nn.Module:
     """Return a network with random weights from the global generator."""
     if size < 8 or size % 4:
         raise ValueError(f"Invalid {size=}. Must be a multiple of 4, at least 8.")
@@ -35,9 +47,15 @@ def make(name: str, *, channels: int, classes: int, size: int) -> nn.Module:
     for pattern, family in FAMILIES.items():
         found = re.fullmatch(pattern, plain)
         if found:
-            model = family(*found.groups(), channels=channels, classes=classes)
+            model = family(*found.groups(), channels=channels, classes=classes, **_of_family(family, details))
+            if details.uniform_head:
+                nn.init.uniform_(model.head.weight, -(classes**-0.5), classes**-0.5)
             return model if plain == name else without_batchnorm(model)
     raise ValueError(f"Invalid model={name!r}. Must be one of {', '.join(NAMES)}, with numbers.")
+
+
+def _of_family(family: Callable[..., nn.Module], details: Details) -> dict[str, bool]:
+    return {"rounded": details.rounded_widths, "per_image": details.mask_per_image} if family is _pyramid else {}
 
 
 def without_batchnorm(model: nn.Module) -> nn.Module:
@@ -68,14 +86,13 @@ def _resnet(depth: str, stride: str | None, *, channels: int, classes: int) -> n
     return ResNet(int(depth), int(stride or 1), channels=channels, classes=classes)
 
 
-def _pyramid(depth: str, widening: str, shakedrop: str | None, *, channels: int, classes: int) -> nn.Module:
+def _pyramid(depth: str, widening: str, shakedrop: str | None, **options: Any) -> nn.Module:
     return PyramidNet(
         int(depth),
         int(widening),
         bottleneck=int(depth) >= BOTTLENECK_FROM,
         shakedrop=shakedrop is not None,
-        channels=channels,
-        classes=classes,
+        **options,
     )
 
 

@@ -22,10 +22,10 @@ class Block(nn.Module):
         width: channels of the 3x3 convolutions.
         stride: of the first of them.
         bottleneck: 1x1, 3x3, 1x1 to four times the width, instead of two 3x3.
-        keep: ShakeDrop's probability to leave the branch alone, or None.
+        drop: what is done to the branch at its end, or None.
     """
 
-    def __init__(self, channels_in: int, width: int, stride: int, *, bottleneck: bool, keep: float | None) -> None:
+    def __init__(self, channels_in: int, width: int, stride: int, *, bottleneck: bool, drop: ShakeDrop | None) -> None:
         super().__init__()
         layers = (
             [(width, 1, 1), (width, 3, stride), (EXPANSION * width, 1, 1)]
@@ -38,8 +38,8 @@ class Block(nn.Module):
             parts += [nn.ReLU()] if number else []
             parts += [conv(channels, channels_out, kernel, step), nn.BatchNorm2d(channels_out)]
             channels = channels_out
-        if keep is not None:
-            parts.append(ShakeDrop(keep))
+        if drop is not None:
+            parts.append(drop)
         self.branch = nn.Sequential(*parts)
         self.channels, self.stride = channels, stride
 
@@ -49,7 +49,17 @@ class Block(nn.Module):
 
 
 class PyramidNet(nn.Module):
-    """PyramidNet-depth with widening alpha: block k of N has 16 + alpha k / N channels, rounded down."""
+    """PyramidNet-depth with widening alpha: block k of N has 16 + alpha k / N channels.
+
+    Args:
+        depth: number of layers.
+        alpha: by how many channels the last block is wider than the stem.
+        bottleneck: what blocks are like.
+        shakedrop: whether branches are dropped; `per_image`: for each image of a batch apart.
+        rounded: the channels, as in SAM's released code and others; or down, as in the paper of PyramidNets.
+        channels: of the images.
+        classes: of the last layer.
+    """
 
     def __init__(
         self,
@@ -58,6 +68,8 @@ class PyramidNet(nn.Module):
         *,
         bottleneck: bool,
         shakedrop: bool = False,
+        per_image: bool = True,
+        rounded: bool = True,
         channels: int = 3,
         classes: int = 10,
     ) -> None:
@@ -71,9 +83,10 @@ class PyramidNet(nn.Module):
         self.stem = nn.Sequential(conv(channels, width, 3), nn.BatchNorm2d(width))
         parts: list[Block] = []
         for k in range(1, count + 1):
-            keep = 1 - (1 - LAST_KEEP) * k / count if shakedrop else None
+            drop = ShakeDrop(1 - (1 - LAST_KEEP) * k / count, per_image) if shakedrop else None
             stride = 2 if k > 1 and k % blocks == 1 % blocks else 1
-            block = Block(width, STEM_CHANNELS + alpha * k // count, stride, bottleneck=bottleneck, keep=keep)
+            wider = STEM_CHANNELS + (round(alpha * k / count) if rounded else alpha * k // count)
+            block = Block(width, wider, stride, bottleneck=bottleneck, drop=drop)
             width = block.channels
             parts.append(block)
         self.blocks = nn.Sequential(*parts)

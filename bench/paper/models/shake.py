@@ -31,32 +31,43 @@ class _Scale(torch.autograd.Function):
         return backward * grad, None, None
 
 
-class ShakeDrop(nn.Module):
-    """(b + alpha - b alpha) x in training, its mean `keep` times x in evaluation.
+class Noise(nn.Module):
+    """A layer whose gradient has other random shares than its output, or the same with `true_gradient`.
 
-    b is 1 with probability `keep`, for the batch as a whole; alpha is uniform in [-1, 1]. In the gradient beta, uniform
-    in [0, 1], stands in alpha's place. alpha and beta are drawn for each image.
+    Either way it draws as many numbers, so that two passes from one random state see the same.
     """
 
-    def __init__(self, keep: float) -> None:
+    true_gradient = False
+
+
+class ShakeDrop(Noise):
+    """(b + alpha - b alpha) x in training, its mean `keep` times x in evaluation.
+
+    b is 1 with probability `keep`; alpha is uniform in [-1, 1]. In the gradient beta, uniform in [0, 1], stands in
+    alpha's place. They are drawn for each image; b for the batch as a whole where `per_image` is False.
+    """
+
+    def __init__(self, keep: float, per_image: bool = True) -> None:
         super().__init__()
         if not 0 <= keep <= 1:
             raise ValueError(f"Invalid {keep=}. Must be in [0, 1].")
-        self.keep = keep
+        self.keep, self.per_image = keep, per_image
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         if not self.training:
             return self.keep * x
-        kept = torch.rand((), device=x.device) < self.keep
+        kept = torch.rand(len(x) if self.per_image else 1, 1, 1, 1, device=x.device) < self.keep
         alpha, beta = torch.rand(2, len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
-        return _Scale.apply(x, torch.where(kept, 1, 2 * alpha - 1), torch.where(kept, 1, beta))
+        forward = torch.where(kept, 1, 2 * alpha - 1)
+        return _Scale.apply(x, forward, forward if self.true_gradient else torch.where(kept, 1, beta))
 
 
-def shake(a: Tensor, b: Tensor, training: bool) -> Tensor:
+def shake(a: Tensor, b: Tensor, training: bool, true_gradient: bool = False) -> Tensor:
     """Return random shares of two branches for each image ("Shake-Shake-Image"), their mean in evaluation."""
     if not training:
         return (a + b) / 2
     alpha, beta = torch.rand(2, len(a), 1, 1, 1, device=a.device, dtype=a.dtype)
+    beta = alpha if true_gradient else beta
     return _Scale.apply(a, alpha, beta) + _Scale.apply(b, 1 - alpha, 1 - beta)
 
 
@@ -88,7 +99,7 @@ class Shortcut(nn.Module):
         return self.norm(torch.cat([self.left(sides[0]), self.right(sides[1])], dim=1))
 
 
-class Block(nn.Module):
+class Block(Noise):
     """y = shortcut(x) + shake(branch(x), branch(x))."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
@@ -99,7 +110,7 @@ class Block(nn.Module):
         self.shortcut = nn.Identity() if same_shape else Shortcut(channels_in, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C, H / stride, W / stride]
-        return self.shortcut(x) + shake(self.left(x), self.right(x), self.training)
+        return self.shortcut(x) + shake(self.left(x), self.right(x), self.training, self.true_gradient)
 
 
 class ShakeShake(nn.Module):

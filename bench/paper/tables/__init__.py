@@ -42,7 +42,7 @@ def text(row: Row) -> str:
 
 
 def hyperparameters(dataset: str, model: str, *, epochs: int | None = None, noise_rate: float = 0.0) -> Row:
-    """Return what the paper trains a network with (tables 6 and 7, section 3.3), as fields of a `Config`, and rho.
+    """Return what the paper trains a network with (tables 6, 7; section 3.3): fields of a `Config`, rho, accelerators.
 
     Args:
         dataset: "cifar10", "cifar100" or "fashion-mnist".
