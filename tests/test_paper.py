@@ -25,6 +25,7 @@ TINY = ["--dataset", "digits", "--train-size", "80", "--batch-size", "16", "--ep
 SMALL = flags.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 3, "batch_size": 32}
 CONFIG = Config(**SMALL, device="cpu")
 
+LENGTHS = {"SGD": 1, "SGD, 2x epochs": 2, "SAM rho=0.3": 2}
 # The experiment's own flags; passes of each method over its epochs of five steps; a line of the section.
 EXPERIMENTS = {
     "adam": (
@@ -36,6 +37,11 @@ EXPERIMENTS = {
         [],
         {"SGD": 1, "SGD, 2x epochs": 2, "SAM": 2},
         "| paper: cifar10, wrn-28-10 | SAM |  | 2.7 ± 0.1",
+    ),
+    "clean_labels": (
+        ["--models", "mlp-12-5", "mixer-1-8", "--rhos", "0.3", "--validation", "0.25"],
+        {f"{model}, {name}": n for model in ("mlp-12-5", "mixer-1-8") for name, n in LENGTHS.items()},
+        "| mixer-1-8 | SGD, 2x epochs | 2 |",
     ),
     "cost": (
         ["--lengths", "1", "--noise-rates", "0.4"],

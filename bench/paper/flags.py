@@ -49,9 +49,9 @@ def parser(name: str, description: str, add_own: Adder | None, own: Mapping[str,
     made = flags.parser(f"paper.{name}", description, epilog=EPILOG)
     if add_own is not None:
         add_own(made.add_argument_group("this experiment"))
-    values = {"test_size": 0, "rho": RHO} | SMALL | dict(own)
+    values = {"test_size": 0, "rho": RHO, "seeds": SEEDS} | SMALL | dict(own)
     _add_task(_layered(made.add_argument_group("data and model"), values))
-    _add_training(_layered(made.add_argument_group("training"), values))
+    _add_training(_layered(made.add_argument_group("training"), values), values["seeds"])
     _add_machine(made.add_argument_group("machine and files"))
     return made
 
@@ -78,7 +78,7 @@ def _add_task(add: Callable[..., Any]) -> None:
     add("--shift", type=int, metavar="PIXELS", help="largest random shift")
 
 
-def _add_training(add: Callable[..., Any]) -> None:
+def _add_training(add: Callable[..., Any], seeds: Sequence[int]) -> None:
     add("--paper", action="store_true", help="the paper's hyperparameters for this data set, model and length")
     add("--epochs", type=int, metavar="N", help="the shortest runs' epochs")
     add("--batch-size", type=int, metavar="N", help="images per step")
@@ -86,7 +86,7 @@ def _add_training(add: Callable[..., Any]) -> None:
     add("--momentum", type=float, help="of SGD")
     add("--weight-decay", type=float, help="on all parameters")
     add("--rho", type=float, help="radius of the perturbation, where the experiment does not say itself")
-    add("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="N", help="one set of runs for each")
+    add("--seeds", type=int, nargs="+", default=list(seeds), metavar="N", help="one set of runs for each")
 
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
@@ -108,7 +108,7 @@ def base_config(args: argparse.Namespace, dataset: str, own: Mapping[str, Any]) 
         asked = values | given
         noise_rate = asked.get("noise_rate", 0.0)
         values |= tables.hyperparameters(dataset, asked["model"], epochs=args.epochs, noise_rate=noise_rate)
-    rho = values.pop("rho", RHO)
+    rho, _ = values.pop("rho", RHO), values.pop("seeds", None)
     args.rho = rho if args.rho is None else args.rho
     return Config(**(values | given | {"dataset": dataset, "device": args.device}))
 

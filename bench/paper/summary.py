@@ -66,6 +66,16 @@ def of(rows: Iterable[Row], name: str = "test_error") -> Interval:
     return interval([row[name] for row in rows])
 
 
+def paired(rows: Iterable[Row], others: Iterable[Row], name: str = "test_error") -> Interval | None:
+    """Return the interval of the first minus the second, seed by seed; None where they have no seed in common.
+
+    Runs with the same seed have the same images, noise and first weights.
+    """
+    theirs = {row["seed"]: row[name] for row in others}
+    differences = [row[name] - theirs[row["seed"]] for row in rows if row["seed"] in theirs]
+    return interval(differences) if differences else None
+
+
 def errors(rows: Sequence[Row]) -> list[str]:
     """Return the cells of a table for the passes of some runs, and for their errors on test and training images."""
     return [f"{of(rows, 'passes').mean:.0f}", str(of(rows)), str(of(rows, "train_error"))]
