@@ -98,7 +98,7 @@ def _mixer(depth: str, width: str, *, channels: int, classes: int, size: int) ->
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     r"small": _small,
-    r"wrn-(\d+)-(\d+)(?:-stride([12]))?": _wide,
+    r"wrn-(\d+)-(\d+)(?:-stride([124]))?": _wide,
     r"resnet-(\d+)(?:-stride([12]))?": _resnet,
     r"pyramidnet-(\d+)-(\d+)(-shakedrop)?": _pyramid,
     r"shake-shake-26-2x(\d+)d": _shake,
