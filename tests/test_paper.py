@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ pytest.importorskip("sklearn")
 from bench import records
 from bench.paper import classification, finetune, flags, label_noise, runner, training
 from bench.paper import data as paper_data
+from bench.paper import tables as paper_tables
 from bench.paper.config import Config
 
 TINY = ["--dataset", "digits", "--train-size", "80", "--batch-size", "16", "--epochs", "1", "--seeds", "3"]
@@ -82,6 +84,11 @@ EXPERIMENTS = {
         ["--measurements", "1", "--examples", "2", "--lanczos-steps", "4"],
         {"SGD": 1, "SAM": 2},
         "| epoch 300 | 24.2 | 11.4 | 1.0 | 2.6 |",
+    ),
+    "surfaces": (
+        ["--points", "5", "--examples", "8", "--rho", "0.3"],
+        {"SGD, 2x epochs": 2, "SAM, rho = 0.3": 2},
+        "| SAM, rho = 0.3 | 2 |",
     ),
     "variants": (
         ["--rhos", "0.2", "--inf-rhos", "1e-3", "--random-rhos", "1", "--steps", "2", "--cosines", "1"],
@@ -173,6 +180,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
         assert torch.equal(value, parts.model.state_dict()[name]), name
     assert [p["test_error"] for p in whole.history] == [p["test_error"] for p in parts.history]
     assert whole.passes == parts.passes
+
+
+def test_with_the_papers_values_the_plan_comes_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paper_tables, "hyperparameters", lambda *args, **options: {"rho": 0.1})
+    assert runner.main(classification.EXPERIMENT, [*TINY, "--paper", "--results", str(tmp_path)]) == 0
+    assert "Plan: 3 runs, 5 passes over the training images, " in capsys.readouterr().out
+    runpy.run_module("bench.paper", run_name="__main__")
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2].removeprefix("bench.paper.") for line in listed] == sorted(EXPERIMENTS)
 
 
 def test_a_run_that_diverges_is_named_and_the_others_go_on(tmp_path, capsys):
