@@ -68,7 +68,7 @@ EXPERIMENTS = {
     "label_noise": (
         ["--rates", "0.8", "--asymmetric"],
         {"SGD": 2, "Mixup": 2, "Bootstrap + Mixup": 4, "SAM": 2, "Bootstrap + SAM": 4},
-        "| SAM minus SGD |",
+        "| SGD minus SAM |",
     ),
     "m_sharpness": (
         ["--m", "16", "5", "--rhos", "0.1", "0.3", "--examples", "24", "--measured-m", "3", "24"],

@@ -92,7 +92,7 @@ def _radii(networks: dict[str, list[Row]]) -> str:
     """Write a line for each radius, a pair of columns for each network."""
     heads, columns = ["rho"], []
     for model, rows in networks.items():
-        groups, best = rho_grid.by_rho(methods_of_one_length(rows)), rho_grid.chosen(rows)
+        groups, best = rho_grid.by_rho(_of_one_length(rows)), rho_grid.chosen(rows)
         heads += [f"{model}: held out, %", "test set, %"]
         for name in ("test_error", "unseen_error"):
             cells = {rho: str(summary.of(same, name)) for rho, same in groups.items()}
@@ -102,7 +102,7 @@ def _radii(networks: dict[str, list[Row]]) -> str:
     return summary.table(heads, lines)
 
 
-def methods_of_one_length(rows: Sequence[Row]) -> list[Row]:
+def _of_one_length(rows: Sequence[Row]) -> list[Row]:
     """Return the runs of one network without SGD's for twice the epochs."""
     shortest = min(row["config"]["epochs"] for row in rows)
     return [row for row in rows if row["config"]["epochs"] == shortest]
@@ -115,10 +115,13 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     held_out = round(config["validation"] * config["train_size"])
     images = f"{config['train_size']:,} images, {held_out:,} of them held out"
     about = f"{config['dataset']}, {images}; mean and 95 % interval of {seeds} seeds; ring: the radius that is chosen"
-    with figures.canvas("Clean labels, networks that fit them", about, path, panels=len(networks)) as panels:
+    with figures.canvas(
+        "Clean labels, networks that fit them", about, path, panels=len(networks), height=5.0
+    ) as panels:
         for axes, ((model,), same) in zip(panels, networks.items(), strict=True):
-            rho_grid.panel(axes, methods_of_one_length(same))
+            rho_grid.panel(axes, _of_one_length(same))
             figures.level(axes, methods(same)[RIVALS[1]], "unseen_error", f"{RIVALS[1]}, test set", ":")
+            figures.legend(axes)
             figures.describe(axes, f"{model}, rho = {rho_grid.chosen(same):g} chosen", "rho")
 
 

@@ -108,24 +108,24 @@ def _over_rates(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("Wrong training labels (%)")
     axes.set_ylabel("Test error (%)")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    figures.legend(axes, columns=3)
 
 
 def section(rows: Sequence[Row]) -> str:
     """Write a table for each kind of noise; beside symmetric noise the paper's figures."""
     published = {(row["method"], row["noise_rate"]): row["mean"] for row in tables.published("label_noise")}
     parts = [
-        _accuracies(f"{noise} noise", same, published if noise == "symmetric" else {})
+        _errors(f"{noise} noise", same, published if noise == "symmetric" else {})
         for (noise,), same in summary.by(rows, "noise").items()
     ]
     return "\n\n".join([*parts, summary.caption(rows)])
 
 
-def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, float], float]) -> str:
+def _errors(title: str, rows: Sequence[Row], published: Mapping[tuple[str, float], float]) -> str:
     """Write a line per method, a column per rate."""
     rates = sorted(rate for (rate,) in summary.by(rows, "noise_rate"))
     cells = summary.by(rows, "method", "noise_rate")
-    heads = [f"{title}: test accuracy, %"]
+    heads = [f"{title}: test error, %"]
     for rate in rates:
         heads += [f"{rate:.0%}"] + ["paper"] * bool(published)
     lines = []
@@ -133,10 +133,11 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
         line = [label]
         for rate in rates:
             errors = [row["test_error"] for row in cells.get((label, rate), [])]
-            line.append(str(summary.interval([100 - error for error in errors])) if errors else "")
-            line += [str(published.get((label, rate), ""))] * bool(published)
+            line.append(str(summary.interval(errors)) if errors else "")
+            theirs = published.get((label, rate))
+            line += ["" if theirs is None else f"{100 - theirs:.1f}"] * bool(published)
         lines.append(line)
-    differences = ["SAM minus SGD"]
+    differences = ["SGD minus SAM"]
     for rate in rates:
         gained = _gained(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
         differences += [str(summary.interval(gained)) if gained else "", *[""] * bool(published)]

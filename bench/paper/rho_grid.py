@@ -79,6 +79,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         for axes, ((rate,), same) in zip(panels, tasks.items(), strict=True):
             panel(axes, same)
             figures.describe(axes, f"{summary.labels(rate)}, rho = {chosen(same):g} chosen", "rho")
+            figures.legend(axes)
 
 
 def panel(axes: Any, rows: Sequence[Row]) -> None:
@@ -92,7 +93,6 @@ def panel(axes: Any, rows: Sequence[Row]) -> None:
         figures.level(axes, sgd, name, f"SGD, {label}", style)
     figures.radii(axes, list(groups))
     axes.set_ylabel("error, %")
-    axes.legend(fontsize=8)
 
 
 def section(rows: Sequence[Row]) -> str:
