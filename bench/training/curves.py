@@ -17,8 +17,7 @@ def plot(results: Sequence[dict[str, Any]], title: str, subtitle: str, path: Pat
 
     A ring is around the epoch whose error on the images held out is lowest.
     """
-    about = f"{subtitle}; ring: best by the images held out"
-    with figures.canvas(title, about, path, panels=2) as (left, right):
+    with figures.canvas(title, subtitle, path, panels=2) as (left, right):
         _panel(left, results, "test_error", "Test error (%)")
         _panel(right, results, "train_loss", "Training loss")
 

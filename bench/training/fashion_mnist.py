@@ -57,7 +57,11 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
     add("--batch-size", type=int, default=128, help="images per step")
     seeds = "one or several seeds of subset, noise, initial weights and order"
     add("--seed", "--seeds", dest="seeds", type=int, nargs="+", default=[0], metavar="N", help=seeds)
-    add("--full", action="store_true", help="the paper's WRN-28-10 on all images, for a GPU; other flags win")
+    add(
+        "--full",
+        action="store_true",
+        help="the paper's WRN-28-10 with all images and right labels, for a GPU; other flags win",
+    )
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -121,23 +125,21 @@ def title(job: Job) -> str:
 
 
 def table(job: Job) -> Table:
-    """Return a table with one line per optimizer."""
+    """Return a table with one line per optimizer, which fits into 80 columns."""
     out = Table(title=title(job), caption=budget(job), title_justify="left", caption_justify="left")
-    out.add_column("run")
+    out.add_column("run", no_wrap=True)
     errors = ("test error %\nat the end", "best epoch,\nheld out", "test error %\nthere")
-    for heading in ("epochs", *errors, "step\nms", "optimizer\n% of step", "training\ns"):
+    for heading in (*errors, "step\nms", "optimizer\n% of step"):
         out.add_column(heading, justify="right", no_wrap=True)
     for kind in job.kinds:
         runs = [r for r in job.finished if r["optimizer"] == kind]
         out.add_row(
             runs[0]["label"],
-            str(runs[0]["run_epochs"]),
             mean([r["test_error_final"] for r in runs]),
             "/".join(str(r["best_epoch"]) for r in runs),
             mean([r["test_error_best"] for r in runs]),
             f"{statistics.fmean(r['step_ms'] for r in runs):.1f}",
             f"{statistics.fmean(100 * r['optimizer_ms'] / r['step_ms'] for r in runs):.1f}",
-            f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
         )
     return out
 
@@ -149,9 +151,7 @@ def describe(job: Job, console: Console) -> None:
     console.print(f"{title(job)}, {tested}", soft_wrap=True)
     console.print(f"Data from {dataset.source}", soft_wrap=True)
     if config.label_noise:
-        console.print(
-            "Label noise: symmetric, always to a different class; other labels than the training ones are right"
-        )
+        console.print("Label noise: always to a different class; labels held out and of the test are right")
     model = WideResNet(config.blocks, config.width, config.stem_stride)
     name = f"WRN-{6 * config.blocks + 4}-{config.width}"
     where = f"{config.device}, {config.threads} threads, backend {config.backend}"
@@ -164,8 +164,10 @@ def report(job: Job, console: Console) -> None:
     console.print(table(job))
     if not job.args.no_plot:
         picture = records.RESULTS / f"train_{job.name}.png" if job.args.record else job.out / "curves.png"
-        seeds = f"; mean of seeds {job.args.seeds}" if len(job.args.seeds) > 1 else ""
-        curves.plot(job.finished, title(job), budget(job) + seeds, picture)
+        seeds = f"; mean of seeds {', '.join(map(str, job.args.seeds))}" if len(job.args.seeds) > 1 else ""
+        epochs = f"SGD {2 * job.config.epochs} epochs, SAM {job.config.epochs}: as many forward-backward passes"
+        about = f"{epochs}{seeds}; ring: the epoch that images held out say is best"
+        curves.plot(job.finished, title(job), about, picture)
         console.print(f"Picture: {picture}", soft_wrap=True)
     recorded = records.RESULTS / "train_fashion_mnist.jsonl" if job.args.record else job.out / "results.jsonl"
     path = job.args.results or recorded
