@@ -26,7 +26,7 @@ class Setting(NamedTuple):
 
 
 def settings(rows: Sequence[Row]) -> list[Setting]:
-    """Return all comparisons that the rows allow, the largest saving last."""
+    """Return all comparisons that the rows allow, of two seeds at least, the largest saving last."""
     found = []
     plain = [row for row in rows if row["kind"] == "paper" and set(row["config"]["options"]) <= {"rho"}]
     for group in _by_task(plain):
@@ -34,7 +34,7 @@ def settings(rows: Sequence[Row]) -> list[Setting]:
         for _, runs in _of_sam(group):
             pairs = [(_error(row), rivals.get(_rival(row))) for row in runs]
             saved = [100 * (1 - error / other) for error, other in pairs if other]
-            if saved:
+            if len(saved) > 1:
                 found.append(Setting(_name(runs[0]), summary.interval(saved)))
     return sorted(found, key=lambda setting: setting.saved.mean)
 
@@ -95,11 +95,9 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     height = 1.4 + 0.24 * len(found)
     with figures.canvas("Error that SAM saves", about, path, width=10.5, height=height) as (axes,):
         for place, setting in enumerate(found):
-            mean, half, count = setting.saved
-            whisker = half if count > 1 else 0.0
-            clear = abs(mean) > whisker and count > 1
-            colour = figures.GREY if not clear else figures.SAM if mean > 0 else figures.SGD
-            axes.errorbar(mean, place, xerr=whisker, color=colour, fmt="D", markersize=5, capsize=3)
+            mean, half, _ = setting.saved
+            colour = figures.GREY if abs(mean) <= half else figures.SAM if mean > 0 else figures.SGD
+            axes.errorbar(mean, place, xerr=half, color=colour, fmt="D", markersize=5, capsize=3)
         axes.axvline(0, color=figures.GREY, linewidth=1)
         axes.set_yticks(range(len(found)), [setting.name for setting in found], fontsize=8)
         axes.set_ylim(-0.6, len(found) - 0.4)
