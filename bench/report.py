@@ -17,6 +17,7 @@ from pathlib import Path
 from bench import flags, records, tables
 from bench.gpu import plot as gpu_plot
 from bench.gpu import tables as gpu_tables
+from bench.paper import reduction
 from bench.paper import runner as paper
 from bench.speed import plot as step_plot
 from bench.tables import latest
@@ -25,6 +26,7 @@ PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "step_times
 BLOCKS = tables.BLOCKS | gpu_tables.BLOCKS | paper.blocks()
 PLOTS = {
     "docs/step_cpu.png": step_plot.draw,
+    "bench/results/paper_reduction.png": reduction.draw,
     f"docs/{gpu_tables.STEP_PICTURE}": gpu_plot.draw_steps,
     f"docs/{gpu_tables.ITERATION_PICTURE}": gpu_plot.draw_iterations,
 }

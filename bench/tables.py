@@ -273,7 +273,7 @@ def _megabytes(value: int) -> str:
 
 
 def train(rows: Sequence[Row]) -> str:
-    """Write test error by job and optimizer, over the seeds."""
+    """Write test errors by job and optimizer: at the end, and at the epoch that images held out choose."""
     runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["kind"] == "train":
@@ -286,11 +286,13 @@ def train(rows: Sequence[Row]) -> str:
         noise = f", {one['label_noise']:.0%} label noise" if one["label_noise"] else ""
         step = statistics.fmean(row["step_ms"] for row in group)
         share = statistics.fmean(row["optimizer_ms"] / row["step_ms"] for row in group)
-        cells = [str(one["run_epochs"]), str(len(group)), mean([row["test_error_final"] for row in group])]
+        errors = [mean([row[f"test_error_{when}"] for row in group]) for when in ("final", "best")]
+        cells = [str(one["run_epochs"]), str(len(group)), *errors, "/".join(str(row["best_epoch"]) for row in group)]
         lines.append(
             [f"{one['dataset']}, {one['train_size']} images{noise}", label, *cells, f"{step:.1f}", f"{share:.1%}"]
         )
-    heads = ["task", "optimizer", "epochs", "seeds", "test error, %", "step, ms", "optimizer's share"]
+    errors = ["test error at the end, %", "at the best epoch, %", "best epochs, by images held out"]
+    heads = ["task", "optimizer", "epochs", "seeds", *errors, "step, ms", "optimizer's share"]
     return f"{table(heads, lines)}\n\n{caption([row for group in runs.values() for row in group])}"
 
 

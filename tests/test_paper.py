@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,12 +20,14 @@ pytest.importorskip("sklearn")
 from bench import records
 from bench.paper import classification, finetune, flags, label_noise, runner, training
 from bench.paper import data as paper_data
+from bench.paper import tables as paper_tables
 from bench.paper.config import Config
 
 TINY = ["--dataset", "digits", "--train-size", "80", "--batch-size", "16", "--epochs", "1", "--seeds", "3"]
 SMALL = flags.SMALL | {"dataset": "digits", "train_size": 96, "epochs": 3, "batch_size": 32}
 CONFIG = Config(**SMALL, device="cpu")
 
+LENGTHS = {"SGD": 1, "SGD, 2x epochs": 2, "SAM rho=0.3": 2}
 # The experiment's own flags; passes of each method over its epochs of five steps; a line of the section.
 EXPERIMENTS = {
     "adam": (
@@ -36,6 +39,11 @@ EXPERIMENTS = {
         [],
         {"SGD": 1, "SGD, 2x epochs": 2, "SAM": 2},
         "| paper: cifar10, wrn-28-10 | SAM |  | 2.7 ± 0.1",
+    ),
+    "clean_labels": (
+        ["--models", "mlp-12-5", "mixer-1-8", "--rhos", "0.3", "--validation", "0.25"],
+        {f"{model}, {name}": n for model in ("mlp-12-5", "mixer-1-8") for name, n in LENGTHS.items()},
+        "| mixer-1-8 | SGD, 2x epochs | 2 |",
     ),
     "cost": (
         ["--lengths", "1", "--noise-rates", "0.4"],
@@ -60,7 +68,7 @@ EXPERIMENTS = {
     "label_noise": (
         ["--rates", "0.8", "--asymmetric"],
         {"SGD": 2, "Mixup": 2, "Bootstrap + Mixup": 4, "SAM": 2, "Bootstrap + SAM": 4},
-        "| SAM minus SGD |",
+        "| SGD minus SAM |",
     ),
     "m_sharpness": (
         ["--m", "16", "5", "--rhos", "0.1", "0.3", "--examples", "24", "--measured-m", "3", "24"],
@@ -81,6 +89,11 @@ EXPERIMENTS = {
         ["--measurements", "1", "--examples", "2", "--lanczos-steps", "4"],
         {"SGD": 1, "SAM": 2},
         "| epoch 300 | 24.2 | 11.4 | 1.0 | 2.6 |",
+    ),
+    "surfaces": (
+        ["--points", "5", "--examples", "8", "--rho", "0.3"],
+        {"SGD, 2x epochs": 2, "SAM, rho = 0.3": 2},
+        "| SAM, rho = 0.3 | 2 |",
     ),
     "variants": (
         ["--rhos", "0.2", "--inf-rhos", "1e-3", "--random-rhos", "1", "--steps", "2", "--cosines", "1"],
@@ -172,6 +185,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
         assert torch.equal(value, parts.model.state_dict()[name]), name
     assert [p["test_error"] for p in whole.history] == [p["test_error"] for p in parts.history]
     assert whole.passes == parts.passes
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+def test_with_the_papers_values_the_plan_comes_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paper_tables, "hyperparameters", lambda *args, **options: {"rho": 0.1})
+    assert runner.main(classification.EXPERIMENT, [*TINY, "--paper", "--results", str(tmp_path)]) == 0
+    assert "Plan: 3 runs, 5 passes over the training images, " in capsys.readouterr().out
+    runpy.run_module("bench.paper", run_name="__main__")
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2].removeprefix("bench.paper.") for line in listed] == sorted(EXPERIMENTS)
 
 
 def test_a_run_that_diverges_is_named_and_the_others_go_on(tmp_path, capsys):

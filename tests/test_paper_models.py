@@ -12,7 +12,9 @@ from bench.training.models import parameter_count
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
-@pytest.mark.parametrize("name", ["small", "resnet-8", "pyramidnet-20-12-shakedrop", "shake-shake-26-2x4d"])
+@pytest.mark.parametrize(
+    "name", ["small", "resnet-8", "pyramidnet-20-12-shakedrop", "shake-shake-26-2x4d", "mlp-12-5", "mixer-1-8"]
+)
 def test_every_family_takes_grey_and_coloured_images(name, channels, size):
     torch.manual_seed(1)
     model = models.make(name, channels=channels, classes=7, size=size)
@@ -40,6 +42,7 @@ def test_every_family_takes_grey_and_coloured_images(name, channels, size):
         ("shake-shake-26-2x32d", 2.9, 0.05),
         ("shake-shake-26-2x64d", 11.7, 0.05),
         ("shake-shake-26-2x96d", 26.2, 0.05),
+        ("mlp-500-100", 1.59, 0.005),  # 3072 * 500 + 500 * 100 + 100 * 10 weights and as many biases as units
     ],
 )
 def test_published_parameter_counts(name, millions, printed):

@@ -15,7 +15,19 @@ pytest.importorskip("rich")
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
-from bench.paper import cost, flags, m_sharpness, methods, rho_grid, summary, training, variants
+from bench.paper import (
+    cost,
+    flags,
+    m_sharpness,
+    methods,
+    plan,
+    reduction,
+    rho_grid,
+    summary,
+    theorem,
+    training,
+    variants,
+)
 from bench.paper import data as paper_data
 from bench.paper.config import Config
 from bench.training import data
@@ -54,6 +66,7 @@ def test_passes_are_counted_as_they_are_made(changes, passes):
     run.model.register_forward_pre_hook(count)
     run.train_epoch()
     assert run.passes == pytest.approx(passes)
+    assert plan.passes(config) == pytest.approx(passes)
     forward = passes - 1 if config.options.get("second_order") else passes  # the third pass is backward only
     assert examples == pytest.approx(forward * 96)
 
@@ -184,6 +197,25 @@ def test_the_radius_is_chosen_by_the_images_held_out_alone():
     assert lines["0.1"].endswith("| 6.0 |")  # the paper's, table 8
     assert "**" not in lines["0.2"]
     assert lines["0.5"].endswith("| 40.9 |")
+
+
+def test_sam_is_compared_with_as_many_passes_by_seed_and_with_the_chosen_radius():
+    rows = []
+    for seed, (sgd, sam) in enumerate([(20.0, 15.0), (10.0, 8.0)]):
+        rows += [row("SGD", 4, 50.0, seed=seed, unseen=sgd), row("SGD", 2, 50.0, seed=seed, unseen=1.0)]
+        rows += [row("SAM", 2, error, rho=rho, seed=seed, unseen=sam) for rho, error in ((0.1, 30.0), (0.2, 40.0))]
+    rows.append(row("SAM", 2, 30.0, rho=0.1, seed=7, unseen=1.0))  # without a rival
+    (found,) = reduction.settings([one | {"kind": "paper", "experiment": "test"} for one in rows])
+    assert found.name.endswith("clean labels, 2 epochs, rho 0.1")
+    assert (found.saved.mean, found.saved.count) == (pytest.approx(22.5), 2)
+
+
+def test_the_last_term_of_the_theorem():
+    # sqrt((2 ln(1 + 3 / 0.25 (1 + sqrt(ln 100 / 2))^2) + 4 ln(100 / 0.05) + 8 ln(600 + 6)) / 99)
+    assert theorem.h(3.0, 0.5, parameters=2, examples=100, delta=0.05) == pytest.approx(0.955306, rel=1e-5)
+    measured = {"train_loss": 0.1, "squared_norm": 3.0, "parameters": 2, "examples": 100}
+    terms = theorem.bound(measured | {"rises": [{"rho": 0.5, "sharpness": 0.2}]}, 0.5)
+    assert terms["bound"] == pytest.approx(0.3 + terms["h"])
 
 
 def test_gap_is_of_test_labels_with_the_noise_of_training():

@@ -28,7 +28,7 @@ from bench.training import data
 from bench.training import fashion_mnist as train
 
 BY_TORCHVISION = data.by_torchvision
-TINY = ["--train-size", "192", "--batch-size", "64", "--epochs", "2", "--width", "1", "--threads", "1"]
+TINY = ["--train-size", "214", "--batch-size", "64", "--epochs", "2", "--width", "1", "--threads", "1"]
 
 
 def idx(array: torch.Tensor, kind: int = 8) -> bytes:
@@ -205,10 +205,11 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 def test_job_ends_with_table_picture_and_rows(nowhere, capsys):
     out = nowhere / "out"
-    assert train.main([*TINY, "--label-noise", "0.4", "--seeds", "0", "1", "--out", str(out)]) == 0
+    assert train.main([*TINY, "--seeds", "0", "1", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "using scikit-learn's digits" in shown.lower()
     assert "SGD 4 epochs x 3 steps x 1 pass = SAM 2 epochs x 3 steps x 2 passes" in shown
+    assert shown.count(" left\n") == 8  # at each measurement, where the output is no terminal
     assert shown.count("±") >= 4
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     sgd, sam, *others = rows_of(out)
@@ -220,12 +221,17 @@ def test_job_ends_with_table_picture_and_rows(nowhere, capsys):
         assert row["kind"] == "train"
         assert row["job"] == "digits-noise40"
         assert row["test_error_final"] == row["history"][-1]["test_error"]
+        best = min(row["history"], key=lambda point: (point["held_out_error"], point["epoch"]))
+        assert (row["test_error_best"], row["best_epoch"]) == (best["test_error"], best["epoch"])
+        for name, images in (("test_error", 359), ("held_out_error", 21)):
+            wrong = best[name] / 100 * images
+            assert wrong == pytest.approx(round(wrong), abs=1e-6)
         assert 0 < row["optimizer_ms"] < row["step_ms"]
     assert [p["passes"] for p in sgd["history"]] == [p["passes"] for p in sam["history"]] == [2, 4]
 
 
-@pytest.mark.parametrize("measured", [1, 3], ids=["in SGD", "in SAM"])
-def test_resumed_job_equals_uninterrupted_job(nowhere, monkeypatch, measured):
+@pytest.mark.parametrize(("measured", "more"), [(2, []), (6, ["--resume"])], ids=["in SGD", "in SAM"])
+def test_an_interrupted_job_goes_on_to_what_an_uninterrupted_one_gives(nowhere, monkeypatch, capsys, measured, more):
     flags = [*TINY, "--no-plot", "--out"]
     assert train.main([*flags, str(nowhere / "whole")]) == 0
 
@@ -241,7 +247,9 @@ def test_resumed_job_equals_uninterrupted_job(nowhere, monkeypatch, measured):
     monkeypatch.setattr(Training, "evaluate", interrupted)
     assert train.main([*flags, str(nowhere / "halved")]) == 130
     monkeypatch.setattr(Training, "evaluate", evaluate)
-    assert train.main([*flags, str(nowhere / "halved"), "--resume"]) == 0
+    capsys.readouterr()
+    assert train.main([*flags, str(nowhere / "halved"), *more]) == 0
+    assert ("Going on" in capsys.readouterr().out) == (not more)
     assert without_times(rows_of(nowhere / "halved")) == without_times(rows_of(nowhere / "whole"))
 
 
@@ -270,7 +278,7 @@ def test_non_finite_loss_stops_the_job(nowhere, capsys):
         (["--label-noise", "1"], "Invalid label_noise=1.0. Must be in [0, 1)."),
         (["--backend", "none"], "Invalid backend='none'"),
         (["--record"], "Must be Fashion-MNIST"),
-        (["--batch-size", "500"], "Must be <= 192, the training images"),
+        (["--batch-size", "500"], "Must be <= 193, the images that are not held out"),
         (["--data-dir", "nowhere"], "No train-images-idx3-ubyte.gz or train-images-idx3-ubyte in nowhere"),
     ],
 )

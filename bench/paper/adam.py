@@ -1,4 +1,4 @@
-"""SAM against Adam on ResNet-20: loss and accuracy while they train.
+"""SAM against Adam on ResNet-20: loss and error while they train.
 
 Adam of one and of two times the epochs, SAM with Adam as its base, and SAM with SGD as its base. The curves are over
 forward-backward passes, of which SAM takes two in a step.
@@ -16,8 +16,7 @@ from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
 
-# Key in the history, name, and whether 100 - value is drawn.
-CURVES = (("train_loss", "Training loss", False), ("test_error", "Test accuracy (%)", True))
+CURVES = {"train_loss": "Training loss", "test_error": "Test error (%)"}  # by their key in the history
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -40,26 +39,22 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     methods = summary.by(rows, "method")
     colours = figures.colours([label for (label,) in methods])
     with figures.canvas("SAM against Adam", summary.subtitle(rows), path, panels=2) as panels:
-        for axes, (key, name, upside_down) in zip(panels, CURVES, strict=True):
+        for axes, (key, name) in zip(panels, CURVES.items(), strict=True):
             for (label,), same in methods.items():
                 histories = zip(*(row["history"] for row in same), strict=True)
-                points = [(points[0]["passes"], _spread(points, key, upside_down)) for points in histories]
+                points = [(points[0]["passes"], summary.of(points, key)) for points in histories]
                 figures.line(axes, points, label, colours[label])
             figures.describe(axes, name, "Forward-backward passes over the training set")
-        panels[0].legend()
-
-
-def _spread(points: Sequence[Row], key: str, upside_down: bool) -> summary.Interval:
-    return summary.interval([100 - point[key] if upside_down else point[key] for point in points])
+            figures.legend(axes)
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Write loss and accuracy at the end."""
+    """Write loss and error at the end."""
     lines = []
     for (label,), same in summary.by(rows, "method").items():
-        accuracy = str(_spread(same, "test_error", True))
-        lines.append([label, summary.errors(same)[0], summary.of(same, "train_loss").text(3), accuracy])
-    heads = ["method", "passes", "training loss at the end", "test accuracy, %"]
+        passes, error, _ = summary.errors(same)
+        lines.append([label, passes, summary.of(same, "train_loss").text(3), error])
+    heads = ["method", "passes", "training loss at the end", "test error, %"]
     return f"{summary.table(heads, lines)}\n\n{summary.caption(rows)}"
 
 

@@ -88,7 +88,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     tasks = summary.by(rows, "noise_rate")
     config, seeds = rows[0]["config"], len({row["seed"] for row in rows})
     about = f"{config['dataset']}, {config['train_size']:,} images; means of {seeds} seeds; grey: the Pareto front"
-    height = 0.9 + 4.2 * len(tasks)
+    height = 0.9 + 5.2 * len(tasks)
     shape = {"panels": 2 * len(tasks), "rows": len(tasks), "height": height}
     with figures.canvas("Test error against its price", about, path, **shape) as panels:
         for place, ((rate,), same) in enumerate(tasks.items()):
@@ -96,7 +96,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             for axes, price in zip(panels[2 * place :], PRICES):
                 _panel(axes, found, price)
                 figures.describe(axes, summary.labels(rate), PRICES[price])
-        panels[0].legend(fontsize=8)
+                figures.legend(axes)
 
 
 def _panel(axes: Any, found: Sequence[Point], price: str) -> None:

@@ -56,6 +56,11 @@ def radii(axes: Any, rhos: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
+def legend(axes: Any, columns: int = 2) -> None:
+    """Explain the colours of a panel below it, where no data is."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, fontsize=8)
+
+
 def errors(title: str, height: float) -> Callable[[Sequence[Row], Path], None]:
     """Return what draws the test error of each run, and the intervals of the methods."""
 

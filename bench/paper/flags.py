@@ -66,9 +66,9 @@ def parser(name: str, description: str, add_own: Adder | None, own: Mapping[str,
     made = flags.parser(f"paper.{name}", description, epilog=EPILOG)
     if add_own is not None:
         add_own(made.add_argument_group("this experiment"))
-    values = {"test_size": 0, "rho": RHO} | SMALL | dict(own)
+    values = {"test_size": 0, "rho": RHO, "seeds": SEEDS} | SMALL | dict(own)
     _add_task(_layered(made.add_argument_group("data and model"), values), values["dataset"])
-    _add_training(_layered(made.add_argument_group("training"), values))
+    _add_training(_layered(made.add_argument_group("training"), values), values["seeds"])
     _add_details(made.add_argument_group("details of the paper's code"))
     _add_machine(made.add_argument_group("machine and files"))
     return made
@@ -96,7 +96,7 @@ def _add_task(add: Callable[..., Any], dataset: str) -> None:
     add("--shift", type=int, metavar="PIXELS", help="largest random shift")
 
 
-def _add_training(add: Callable[..., Any]) -> None:
+def _add_training(add: Callable[..., Any], usual_seeds: Sequence[int]) -> None:
     add("--paper", action="store_true", help="the paper's hyperparameters for this data set, model and length")
     add("--epochs", type=int, metavar="N", help="the shortest runs' epochs")
     add("--batch-size", type=int, metavar="N", help="images per step")
@@ -106,7 +106,7 @@ def _add_training(add: Callable[..., Any]) -> None:
     add("--momentum", type=float, help="of SGD")
     add("--weight-decay", type=float, help="on all parameters")
     add("--rho", type=float, help="radius of the perturbation, where the experiment does not say itself")
-    seeds = f"one set of runs for each (default: {_words(SEEDS)}; with --paper {_words(PAPER_SEEDS)})"
+    seeds = f"one set of runs for each (default: {_words(usual_seeds)}; with --paper {_words(PAPER_SEEDS)})"
     add("--seeds", type=int, nargs="+", metavar="N", help=seeds)
 
 
@@ -145,7 +145,8 @@ def base_config(args: argparse.Namespace, dataset: str, own: Mapping[str, Any]) 
         values |= tables.hyperparameters(dataset, asked["model"], epochs=args.epochs, noise_rate=noise_rate)
         share = (values | given)["batch_size"] // values.pop("accelerators")
         values["micro_batch"] = own.get("micro_batch", max(share, 1))
-    args.seeds = args.seeds or list(PAPER_SEEDS if args.paper else SEEDS)
+    usual_seeds = values.pop("seeds", SEEDS)
+    args.seeds = args.seeds or list(PAPER_SEEDS if args.paper else usual_seeds)
     rho = values.pop("rho", RHO)
     args.rho = rho if args.rho is None else args.rho
     return Config(**(values | given | {"dataset": dataset, "device": args.device}))

@@ -125,24 +125,29 @@ def _over_rates(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("Wrong training labels (%)")
     axes.set_ylabel("Test error (%)")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    figures.legend(axes, columns=3)
 
 
 def section(rows: Sequence[Row]) -> str:
     """Write a table for each kind of noise; beside symmetric noise the paper's figures, of others' methods too."""
     published = {(row["method"], row["noise_rate"]): row["mean"] for row in tables.published("label_noise")}
     parts = [
-        _accuracies(f"{noise} noise", same, published if noise == "symmetric" else {})
+        _errors(f"{noise} noise", same, published if noise == "symmetric" else {})
         for (noise,), same in summary.by(rows, "noise").items()
     ]
     return "\n\n".join([*parts, summary.caption(rows)])
 
 
-def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, float], float]) -> str:
+def _errors(title: str, rows: Sequence[Row], published: Mapping[tuple[str, float], float]) -> str:
     """Write a line per method, a column per rate."""
+
+    def error_of(label: str, rate: float) -> str:
+        accuracy = published.get((label, rate))
+        return "" if accuracy is None else f"{100 - accuracy:.1f}"
+
     rates = sorted(rate for (rate,) in summary.by(rows, "noise_rate"))
     cells = summary.by(rows, "method", "noise_rate")
-    heads = [f"{title}: test accuracy, %"]
+    heads = [f"{title}: test error, %"]
     for rate in rates:
         heads += [f"{rate:.0%}"] + ["paper"] * bool(published)
     lines = []
@@ -150,28 +155,18 @@ def _accuracies(title: str, rows: Sequence[Row], published: Mapping[tuple[str, f
         line = [label]
         for rate in rates:
             errors = [row["test_error"] for row in cells.get((label, rate), [])]
-            line.append(str(summary.interval([100 - error for error in errors])) if errors else "")
-            line += [str(published.get((label, rate), ""))] * bool(published)
+            line.append(str(summary.interval(errors)) if errors else "")
+            line += [error_of(label, rate)] * bool(published)
         lines.append(line)
-    differences = ["SAM minus SGD"]
+    differences = ["SGD minus SAM"]
     for rate in rates:
-        points = gain(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
+        points = summary.gain(cells.get(("SGD", rate), []), cells.get(("SAM", rate), []))
         differences += [points, *[""] * bool(published)]
     others = [
-        [label, *itertools.chain.from_iterable(("", str(published.get((label, rate), ""))) for rate in rates)]
+        [label, *itertools.chain.from_iterable(("", error_of(label, rate)) for rate in rates)]
         for label in dict.fromkeys(label for label, _ in published if (label,) not in summary.by(rows, "method"))
     ]
     return summary.table(heads, [*lines, differences, *others])
-
-
-def gain(rows: Sequence[Row], sam: Sequence[Row]) -> str:
-    """Write by how many points SAM is better than others, for the seeds that both have; of its own rows nothing.
-
-    Of one seed, the images, their noise and the first weights are the same.
-    """
-    errors = {row["seed"]: row["test_error"] for row in rows}
-    points = [errors[row["seed"]] - row["test_error"] for row in sam if row["seed"] in errors]
-    return str(summary.interval(points)) if points and rows != sam else ""
 
 
 EXPERIMENT = Experiment(

@@ -112,7 +112,7 @@ def _errors(axes: Any, rows: Sequence[Row]) -> None:
     figures.level(axes, sgd)
     figures.radii(axes, list(summary.by_option(sam, "rho")))
     figures.describe(axes, "Test error (%) by m in training", "rho in training")
-    axes.legend()
+    figures.legend(axes)
 
 
 def _scatter(axes: Any, rows: Sequence[Row]) -> None:
@@ -120,11 +120,10 @@ def _scatter(axes: Any, rows: Sequence[Row]) -> None:
     colours = _colours(rows)
     gaps = [row["gap"] for row in rows]
     for m in ms:
-        axes.scatter(measured(rows, SHOWN, m), gaps, s=14, color=colours[m], alpha=0.8)
+        axes.scatter(measured(rows, SHOWN, m), gaps, s=14, color=colours[m], alpha=0.8, label=f"measured with m={m}")
     axes.set_xscale("log")
-    figures.describe(
-        axes, "Generalisation gap (% points)", f"m-sharpness with rho={SHOWN:g}; m: colours as on the right"
-    )
+    figures.describe(axes, "Generalisation gap (% points)", f"m-sharpness with rho={SHOWN:g}")
+    figures.legend(axes)
 
 
 def _predictive(axes: Any, rows: Sequence[Row]) -> None:

@@ -77,11 +77,13 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     about = f"{config['dataset']}, {images}, {config['epochs']} epochs; mean, 95 % interval, {seeds} seeds"
     with figures.canvas("Choosing rho on images held out", about, path, panels=len(tasks)) as panels:
         for axes, ((rate,), same) in zip(panels, tasks.items(), strict=True):
-            _panel(axes, same)
+            panel(axes, same)
             figures.describe(axes, f"{summary.labels(rate)}, rho = {chosen(same):g} chosen", "rho")
+            figures.legend(axes)
 
 
-def _panel(axes: Any, rows: Sequence[Row]) -> None:
+def panel(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw both errors over the radius, and those of SGD."""
     groups, best = by_rho(rows), chosen(rows)
     sgd = groups.pop(0.0, [])
     looks = (("test_error", "held out", figures.SAM, "-", 0.98), ("unseen_error", "test set", figures.GREY, "--", 1.02))
@@ -91,7 +93,6 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
         figures.level(axes, sgd, name, f"SGD, {label}", style)
     figures.radii(axes, list(groups))
     axes.set_ylabel("error, %")
-    axes.legend(fontsize=8)
 
 
 def section(rows: Sequence[Row]) -> str:

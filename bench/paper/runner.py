@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import bench.paper
 import fused_sam
 from bench import records
-from bench.paper import data, flags, summary, training
+from bench.paper import data, flags, plan, summary, training
 from bench.paper.config import Config
 from bench.records import Row
 from bench.training.run import chosen_backend, complain
 
+SPEED_PERIOD = 1800.0  # seconds that the time left is estimated from: more than an epoch of a large run takes
 NOTHING_YET = "No run has been recorded yet."
 PICTURES = Path("../bench/results")  # as docs/paper.md sees it
 Named: TypeAlias = tuple[str, Config]  # the method as tables name it, and its run
@@ -40,7 +41,7 @@ class Experiment:
     figure: Callable[[Sequence[Row], Path], None]
     section: Callable[[Sequence[Row]], str]  # Markdown of its block in docs/paper.md
     add_arguments: flags.Adder | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what it changes in the shared ones; "rho" too
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what it changes in the shared ones; "rho", "seeds" too
     execute: Callable[[Config, training.Context], Row] = training.execute
     observe: training.Observer | None = None
     observe_during: training.Observer | None = None
@@ -101,8 +102,10 @@ def _run_missing(
         "threads": args.threads,
         "experiment": experiment.name,
     }
+    if args.paper and missing:
+        console.print(plan.text([config for _, config in missing], context), soft_wrap=True)
     failed = 0
-    with _progress(context, console, len(missing)) as announce:
+    with _progress(context, console, [config for _, config in missing]) as announce:
         for label, config in missing:
             announce(label, config)
             try:
@@ -118,22 +121,30 @@ def _run_missing(
 
 
 @contextmanager
-def _progress(context: training.Context, console: Console, runs: int) -> Iterator[Callable[[str, Config], None]]:
-    """Show bars of runs and of epochs; yield what is called before each run."""
+def _progress(
+    context: training.Context, console: Console, runs: Sequence[Config]
+) -> Iterator[Callable[[str, Config], None]]:
+    """Show bars of all passes and of epochs, with the time left; yield what is called before each run."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        whole, current = progress.add_task("runs", total=runs), progress.add_task("epochs", total=1)
-        started = False
+    left = (TimeRemainingColumn(), TextColumn("left"))
+    with Progress(*columns, *left, console=console, speed_estimate_period=SPEED_PERIOD) as progress:
+        whole = progress.add_task("passes", total=round(sum(map(plan.passes, runs))))
+        current = progress.add_task("epochs", total=1)
+        done = before = 0.0
 
         def announce(label: str, config: Config) -> None:
-            nonlocal started
-            progress.advance(whole, int(started))
+            nonlocal done, before
+            done, before = before, before + plan.passes(config)
+            progress.update(whole, completed=round(done))
             progress.reset(current, total=config.epochs, description=f"{label}, seed {config.seed}")
-            started = True
 
-        context.on_epoch = lambda config, epoch: progress.update(current, completed=epoch, total=config.epochs)
+        def on_epoch(config: Config, epoch: int) -> None:
+            progress.update(current, completed=epoch, total=config.epochs)
+            progress.update(whole, completed=round(done + (before - done) * epoch / config.epochs))
+
+        context.on_epoch = on_epoch
         yield announce
-        progress.advance(whole, int(started))
+        progress.update(whole, completed=round(before))
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:

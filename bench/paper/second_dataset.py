@@ -14,7 +14,6 @@ from pathlib import Path
 from bench.paper import figures, runner, summary
 from bench.paper.config import Config
 from bench.paper.cost import NOISE_RATES, NOISY
-from bench.paper.label_noise import gain
 from bench.paper.runner import Experiment, Named
 from bench.records import Row
 
@@ -49,14 +48,21 @@ def section(rows: Sequence[Row]) -> str:
         methods = summary.by(same, "method")
         sam = methods.get(("SAM",), [])
         lines += [
-            [summary.labels(rate), label, *summary.errors(own), gain(own, sam)] for (label,), own in methods.items()
+            [summary.labels(rate), label, *summary.errors(own), summary.gain(own, sam)]
+            for (label,), own in methods.items()
         ]
     heads = ["labels", "method", "passes", "test error, %", "training error, %", "SAM gains on it, points"]
     return f"{summary.table(heads, lines)}\n\n{summary.caption(rows)}"
 
 
 EXPERIMENT = Experiment(
-    "second_dataset", __doc__, grid, figure, section, add_arguments=add_arguments, defaults={"dataset": "digits"}
+    "second_dataset",
+    __doc__,
+    grid,
+    figure,
+    section,
+    add_arguments=add_arguments,
+    defaults={"dataset": "digits", "seeds": tuple(range(8))},
 )
 
 

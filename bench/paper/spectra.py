@@ -101,7 +101,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     points = _by_epoch(rows)
     colours = figures.colours(list(points))
     epochs = sorted(next(iter(points.values())))
-    with figures.canvas("Hessian spectra during training", subtitle, path, panels=6, rows=2, height=7.4) as panels:
+    with figures.canvas("Hessian spectra during training", subtitle, path, panels=6, rows=2, height=8.2) as panels:
         names = ("Training loss on the measured images", "$\\lambda_1$", "$\\lambda_1 / \\lambda_5$")
         for axes, name, place in zip(panels, names, range(3)):
             for label, own in points.items():
@@ -110,11 +110,12 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             axes.set_xticks(epochs)
             axes.set_ylim(bottom=0)
             figures.describe(axes, name, "Epoch")
-        panels[0].legend()
+            figures.legend(axes)
         for axes, epoch in zip(panels[3:], sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})):
             _densities(axes, {label: own.get(epoch, []) for label, own in points.items()}, colours)
             about = "$\\lambda$; marks below: $\\lambda_1$ of each seed"
             figures.describe(axes, f"Epoch {epoch}: density of eigenvalues", about)
+            figures.legend(axes)
 
 
 def _densities(axes: Any, points: dict[str, list[Row]], colours: dict[str, str]) -> None:
@@ -129,7 +130,7 @@ def _densities(axes: Any, points: dict[str, list[Row]], colours: dict[str, str])
             continue
         weights = torch.tensor([x for point in same for x in point["weights"]]) / len(same)
         density = torch.exp(-(((grid[:, None] - nodes[label]) / width) ** 2) / 2) @ weights
-        axes.plot(grid, density / (width * math.sqrt(2 * math.pi)), color=colours[label], linewidth=1.6)
+        axes.plot(grid, density / (width * math.sqrt(2 * math.pi)), color=colours[label], linewidth=1.6, label=label)
         largest = [point["eigenvalues"][0] for point in same]
         place = axes.get_xaxis_transform()  # x in data, y in parts of the height
         axes.plot(largest, [0.03] * len(same), "|", color=colours[label], markersize=10, transform=place)

@@ -66,6 +66,22 @@ def of(rows: Iterable[Row], name: str = "test_error") -> Interval:
     return interval([row[name] for row in rows])
 
 
+def paired(rows: Iterable[Row], others: Iterable[Row], name: str = "test_error") -> Interval | None:
+    """Return the interval of the first minus the second, seed by seed; None where they have no seed in common.
+
+    Runs with the same seed have the same images, noise and first weights.
+    """
+    theirs = {row["seed"]: row[name] for row in others}
+    differences = [row[name] - theirs[row["seed"]] for row in rows if row["seed"] in theirs]
+    return interval(differences) if differences else None
+
+
+def gain(rows: Sequence[Row], sam: Sequence[Row]) -> str:
+    """Write by how many points SAM's error is below that of others, seed by seed; of its own rows nothing."""
+    points = None if rows == sam else paired(rows, sam)
+    return "" if points is None else str(points)
+
+
 def errors(rows: Sequence[Row]) -> list[str]:
     """Return the cells of a table for the passes of some runs, and for their errors on test and training images."""
     return [f"{of(rows, 'passes').mean:.0f}", str(of(rows)), str(of(rows, "train_error"))]

@@ -182,7 +182,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         _inner(panels[1], rows)
         _cosines(panels[2], rows)
         for axes in panels:
-            axes.legend()
+            figures.legend(axes)
 
 
 def _norms(axes: Any, rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ COLOURS = {"sgd": figures.SGD, "sam": figures.SAM}
 
 
 def plot(results: Sequence[dict[str, Any]], title: str, subtitle: str, path: Path) -> None:
-    """Write the PNG; each result has an optimizer, a label, and a history of passes, test errors and losses."""
+    """Write the PNG; each result has an optimizer, a label, its best epoch, and a history of passes, errors and losses.
+
+    A ring is around the epoch whose error on the images held out is lowest.
+    """
     with figures.canvas(title, subtitle, path, panels=2) as (left, right):
         _panel(left, results, "test_error", "Test error (%)")
         _panel(right, results, "train_loss", "Training loss")
@@ -20,7 +24,7 @@ def plot(results: Sequence[dict[str, Any]], title: str, subtitle: str, path: Pat
 
 def _panel(axes: Any, results: Sequence[dict[str, Any]], key: str, name: str) -> None:
     """Draw one quantity: a thin line per seed, a thick one for their mean, name and last value at its end."""
-    form = "{}\n{:.1f} %" if key == "test_error" else "{}\n{:.2f}"
+    error = key == "test_error"
     ends: list[tuple[float, str, str]] = []
     values: list[float] = []
     for kind, colour in COLOURS.items():
@@ -34,7 +38,13 @@ def _panel(axes: Any, results: Sequence[dict[str, Any]], key: str, name: str) ->
             for line in lines:
                 axes.plot(x, line, color=colour, linewidth=0.7, alpha=0.4)
         axes.plot(x, mean, color=colour, linewidth=2, marker="o", markersize=3)
-        ends.append((mean[-1], form.format(runs[0]["label"], mean[-1]), colour))
+        text = f"{runs[0]['label']}\n" + (f"{mean[-1]:.1f} %" if error else f"{mean[-1]:.2f}")
+        if error:
+            best = [next(point for point in run["history"] if point["epoch"] == run["best_epoch"]) for run in runs]
+            for point in best:
+                axes.plot(point["passes"], point[key], "o", color=colour, markersize=11, fillstyle="none")
+            text += f"\n(ring: {statistics.fmean(point[key] for point in best):.1f} %)"
+        ends.append((mean[-1], text, colour))
         values += mean
     _limits(axes, values)
     _end_labels(axes, ends)
@@ -53,7 +63,7 @@ def _limits(axes: Any, values: Sequence[float]) -> None:
 def _end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write the texts right of the last values, moved apart where they would overlap."""
     bottom, top = axes.get_ylim()
-    gap = 0.13 * (top - bottom)
+    gap = 0.19 * (top - bottom)
     height = float("-inf")
     for value, text, colour in sorted(ends):
         height = max(min(value, top), height + gap)

@@ -6,6 +6,8 @@ resnet-D                    the CIFAR ResNets: resnet-20, resnet-32, ...; resnet
 pyramidnet-D-A              A channels wider over D layers; bottlenecks from 164 layers on, as published;
                             pyramidnet-110-270, pyramidnet-272-200; with -shakedrop behind it, ShakeDrop
 shake-shake-26-2xWd         26 layers, two branches of W channels: 32, 64, 96, 112
+mlp-W-W                     a perceptron with hidden layers of these widths, as many as there are: mlp-256-256
+mixer-D-W                   MLP-Mixer: D layers of W channels, on 16 patches: mixer-2-64
 any of them -groupnorm      GroupNorm in the place of BatchNorm
 """
 
@@ -18,11 +20,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from bench.paper.models.flat import Mixer, mlp
 from bench.paper.models.pyramidnet import PyramidNet
 from bench.paper.models.shake import ShakeShake
 from bench.training.models import ResNet, WideResNet
 
-NAMES = ("small", "wrn-D-K", "resnet-D", "pyramidnet-D-A", "shake-shake-26-2xWd")
+NAMES = ("small", "wrn-D-K", "resnet-D", "pyramidnet-D-A", "shake-shake-26-2xWd", "mlp-W-W", "mixer-D-W")
 GROUPNORM = "-groupnorm"
 GROUPS = 8  # at most; where they do not divide the channels, their greatest common divisor
 BOTTLENECK_FROM = 164  # layers of the shallowest PyramidNet that was published with bottlenecks
@@ -47,9 +50,11 @@ def make(name: str, *, channels: int, classes: int, size: int, details: Details 
     for pattern, family in FAMILIES.items():
         found = re.fullmatch(pattern, plain)
         if found:
-            model = family(*found.groups(), channels=channels, classes=classes, **_of_family(family, details))
+            own = _of_family(family, details) | ({"size": size} if family in SIZED else {})
+            model = family(*found.groups(), channels=channels, classes=classes, **own)
             if details.uniform_head:
-                nn.init.uniform_(model.head.weight, -(classes**-0.5), classes**-0.5)
+                head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+                nn.init.uniform_(head.weight, -(classes**-0.5), classes**-0.5)
             return model if plain == name else without_batchnorm(model)
     raise ValueError(f"Invalid model={name!r}. Must be one of {', '.join(NAMES)}, with numbers.")
 
@@ -100,10 +105,22 @@ def _shake(width: str, *, channels: int, classes: int) -> nn.Module:
     return ShakeShake(int(width), channels=channels, classes=classes)
 
 
+def _mlp(widths: str, *, channels: int, classes: int, size: int) -> nn.Module:
+    found = [int(width) for width in widths.split("-")]
+    return mlp(found, channels=channels, classes=classes, size=size)
+
+
+def _mixer(depth: str, width: str, *, channels: int, classes: int, size: int) -> nn.Module:
+    return Mixer(int(depth), int(width), channels=channels, classes=classes, size=size)
+
+
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     r"small": _small,
-    r"wrn-(\d+)-(\d+)(?:-stride([12]))?": _wide,
+    r"wrn-(\d+)-(\d+)(?:-stride([124]))?": _wide,
     r"resnet-(\d+)(?:-stride([12]))?": _resnet,
     r"pyramidnet-(\d+)-(\d+)(-shakedrop)?": _pyramid,
     r"shake-shake-26-2x(\d+)d": _shake,
+    r"mlp-([1-9]\d*(?:-[1-9]\d*)*)": _mlp,
+    r"mixer-(\d+)-([1-9]\d*)": _mixer,
 }
+SIZED = (_mlp, _mixer)  # whose weights depend on the size of the image
