@@ -26,7 +26,7 @@ class Batch:
         masters: Any,
         device_type: int,
         device_index: int,
-        for_cuda: bool,
+        for_gpu: bool,
     ) -> None: ...
     @property
     def unsupported(self) -> list[int]: ...

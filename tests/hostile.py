@@ -56,7 +56,7 @@ except ImportError:
 
 BACKENDS = st.sampled_from([*NATIVE, "eager"])
 # Without the emulator every launch fails.
-FOR_CUDA = st.sampled_from([False, True] if EMULATED else [False, False, False, True])
+FOR_GPU = st.sampled_from([False, True] if EMULATED else [False, False, False, True])
 
 
 @st.composite
@@ -132,7 +132,7 @@ def attempt_all(batch: Any, todo: Any, *weights: Any) -> None:
     todo=st.lists(calls(), min_size=1, max_size=6),
     then=st.lists(calls(), min_size=1, max_size=4),
     means=st.lists(st.tuples(SIZES, MEAN, THREADS, JOURNALS.map(lambda make: make())), max_size=2),
-    for_cuda=FOR_CUDA,
+    for_gpu=FOR_GPU,
     held=st.booleans(),
     access=st.sampled_from(ACCESS),
 )
@@ -144,7 +144,7 @@ def bindings(
     todo: Any,
     then: Any,
     means: Any,
-    for_cuda: bool,
+    for_gpu: bool,
     held: bool,
     access: Any,
 ) -> None:
@@ -158,7 +158,7 @@ def bindings(
         if held:
             with contextlib.suppress(TypeError, AttributeError):  # of what is no list of parameters
                 grads = _native.Gradients(params)
-        arguments = params, grads, backups, given, masters, device, 0, for_cuda
+        arguments = params, grads, backups, given, masters, device, 0, for_gpu
         attempt(name, lambda: made.append(_native.Batch(*arguments)), params)
         return made[0] if made else None
 

@@ -189,7 +189,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 def test_with_the_papers_values_the_plan_comes_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paper_tables, "hyperparameters", lambda *args, **options: {"rho": 0.1})
+    monkeypatch.setattr(paper_tables, "hyperparameters", lambda *args, **options: {"rho": 0.1, "accelerators": 2})
     assert runner.main(classification.EXPERIMENT, [*TINY, "--paper", "--results", str(tmp_path)]) == 0
     assert "Plan: 3 runs, 5 passes over the training images, " in capsys.readouterr().out
     runpy.run_module("bench.paper", run_name="__main__")

@@ -92,9 +92,9 @@ py::value_error changed(Py_ssize_t index) {
 }  // namespace
 
 Batch::Batch(const py::list& params, const py::object& grads, const py::object& backups, const py::tuple& states,
-             const py::object& masters, int device_type, int device_index, bool for_cuda)
+             const py::object& masters, int device_type, int device_index, bool for_gpu)
     : device_{device_type, device_index},
-      for_cuda_(for_cuda),
+      for_gpu_(for_gpu),
       count_(static_cast<Py_ssize_t>(params.size())),
       params_(checked(params, count_, "params")),
       masters_(checked(masters, count_, "masters")),
@@ -249,7 +249,7 @@ void Batch::make_backups(bool owned) {
 
 // To ask torch for memory takes longer than to copy a few small tensors; but of a GPU's only torch knows.
 void* Batch::make_pool(int64_t bytes) {
-  if (for_cuda_ || !device_.cpu()) return hold(TorchApi::get().empty_bytes(bytes, device_));
+  if (for_gpu_) return hold(TorchApi::get().empty_bytes(bytes, device_));
   pool_.reset(::operator new(static_cast<size_t>(bytes), FreesAligned::kAlignment));
   return pool_.get();
 }

@@ -28,13 +28,13 @@ class Batch {
   // to be used.
   // `device_type` and `device_index` say where the tensors are, as in `Device`.
   // `states` holds at most kStates lists; `masters` the fp32 copies of 16-bit parameters, or None. Throws ValueError
-  // unless all lists have the length of `params`. `for_cuda`: the CUDA kernels take it.
+  // unless all lists have the length of `params`. `for_gpu`: kernels of a GPU take it.
   Batch(const pybind11::list& params, const pybind11::object& grads, const pybind11::object& backups,
         const pybind11::tuple& states, const pybind11::object& masters, int device_type, int device_index,
-        bool for_cuda);
+        bool for_gpu);
 
   Device device() const { return device_; }
-  bool for_cuda() const { return for_cuda_; }
+  bool for_gpu() const { return for_gpu_; }
 
   // The descriptors as they were read. Those at unsupported() mean nothing.
   const std::vector<Tensor>& tensors() const { return tensors_; }
@@ -80,7 +80,7 @@ class Batch {
   void use_backups_of(const Batch& ascent);
 
   Device device_;
-  bool for_cuda_;
+  bool for_gpu_;
   Py_ssize_t count_;
   pybind11::tuple params_, backups_, masters_, states_[kStates];
   std::shared_ptr<Gradients> grads_;          // null without any

@@ -121,10 +121,10 @@ T* required(T* pointer, const char* name) {
 template <class CPU, class CUDA>
 void run(const Batch& batch, int64_t on, const CPU& on_cpu, const CUDA& on_target) {
   const Device device = batch.device();
-  if (!device.cpu() && !batch.for_cuda()) throw py::value_error("Invalid tensors. Must be on the CPU.");
+  if (!device.cpu() && !batch.for_gpu()) throw py::value_error("Invalid tensors. Must be on the CPU.");
   if (!device.cpu() && !device.cuda()) throw py::value_error("Invalid tensors. Must be on a CPU or CUDA device.");
   const py::gil_scoped_release unlocked;
-  if (!batch.for_cuda()) {
+  if (!batch.for_gpu()) {
     on_cpu(static_cast<int>(std::clamp<int64_t>(on, 1, INT_MAX)));
   } else {
     on_target(cuda::Target{device.cpu() ? -1 : device.index, reinterpret_cast<void*>(on)});
@@ -134,7 +134,7 @@ void run(const Batch& batch, int64_t on, const CPU& on_cpu, const CUDA& on_targe
 // How many float64 numbers `norm` needs to work in beside the Norm itself.
 int64_t norm_partials(Batch& batch, const std::vector<AscentTuple>& groups, double q) {
   const auto& tensors = batch.gather(sizes_of(groups));
-  return batch.for_cuda() ? cuda::norm_partials(tensors, q) : 0;
+  return batch.for_gpu() ? cuda::norm_partials(tensors, q) : 0;
 }
 
 // `workspace`: float64 of 3 + norm_partials() elements; the first three come to hold the Norm. On the CPU the norm's
@@ -142,7 +142,7 @@ int64_t norm_partials(Batch& batch, const std::vector<AscentTuple>& groups, doub
 void norm(Batch& batch, const std::vector<AscentTuple>& groups, double q, const py::object& workspace, int64_t on) {
   const auto& tensors = batch.gather(sizes_of(groups));
   const auto terms = terms_of(groups, batch.device());
-  const int64_t least = batch.for_cuda() ? kNormNumbers + cuda::norm_partials(tensors, q) : 1;
+  const int64_t least = batch.for_gpu() ? kNormNumbers + cuda::norm_partials(tensors, q) : 1;
   int64_t count = 0;
   auto* numbers =
       required(pointer_of<double>(workspace, batch.device(), DType::f64, least, "workspace", &count), "workspace");

@@ -55,7 +55,7 @@ def operands(
 ) -> _native.Batch:
     """Return the tensors of an op as kernels see them: addresses, checked. For backends of other kernels."""
     kind, index = DEVICE_TYPES[device.type], device.index or 0
-    return _native.Batch(params, grads, backups, states, masters, kind, index, False)
+    return _native.Batch(params, grads, backups, states, masters, kind, index, True)
 
 
 def batch(
@@ -73,7 +73,7 @@ def batch(
 
 
 class Batch:
-    """The ops, by the kernels of the CPU or, ``for_cuda``, on the current stream of the tensors' device.
+    """The ops, by the kernels of the CPU or, ``for_gpu``, on the current stream of the tensors' device.
 
     Nothing waits for a device. The CUDA kernels take CPU tensors on the emulator of the tests alone.
     """
@@ -82,22 +82,22 @@ class Batch:
 
     def __init__(
         self,
-        for_cuda: bool,
+        for_gpu: bool,
         params: TensorList,
         grads: TensorList | None,
         backups: TensorList | Batch | None,
         *states: TensorList | None,
         masters: TensorList | None = None,
     ) -> None:
-        self.for_cuda = for_cuda
+        self.for_gpu = for_gpu
         self.params = params
         self.ascent = backups if isinstance(backups, Batch) else None
         self.stream = 0  # on which the backups were made
         moved: Any = backups if self.ascent is None else self.ascent.core
         self.device: torch.device = params[0].device
-        self.on_host = is_on_host(self.device) if for_cuda else True
-        kind, index = (DEVICE_TYPES[self.device.type], self.device.index or 0) if for_cuda else (DEVICE_TYPES["cpu"], 0)
-        self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index, for_cuda)
+        self.on_host = is_on_host(self.device) if for_gpu else True
+        kind, index = (DEVICE_TYPES[self.device.type], self.device.index or 0) if for_gpu else (DEVICE_TYPES["cpu"], 0)
+        self.core: _native.Batch = _native.Batch(params, grads, moved, states, masters, kind, index, for_gpu)
         self.unsupported = self.core.unsupported
 
     def make_backups(self, owned: bool) -> None:
@@ -111,7 +111,7 @@ class Batch:
         return self.core.has_backup
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        if self.for_cuda:
+        if self.for_gpu:
             shape: tuple[int, ...] = (3 + self.core.norm_partials(groups, q),)
         else:
             shape = (3,) if q == math.inf else ()

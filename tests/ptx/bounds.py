@@ -95,7 +95,7 @@ def watch(emulator: Emulator, batch: type, core: str, runs: tuple[str, ...]) -> 
                 register(emulator, one.params_and_grads + one.spans)
                 register(emulator, spans(one.params, getattr(one, core).memory))
             register(emulator, spans(*arguments, *named.values()))
-            emulator.library.emulator_check_bounds(getattr(self, "for_cuda", True))
+            emulator.library.emulator_check_bounds(getattr(self, "for_gpu", True))
             try:
                 return run(self, *arguments, **named)
             finally:
