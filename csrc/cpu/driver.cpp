@@ -41,15 +41,23 @@ class Partition {
   int64_t elements() const { return elements_; }
   int64_t bytes() const { return bytes_; }
 
-  // Calls visit(tensor, begin, count, block) for block number `block`.
+  // Calls visit(tensor, begin, count, block) for block number `block`. *last is the tensor of the one before, or 0.
   template <class Visit>
-  void visit(int64_t block, const Visit& visit_block) const {
-    const size_t i = static_cast<size_t>(std::upper_bound(first_.begin(), first_.end(), block) - first_.begin()) - 1;
+  void visit(int64_t block, size_t* last, const Visit& visit_block) const {
+    const size_t i = *last = tensor_of(block, *last);
     const int64_t begin = (block - first_[i]) * kBlock;
     visit_block(tensors_[i], begin, std::min(kBlock, tensors_[i].numel - begin), block);
   }
 
  private:
+  size_t tensor_of(int64_t block, size_t last) const {
+    if (block < first_[last]) {
+      return static_cast<size_t>(std::upper_bound(first_.begin(), first_.end(), block) - first_.begin()) - 1;
+    }
+    while (block >= first_[last + 1]) ++last;
+    return last;
+  }
+
   const Tensor* tensors_;
   std::vector<int64_t> first_;
   int64_t elements_ = 0, bytes_ = 0;
@@ -85,8 +93,9 @@ void for_each_block(const Partition& partition, int threads, Order order, const 
     static void body(void* context) {
       Team& team = *static_cast<Team*>(context);
       const int64_t blocks = team.partition.blocks();
+      size_t tensor = 0;
       for (int64_t b; (b = team.next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
-        team.partition.visit(nth_block(b, blocks, team.order), team.visit);
+        team.partition.visit(nth_block(b, blocks, team.order), &tensor, team.visit);
       }
       finish_streaming();
     }
