@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from fused_sam.backends.interface import TensorList
-from fused_sam.ops.lists import first_present
+from fused_sam.ops.lists import first_present, has_grad
 
 _LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
 NO_FIRST = (
@@ -87,8 +87,8 @@ def first_of(tensors: list[Tensor], grads: TensorList, left: bool) -> First | No
 
 def look_at_second(first: First | None, groups: list[dict[str, Any]]) -> str | None:
     """Return what to warn of in the gradients of the second pass; None where there is nothing."""
-    if first is None or first.param.grad is None:
-        return None if any(p.grad is not None for group in groups for p in group["params"]) else NO_SECOND
+    if first is None or not has_grad(first.param):
+        return None if any(has_grad(p) for group in groups for p in group["params"]) else NO_SECOND
     return SUM if first.is_sum else None
 
 

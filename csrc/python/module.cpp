@@ -61,6 +61,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("first_present", [](const py::list& entries) {
     return first_of(entries, [](const py::handle& entry) { return !entry.is_none(); });
   });
+  m.def("has_grad", [](const py::object& param) { return HeldTensor::grad_of(param.ptr()).defined(); });
   m.def("first_present", [](const Gradients& grads) {
     return first_of(grads, [](const HeldTensor& entry) { return entry.defined(); });
   });

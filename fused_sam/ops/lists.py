@@ -22,6 +22,11 @@ class Gradients(list[Any]):
         super().__init__(p.grad for p in params)
 
 
+def has_grad(param: Tensor) -> bool:
+    """Return whether p.grad is not None; no object of Python's is made for it."""
+    return param.grad is not None
+
+
 def clear_grads(params: TensorList) -> None:
     """Set p.grad to None for every parameter."""
     for p in params:
@@ -79,7 +84,8 @@ if not TYPE_CHECKING:
         import fused_sam._native as _native
 
         # All or, where a core is out of date, none.
-        names = "Gradients", "all_present", "clear_grads", "first_present", "increment_version", "lookup", "presence"
+        names = "Gradients", "all_present", "clear_grads", "first_present", "has_grad", "increment_version", "lookup"
+        names = *names, "presence"
         globals().update({name: getattr(_native, name) for name in names})
         LISTS = list, Gradients
         why_not_aten = read_through_aten()

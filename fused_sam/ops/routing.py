@@ -85,10 +85,12 @@ def route(
         ValueError: if the lists differ in length.
     """
     for x in (params, grads, backups, masters, *states):
+        if x is None:
+            continue
         if isinstance(x, LISTS):
             if len(x) != len(params):
                 raise ValueError(f"Invalid list of {len(x)} tensors. Must be as long as params: {len(params)}.")
-        elif not (x is None or (x is backups and hasattr(x, "joins_update"))):
+        elif not (x is backups and hasattr(x, "joins_update")):
             raise TypeError(f"Invalid {type(x).__name__} of tensors. Must be a list.")
     if not params:
         return []
@@ -102,7 +104,7 @@ def route(
     if batch.unsupported:
         return _divide(backend, module, batch, groups, params, grads, backups, states, masters, q, any_state)
     for group in groups:
-        if isinstance(group[1], Tensor):  # rho or lr
+        if type(group[1]) is not float and isinstance(group[1], Tensor):  # rho or lr
             groups = [g.on(device, g.size) for g in groups]
             break
     return [Part(module, device, batch, groups)]
