@@ -205,6 +205,7 @@ def test_sam_is_compared_with_as_many_passes_by_seed_and_with_the_chosen_radius(
         rows += [row("SGD", 4, 50.0, seed=seed, unseen=sgd), row("SGD", 2, 50.0, seed=seed, unseen=1.0)]
         rows += [row("SAM", 2, error, rho=rho, seed=seed, unseen=sam) for rho, error in ((0.1, 30.0), (0.2, 40.0))]
     rows.append(row("SAM", 2, 30.0, rho=0.1, seed=7, unseen=1.0))  # without a rival
+    del rows[0]["config"]["clip"]  # of before there was such a field
     (found,) = reduction.settings([one | {"kind": "paper", "experiment": "test"} for one in rows])
     assert found.name.endswith("clean labels, 2 epochs, rho 0.1")
     assert (found.saved.mean, found.saved.count) == (pytest.approx(22.5), 2)

@@ -52,6 +52,7 @@ def test_tables_hold_the_published_values():
         ("fashion-mnist", "shake-shake-26-2x96d", {}, {"rho": 0.02, "train_size": 60_000}),
         ("cifar10", "resnet-32", {"noise_rate": 0.5}, {"epochs": 200, "rho": 0.1}),
         ("cifar10", "resnet-32", {"noise_rate": 0.75}, {"rho": 0.05}),
+        ("svhn", "wrn-28-10", {"epochs": 10}, {"rho": 0.01}),  # no length is published
     ],
 )
 def test_hyperparameters(dataset, model, options, expected):

@@ -11,6 +11,7 @@ from helpers import HYPER, LARGE, RHO, snapshot
 from torch import Tensor, nn
 
 from fused_sam import FusedSAM
+from fused_sam.backends.interface import AscentGroup
 
 SHAPES = [(3, 4, 5, 2), (9,), (LARGE // 7, 7), ()]
 
@@ -164,3 +165,21 @@ def test_a_parameter_replaced_at_the_perturbed_weights_is_refused(half: str, bac
     params[2].data = there
     opt.restore()
     assert not opt.perturbed
+
+
+def test_what_holds_w_lasts_as_long_as_whoever_restores_it() -> None:
+    _native = pytest.importorskip("fused_sam._native")
+    params = [torch.arange(64.0) + i for i in range(40)]
+    grads, before = [torch.ones_like(p) for p in params], [p.clone() for p in params]
+    norm, groups = torch.full((), 3.0, dtype=torch.float64), [AscentGroup(len(params), 0.5, False)]
+    ascent = _native.Batch(params, grads, None, (), None, 1, 0, False)
+    ascent.make_backups(False)
+    ascent.perturb(norm, groups, 2.0, 1, [], None)
+    descent = _native.Batch(params, grads, ascent, (), None, 1, 0, False)
+    ascent.make_backups(False)  # nobody does, and nothing must come of it
+    del ascent
+    others = [torch.zeros(64 * 80) for _ in range(200)]  # which would get that memory
+    assert not torch.equal(params[3], before[3])
+    descent.restore(len(params), 1)
+    assert all(map(torch.equal, params, before))
+    assert not any(x.any() for x in others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -68,8 +69,13 @@ class Config:
     @property
     def key(self) -> str:
         """Return twelve hex digits that name the run: equal for equal values."""
-        text = json.dumps({n: v for n, v in asdict(self).items() if v != _unused(n)}, sort_keys=True)
+        text = json.dumps(used(asdict(self)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def used(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is not at its default: rows of before a field came to be lack it."""
+    return {name: value for name, value in config.items() if value != _unused(name)}
 
 
 def _unused(name: str) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.paper import figures, summary
+from bench.paper.config import used
 from bench.records import Row
 
 BASES = {"sam": "sgd", "sam-adam": "adam"}
@@ -33,7 +34,7 @@ def settings(rows: Sequence[Row]) -> list[Setting]:
         rivals = {_run(row): _error(row) for row in group if row["config"]["optimizer"] in BASES.values()}
         for _, runs in _of_sam(group):
             pairs = [(_error(row), rivals.get(_rival(row))) for row in runs]
-            saved = [100 * (1 - error / other) for error, other in pairs if other]
+            saved = [100 * (1 - error / other) for error, other in pairs if other is not None]
             if len(saved) > 1:
                 found.append(Setting(_name(runs[0]), summary.interval(saved)))
     return sorted(found, key=lambda setting: setting.saved.mean)
@@ -43,7 +44,7 @@ def _by_task(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield rows that differ in nothing but what is compared."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        same = {name: value for name, value in row["config"].items() if name not in FREE}
+        same = {name: value for name, value in used(row["config"]).items() if name not in FREE}
         groups.setdefault(f"{row['experiment']} {sorted(same.items(), key=str)}", []).append(row)
     yield from groups.values()
 

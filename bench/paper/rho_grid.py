@@ -44,6 +44,8 @@ def grid(args: argparse.Namespace, base: Config) -> list[Named]:
     method = methods.METHODS[args.method]
     usual = PAPER_VALIDATION if args.paper else VALIDATION
     held_out = usual if args.validation is None else args.validation
+    if args.method != "SAM" and args.micro_batch is None:
+        base = replace(base, micro_batch=None)  # not all methods go with one
     runs = []
     for rate in args.noise_rates:
         task = replace(base, validation=held_out, noise_rate=rate)

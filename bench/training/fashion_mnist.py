@@ -60,7 +60,7 @@ def _add_task(group: argparse._ArgumentGroup) -> None:
     add(
         "--full",
         action="store_true",
-        help="the paper's WRN-28-10 with all images and right labels, for a GPU; other flags win",
+        help="the paper's WRN-28-10 with all images but those held out, and right labels, for a GPU; other flags win",
     )
 
 

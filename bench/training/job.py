@@ -92,24 +92,31 @@ class Job:
     def checkpoint(self) -> Path:
         return self.out / "checkpoint.pt"
 
-    def resume(self) -> None:
-        """Take over finished runs and the interrupted one."""
-        state = checkpoint.load(self.checkpoint, vars(self.config))
-        self.finished, self._running = state["finished"], state["running"]
+    def resume(self) -> list[tuple[str, int]]:
+        """Take over finished runs and the interrupted one, of those asked for; return all that were asked for then."""
+        state, wanted = checkpoint.load(self.checkpoint, vars(self.config)), self._wanted()
+        running = state["running"]
+        self.finished = [run for run in state["finished"] if (run["optimizer"], run["seed"]) in wanted]
+        self._running = running if running and (running["kind"], running["seed"]) in wanted else None
+        return state["wanted"]
 
     def resume_if_interrupted(self) -> None:
-        """Take over what a job with the same values has left, unless it had come to its end."""
+        """Take over what the same job has left, unless it had come to its end."""
+        same = False
         with contextlib.suppress(ValueError, FileNotFoundError):
-            self.resume()
-        if self._missing() and (self.finished or self._running):
+            same = self.resume() == self._wanted()
+        if same and self._missing() and (self.finished or self._running):
             self.console.print(f"Going on with the job that was interrupted: {self.checkpoint}", soft_wrap=True)
         else:
             self.finished, self._running = [], None
 
+    def _wanted(self) -> list[tuple[str, int]]:
+        return [(kind, seed) for seed in self.args.seeds for kind in self.kinds]
+
     def _missing(self) -> list[tuple[str, int]]:
         """Return the runs that are not finished."""
         known = [(run["optimizer"], run["seed"]) for run in self.finished]
-        return [(kind, seed) for seed in self.args.seeds for kind in self.kinds if (kind, seed) not in known]
+        return [run for run in self._wanted() if run not in known]
 
     def run(self) -> None:
         """Do all runs that are not finished; the first bar, and the time left, are those of all."""
@@ -198,7 +205,7 @@ class Job:
         }
 
     def _save(self, running: dict[str, Any] | None) -> None:
-        state = {"config": vars(self.config), "finished": self.finished, "running": running}
+        state = {"config": vars(self.config), "wanted": self._wanted(), "finished": self.finished, "running": running}
         checkpoint.save(state, self.checkpoint)
 
     def rows(self) -> list[dict[str, Any]]:

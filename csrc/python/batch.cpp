@@ -7,7 +7,6 @@
 #include "disjoint.h"
 #include "lists.h"
 #include "tensor_view.h"
-#include "torch_api.h"
 
 namespace py = pybind11;
 
@@ -31,15 +30,6 @@ PyObject* item(const py::tuple& items, Py_ssize_t index) {
   if (PyTuple_GET_SIZE(items.ptr()) == 0) return nullptr;
   PyObject* object = PyTuple_GET_ITEM(items.ptr(), index);
   return object == Py_None ? nullptr : object;
-}
-
-// Tensors smaller than this share one allocation for their backups: asking torch who owns a gradient, and holding on to
-// it, costs more than copying so little.
-constexpr int64_t kSmallBytes = 4096;
-constexpr auto kAlignment = static_cast<int64_t>(FreesAligned::kAlignment);
-
-int64_t bytes_of(const Tensor& t) {
-  return t.numel * size_of(t.dtype);
 }
 
 // Reads an operand that must match the parameter element by element in memory.
@@ -165,6 +155,8 @@ void Batch::read_steps(const py::object& steps) {
 void Batch::use_backups_of(const Batch& ascent) {
   if (ascent.count_ > count_ || ascent.device_ != device_)
     throw py::value_error("Invalid backups. Must be of the same parameters.");
+  pools_ = ascent.pools_;
+  memory_ = ascent.memory_;
   for (Py_ssize_t i = 0; i < ascent.count_; ++i) {
     const auto k = static_cast<size_t>(i);
     if (ascent.tensors_[k].backup == nullptr) continue;
@@ -221,46 +213,6 @@ py::list Batch::memory() {
   py::list objects;
   for (HeldTensor& tensor : memory_) objects.append(tensor.object());
   return objects;
-}
-
-void Batch::make_backups(bool owned) {
-  int64_t pool_bytes = 0;
-  for (const Tensor& t : tensors_) {
-    if (t.grad != nullptr && !t.has_rounded() && bytes_of(t) < kSmallBytes)
-      pool_bytes += (bytes_of(t) / kAlignment + 1) * kAlignment;
-  }
-  auto* pool = static_cast<char*>(pool_bytes > 0 ? make_pool(pool_bytes) : nullptr);
-  for (Py_ssize_t i = 0; i < count_; ++i) {
-    Tensor& t = tensors_[static_cast<size_t>(i)];
-    if (t.grad == nullptr) continue;
-    if (t.has_rounded()) {
-      t.backup = t.param;
-    } else if (bytes_of(t) < kSmallBytes) {
-      t.backup = pool;
-      pool += (bytes_of(t) / kAlignment + 1) * kAlignment;
-    } else if (owned && t.grad_dtype == t.dtype &&
-               (*grads_)[static_cast<size_t>(i)].is_sole_owner(grads_->references())) {
-      t.backup = t.grad;
-    } else {
-      t.backup = hold(TorchApi::get().empty_like(PyTuple_GET_ITEM(params_.ptr(), i)));
-    }
-  }
-}
-
-// To ask torch for memory takes longer than to copy a few small tensors; but of a GPU's only torch knows.
-void* Batch::make_pool(int64_t bytes) {
-  if (for_gpu_) return hold(TorchApi::get().empty_bytes(bytes, device_));
-  pool_.reset(::operator new(static_cast<size_t>(bytes), FreesAligned::kAlignment));
-  return pool_.get();
-}
-
-// Takes a new tensor, or null with an error set, and returns the address of its memory.
-void* Batch::hold(PyObject* memory) {
-  if (memory == nullptr) throw py::error_already_set();
-  memory_.emplace_back(py::reinterpret_steal<py::object>(memory));
-  const auto address = py::reinterpret_steal<py::object>(TorchApi::get().data_ptr.call(memory));
-  if (!address) throw py::error_already_set();
-  return PyLong_AsVoidPtr(address.ptr());
 }
 
 void Batch::set_backups(const py::list& backups) {

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
-#include <new>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -14,11 +13,6 @@
 #include "tensor_view.h"
 
 namespace fused_sam {
-
-struct FreesAligned {
-  void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
-  static constexpr std::align_val_t kAlignment{64};
-};
 
 // The tensors of one op, read once. Lists may be None or hold None. The tensors are kept alive as long as this object,
 // though a kernel runs without the interpreter lock.
@@ -85,7 +79,7 @@ class Batch {
   pybind11::tuple params_, backups_, masters_, states_[kStates];
   std::shared_ptr<Gradients> grads_;          // null without any
   std::vector<HeldTensor> memory_;            // torch's, of the backups made here
-  std::unique_ptr<void, FreesAligned> pool_;  // of small ones on the CPU
+  std::vector<std::shared_ptr<void>> pools_;  // of small ones on the CPU; of the ascent's, too
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
   std::vector<Py_ssize_t> unsupported_;

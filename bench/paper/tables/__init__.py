@@ -45,7 +45,7 @@ def hyperparameters(dataset: str, model: str, *, epochs: int | None = None, nois
     """Return what the paper trains a network with (tables 6, 7; section 3.3): fields of a `Config`, rho, accelerators.
 
     Args:
-        dataset: "cifar10", "cifar100" or "fashion-mnist".
+        dataset: "cifar10", "cifar100", "svhn" or "fashion-mnist".
         model: a name of `bench.paper.models`.
         epochs: where the paper has several lengths, that which is nearest in ratio is taken; by default the first.
         noise_rate: of the labels, likewise the nearest where the paper has noise, and none where it has none.
@@ -62,7 +62,8 @@ def hyperparameters(dataset: str, model: str, *, epochs: int | None = None, nois
         )
 
     def distance(row: Row) -> tuple[float, float]:
-        length = 1.0 if epochs is None else max(row["epochs"] / epochs, epochs / row["epochs"])
+        unknown = epochs is None or row["epochs"] is None
+        length = 1.0 if unknown else max(row["epochs"] / epochs, epochs / row["epochs"])
         return abs(row["noise_rate"] - noise_rate), length
 
     best = min(found, key=distance)
