@@ -1,7 +1,8 @@
 """A second data set: SAM against SGD of one and of two times its epochs, with clean and with wrong labels.
 
-By default scikit-learn's digits, which need no download: 1,797 images of 8x8 pixels, enlarged to 24x24 with a black border of two, 359 of them for
-the test. Radii are the paper's, 0.05 and with wrong labels 0.1; none is chosen by the images that are tested on.
+By default scikit-learn's digits, which need no download: 1,797 images of 8x8 pixels, enlarged to 24x24 with a black
+border of two, 359 of them for the test. Radii are the paper's, 0.05 and with wrong labels 0.1; none is chosen by the
+images that are tested on.
 """
 
 from __future__ import annotations
