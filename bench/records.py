@@ -7,6 +7,7 @@ import datetime
 import functools
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,6 +25,34 @@ UNKNOWN_CACHE_BYTES = 32 << 20
 REASON_LENGTH = 160
 
 Row = dict[str, Any]
+
+
+class Interval(NamedTuple):
+    """A mean, and half the width of its 95 % interval: NaN for one value, of which nothing is known."""
+
+    mean: float
+    half: float
+    count: int
+
+    def __str__(self) -> str:
+        return self.text(2)
+
+    def text(self, digits: int) -> str:
+        """Write the mean, and the interval if there is one, with so many digits behind the point."""
+        return f"{self.mean:.{digits}f}" + ("" if self.count < 2 else f" ± {self.half:.{digits}f}")
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return mean ± t s / sqrt(n), t of Student's with n - 1 degrees, of n > 0 independent and normal values."""
+    if not values:
+        raise ValueError(f"Invalid {values=}. Must hold at least one.")
+    count, mean = len(values), statistics.fmean(values)
+    if count == 1:
+        return Interval(mean, math.nan, 1)
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Interval(mean, half, count)
 
 
 class Spread(NamedTuple):

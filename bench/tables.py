@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from bench.records import Row
+from bench.records import Row, interval
 from bench.speed.harness import FLOOR
 from bench.speed.rivals import OPTIONS, OURS, SCALE, TWICE, VARIANTS
 from bench.speed.shapes import HOST_SETS, SETS, TITLES, host_set, parameter_count
@@ -286,7 +286,7 @@ def train(rows: Sequence[Row]) -> str:
         noise = f", {one['label_noise']:.0%} label noise" if one["label_noise"] else ""
         step = statistics.fmean(row["step_ms"] for row in group)
         share = statistics.fmean(row["optimizer_ms"] / row["step_ms"] for row in group)
-        errors = [mean([row[f"test_error_{when}"] for row in group]) for when in ("final", "best")]
+        errors = [str(interval([row[f"test_error_{when}"] for row in group])) for when in ("final", "best")]
         cells = [str(one["run_epochs"]), str(len(group)), *errors, "/".join(str(row["best_epoch"]) for row in group)]
         lines.append(
             [f"{one['dataset']}, {one['train_size']} images{noise}", label, *cells, f"{step:.1f}", f"{share:.1%}"]
@@ -331,12 +331,6 @@ def overlap(rows: Sequence[Row]) -> str:
     subject = f"{one['model']}, {one['parameters']} parameters, batches of {one['batch']}, one thread a rank"
     note = f"buckets of {one['bucket_mb']:g} MiB. Median of {one['rounds']} rounds (20th to 80th percentile)."
     return f"{text}\n\n{subject}, {note} {caption(shown)}"
-
-
-def mean(values: Sequence[float]) -> str:
-    """Write a mean, and the standard deviation of several values."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {

@@ -67,6 +67,7 @@ def test_passes_are_counted_as_they_are_made(changes, passes):
     run.train_epoch()
     assert run.passes == pytest.approx(passes)
     assert plan.passes(config) == pytest.approx(passes)
+    assert plan.passes(replace(config, extra={"alphas": [1, 8]})) == pytest.approx(3 * passes)  # two trials
     forward = passes - 1 if config.options.get("second_order") else passes  # the third pass is backward only
     assert examples == pytest.approx(forward * 96)
 

@@ -176,9 +176,9 @@ def test_what_holds_w_lasts_as_long_as_whoever_restores_it() -> None:
     ascent.make_backups(False)
     ascent.perturb(norm, groups, 2.0, 1, [], None)
     descent = _native.Batch(params, grads, ascent, (), None, 1, 0, False)
-    ascent.make_backups(False)  # nobody does, and nothing must come of it
+    ascent.make_backups(False)  # must not free what `descent` reads
     del ascent
-    others = [torch.zeros(64 * 80) for _ in range(200)]  # which would get that memory
+    others = [torch.zeros(64 * 80) for _ in range(200)]  # would get that memory if it were free
     assert not torch.equal(params[3], before[3])
     descent.restore(len(params), 1)
     assert all(map(torch.equal, params, before))

@@ -260,7 +260,7 @@ def test_resume_refuses_other_values_and_missing_checkpoints(nowhere, capsys):
     assert train.main(flags) == 0
     assert train.main([*flags, "--resume", "--lr", "0.2"]) == 1
     assert "Invalid lr=0.2. Must be 0.1 as in" in capsys.readouterr().out
-    assert train.main([*flags, "--seeds", "1"]) == 0  # another job, of which nothing has been done
+    assert train.main([*flags, "--seeds", "1"]) == 0  # another job, not begun
     assert "Going on" not in capsys.readouterr().out
     assert [row["seed"] for row in rows_of(nowhere / "out")] == [0, 1]
 

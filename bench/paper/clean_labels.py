@@ -59,6 +59,16 @@ def observe(training: Training) -> Row:
     return {"unseen_error": error, "unseen_loss": loss} | theorem.observe(training)
 
 
+def complete(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the runs of each network that has been trained with SAM and with both lengths of SGD."""
+    found = {}
+    for (model,), same in summary.by(rows, "model").items():
+        lengths = {row["config"]["epochs"] for row in same if row["config"]["optimizer"] == "sgd"}
+        if len(lengths) == len(RIVALS) and any(row["config"]["optimizer"] == "sam" for row in same):
+            found[model] = same
+    return found
+
+
 def methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the runs of one network by method; of SAM those with the radius that is chosen."""
     plain = [row for row in rows if row["config"]["optimizer"] == "sgd"]
@@ -70,7 +80,7 @@ def methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def section(rows: Sequence[Row]) -> str:
     """Write what was reached with each method, the differences by seed, all radii, and the theorem."""
-    networks = {model: same for (model,), same in summary.by(rows, "model").items()}
+    networks = complete(rows)
     reached, gained = [], []
     for model, same in networks.items():
         known = methods(same)
@@ -110,7 +120,9 @@ def _of_one_length(rows: Sequence[Row]) -> list[Row]:
 
 def figure(rows: Sequence[Row], path: Path) -> None:
     """Draw a panel for each network: the errors of SAM over rho, and those of SGD."""
-    networks = summary.by(rows, "model")
+    networks = complete(rows)
+    if not networks:
+        return
     config, seeds = rows[0]["config"], len(summary.by(rows, "seed"))
     held_out = round(config["validation"] * config["train_size"])
     images = f"{config['train_size']:,} images, {held_out:,} of them held out"
@@ -118,7 +130,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     with figures.canvas(
         "Clean labels, networks that fit them", about, path, panels=len(networks), height=5.0
     ) as panels:
-        for axes, ((model,), same) in zip(panels, networks.items(), strict=True):
+        for axes, (model, same) in zip(panels, networks.items(), strict=True):
             rho_grid.panel(axes, _of_one_length(same))
             figures.level(axes, methods(same)[RIVALS[1]], "unseen_error", f"{RIVALS[1]}, test set", ":")
             figures.legend(axes)

@@ -66,7 +66,7 @@ def objective(loss: Tensor, params: Sequence[Tensor], config: Config) -> Tensor:
 
 
 class Plain:
-    """One gradient, one step. Micro-batches, of which BatchNorm sees one at a time, are added up."""
+    """One gradient, one step. Micro-batches are added up; BatchNorm sees one at a time."""
 
     def __init__(self, model: nn.Module, config: Config, base: type[Optimizer]) -> None:
         self.optimizer = base(model.parameters(), **base_options(config, base), **config.options)

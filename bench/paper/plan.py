@@ -12,14 +12,23 @@ from bench.paper.training import Context, Training
 TIMED_STEPS = 3  # after a first one, which is slower
 
 
-def passes(config: Config) -> float:
-    """Return the forward-backward passes of a run; those of what is trained before it, to start from, do not count."""
+def passes_of_training(config: Config) -> float:
+    """Return the forward-backward passes of a training by itself."""
     options, extra = config.options, 0.0
     if config.optimizer.startswith("sam") and options.get("direction") != "momentum":
         part = 1.0 if config.ascent is None else config.ascent
         extra = part * options.get("ascent_steps", 1) + float(options.get("second_order", False))
         extra /= options.get("interval", 1)
-    return config.epochs * (1.0 + extra) * (2 if config.bootstrap else 1)
+    return config.epochs * (1.0 + extra)
+
+
+def passes(config: Config) -> float:
+    """Return the forward-backward passes of a run, and of the choice of its alpha.
+
+    Those of what is trained before it, to start from, do not count: several runs share that.
+    """
+    trainings = (2 if config.bootstrap else 1) + len(config.extra.get("alphas", ()))
+    return passes_of_training(config) * trainings
 
 
 def seconds_of_a_pass(config: Config, context: Context) -> float:

@@ -33,9 +33,9 @@ def settings(rows: Sequence[Row]) -> list[Setting]:
     for group in _by_task(plain):
         rivals = {_run(row): _error(row) for row in group if row["config"]["optimizer"] in BASES.values()}
         for _, runs in _of_sam(group):
-            pairs = [(_error(row), rivals.get(_rival(row))) for row in runs]
-            saved = [100 * (1 - error / other) for error, other in pairs if other is not None]
-            if len(saved) > 1:
+            pairs = [(_error(row), rivals[_rival(row)]) for row in runs if _rival(row) in rivals]
+            if len(pairs) > 1 and all(other > 0 for _, other in pairs):  # of no error there is no part to save
+                saved = [100 * (1 - error / other) for error, other in pairs]
                 found.append(Setting(_name(runs[0]), summary.interval(saved)))
     return sorted(found, key=lambda setting: setting.saved.mean)
 

@@ -130,21 +130,26 @@ def _progress(
     with Progress(*columns, *left, console=console, speed_estimate_period=SPEED_PERIOD) as progress:
         whole = progress.add_task("passes", total=round(sum(map(plan.passes, runs))))
         current = progress.add_task("epochs", total=1)
-        done = before = 0.0
+        done = planned = 0.0
+        training: tuple[Config | None, int] = None, 0  # of a run there may be several
 
         def announce(label: str, config: Config) -> None:
-            nonlocal done, before
-            done, before = before, before + plan.passes(config)
+            nonlocal done, planned, training
+            done, planned, training = planned, planned + plan.passes(config), (None, 0)
             progress.update(whole, completed=round(done))
             progress.reset(current, total=config.epochs, description=f"{label}, seed {config.seed}")
 
         def on_epoch(config: Config, epoch: int) -> None:
+            nonlocal done, training
+            known = training[1] if training[0] == config and training[1] < epoch else 0
+            training = config, epoch
+            done = min(done + plan.passes_of_training(config) * (epoch - known) / config.epochs, planned)
             progress.update(current, completed=epoch, total=config.epochs)
-            progress.update(whole, completed=round(done + (before - done) * epoch / config.epochs))
+            progress.update(whole, completed=round(done))
 
         context.on_epoch = on_epoch
         yield announce
-        progress.update(whole, completed=round(before))
+        progress.update(whole, completed=round(planned))
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from bench.records import Interval as Interval
 from bench.records import Row
+from bench.records import interval as interval
 from bench.tables import caption as _machine
 from bench.tables import table as table
-
-
-class Interval(NamedTuple):
-    """A mean, and half the width of its 95 % interval: NaN for one value, of which nothing is known."""
-
-    mean: float
-    half: float
-    count: int
-
-    def __str__(self) -> str:
-        return self.text(2)
-
-    def text(self, digits: int) -> str:
-        """Write the mean, and the interval if there is one, with so many digits behind the point."""
-        return f"{self.mean:.{digits}f}" + ("" if self.count < 2 else f" ± {self.half:.{digits}f}")
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return mean ± t s / sqrt(n), t of Student's with n - 1 degrees, of n > 0 independent and normal values."""
-    if not values:
-        raise ValueError(f"Invalid {values=}. Must hold at least one.")
-    count, mean = len(values), statistics.fmean(values)
-    if count == 1:
-        return Interval(mean, math.nan, 1)
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
-    return Interval(mean, half, count)
 
 
 def by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -109,4 +81,5 @@ def caption(rows: Sequence[Row]) -> str:
     """Return what stands under a table: the data and network of all rows, and the machine."""
     tasks = "; ".join(dict.fromkeys(task(row) for row in rows))
     seeds = len(by(rows, "seed"))
-    return f"{tasks}. Mean and 95 % interval over {seeds} seed{'s' if seeds > 1 else ''}.\n\n{_machine(rows)}"
+    spread = "One seed" if seeds == 1 else f"Mean and 95 % interval over {seeds} seeds"
+    return f"{tasks}. {spread}.\n\n{_machine(rows)}"

@@ -293,9 +293,13 @@ def channelled(images: Tensor) -> Tensor:
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the pixels of each channel, scaled to [0, 1]; [C, 1, 1] float32."""
-    channels = [channel.double() / 255 for channel in channelled(images).unbind(dim=1)]
-    mean, std = (torch.stack([getattr(channel, name)() for channel in channels]) for name in ("mean", "std"))
-    return mean.float()[:, None, None], std.float()[:, None, None]
+    values, found = torch.arange(256, dtype=torch.float64) / 255, []
+    for channel in channelled(images).unbind(dim=1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        mean = counts @ values / counts.sum()
+        found.append((mean, (counts @ (values - mean).square() / (counts.sum() - 1)).sqrt()))
+    mean, std = (torch.stack(column).float()[:, None, None] for column in zip(*found, strict=True))
+    return mean, std
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import flags, records
-from bench.tables import mean
+from bench.records import interval
 from bench.training import curves, data
 from bench.training.job import HELD_OUT, PASSES, Job
 from bench.training.models import WideResNet, parameter_count
@@ -135,9 +135,9 @@ def table(job: Job) -> Table:
         runs = [r for r in job.finished if r["optimizer"] == kind]
         out.add_row(
             runs[0]["label"],
-            mean([r["test_error_final"] for r in runs]),
+            str(interval([r["test_error_final"] for r in runs])),
             "/".join(str(r["best_epoch"]) for r in runs),
-            mean([r["test_error_best"] for r in runs]),
+            str(interval([r["test_error_best"] for r in runs])),
             f"{statistics.fmean(r['step_ms'] for r in runs):.1f}",
             f"{statistics.fmean(100 * r['optimizer_ms'] / r['step_ms'] for r in runs):.1f}",
         )

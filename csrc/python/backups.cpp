@@ -45,7 +45,8 @@ void Batch::make_backups(bool owned) {
   }
 }
 
-// To ask torch for memory takes longer than to copy a few small tensors; but of a GPU's only torch knows.
+// Asking torch for memory takes longer than copying a few small tensors. A GPU's comes from torch, which has to know on
+// which stream it is used.
 void* Batch::make_pool(int64_t bytes) {
   if (for_gpu_) return hold(TorchApi::get().empty_bytes(bytes, device_));
   constexpr std::align_val_t kAligned{kAlignment};

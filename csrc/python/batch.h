@@ -52,7 +52,7 @@ class Batch {
   // caller. None: they do not. Throws ValueError for any other.
   void read_steps(const pybind11::object& steps);
 
-  // The tensors of torch that hold backups made here.
+  // The tensors of torch that hold backups made here, or by the ascent whose backups are used.
   pybind11::list memory();
 
   // True for every parameter that has a backup, None for the others.
@@ -79,7 +79,7 @@ class Batch {
   pybind11::tuple params_, backups_, masters_, states_[kStates];
   std::shared_ptr<Gradients> grads_;          // null without any
   std::vector<HeldTensor> memory_;            // torch's, of the backups made here
-  std::vector<std::shared_ptr<void>> pools_;  // of small ones on the CPU; of the ascent's, too
+  std::vector<std::shared_ptr<void>> pools_;  // of small backups on the CPU
   std::vector<Tensor> tensors_;
   std::vector<uint64_t> layouts_;  // of the parameters that take part
   std::vector<Py_ssize_t> unsupported_;

@@ -23,7 +23,7 @@ class Gradients(list[Any]):
 
 
 def has_grad(param: Tensor) -> bool:
-    """Return whether p.grad is not None; no object of Python's is made for it."""
+    """Return whether p.grad is not None. The native core's makes no Python object for it."""
     return param.grad is not None
 
 
@@ -84,8 +84,8 @@ if not TYPE_CHECKING:
         import fused_sam._native as _native
 
         # All or, where a core is out of date, none.
-        names = "Gradients", "all_present", "clear_grads", "first_present", "has_grad", "increment_version", "lookup"
-        names = *names, "presence"
+        names = ["Gradients", "all_present", "clear_grads", "first_present", "has_grad"]
+        names += ["increment_version", "lookup", "presence"]
         globals().update({name: getattr(_native, name) for name in names})
         LISTS = list, Gradients
         why_not_aten = read_through_aten()
