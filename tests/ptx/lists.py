@@ -81,7 +81,7 @@ def test_the_norm_has_the_same_bits_wherever_its_tensors_lie(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(("dtype", "adaptive"), BITS, ids=str)
-def test_the_norm_has_the_bits_of_the_gpu(dtype: torch.dtype, adaptive: bool) -> None:
+def test_the_norm_has_the_recorded_bits(dtype: torch.dtype, adaptive: bool) -> None:
     assert norm_bits(dtype, adaptive, "emulated", "cpu") == BITS[dtype, adaptive]
 
 
