@@ -1,6 +1,7 @@
 // The module fused_sam._aten: reads and writes torch's tensors through torch's own headers (csrc/python/access.h).
 #include "../python/access.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -62,6 +63,16 @@ bool read_impl(const Impl* tensor, Device device, TensorView* view) {
   }
 }
 
+// Asks for what `read` will look at. A step has its tensors from memory that the last pass over the weights has left
+// cold: what is asked for here arrives while the next tensors are looked up.
+void prefetch(const Impl* tensor) {
+  constexpr size_t kLine = 64;
+  for (size_t offset = 0; offset < sizeof(Impl); offset += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(tensor) + offset);
+  }
+  __builtin_prefetch(tensor->unsafe_storage().unsafeGetStorageImpl());
+}
+
 bool is_plain(PyObject* object) {
   return THPVariable_CheckExact(object);
 }
@@ -75,8 +86,11 @@ bool read_handle(const Handle* tensor, Device device, TensorView* view) {
 }
 
 Handle* grad_of(PyObject* tensor) {
-  const at::Tensor& grad = std::as_const(*impl_of(tensor)).grad();
+  const Impl* impl = impl_of(tensor);
+  const at::Tensor& grad = impl->grad();
+  prefetch(impl);
   if (!grad.defined()) return nullptr;
+  prefetch(grad.unsafeGetTensorImpl());
   return reinterpret_cast<Handle*>(Owner(grad.getIntrusivePtr()).release());
 }
 
@@ -110,8 +124,17 @@ void release(Handle* tensor) {
   owner_of(tensor).reset();
 }
 
+PyObject* empty_number() {
+  try {
+    return THPVariable_Wrap(at::Tensor(at::detail::empty_cpu({}, at::kDouble)));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 const Access kAccess{Access::kVersion, is_plain,      read,      read_handle, grad_of, clear_grad,
-                     bump_version,     is_sole_owner, to_object, copy,        release};
+                     bump_version,     is_sole_owner, to_object, copy,        release, empty_number};
 
 PyModuleDef kModule{PyModuleDef_HEAD_INIT,
                     "_aten",

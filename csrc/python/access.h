@@ -13,7 +13,7 @@ namespace fused_sam {
 struct Handle;
 
 struct Access {
-  static constexpr int kVersion = 1;
+  static constexpr int kVersion = 2;
   static constexpr const char* kCapsule = "fused_sam.access";
 
   int version;
@@ -35,6 +35,8 @@ struct Access {
   PyObject* (*to_object)(Handle* tensor);
   Handle* (*copy)(Handle* tensor);
   void (*release)(Handle* tensor);
+  // A new tensor of one float64 number, shape [], on the CPU; null with an error set.
+  PyObject* (*empty_number)();
 };
 
 }  // namespace fused_sam

@@ -68,6 +68,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("presence", [](const py::list& entries) { return entries; });
   m.def("presence", [](const Gradients& grads) { return grads.presence(); });
   m.def("increment_version", &increment_version);
+  m.def("empty_number", [] {
+    PyObject* number = TorchApi::get().empty_number();
+    if (number == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(number);
+  });
   m.def("stream_copy", &stream_copy);
   py::class_<Batch> batch(m, "Batch");
   batch

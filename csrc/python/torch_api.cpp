@@ -112,6 +112,14 @@ void TorchApi::read_through(const py::object& capsule) {
   api.reading = true;
 }
 
+PyObject* TorchApi::empty_number() const {
+  if (reading) return access->empty_number();
+  const py::tuple shape;
+  const py::str name("cpu");
+  PyObject* const arguments[] = {torch, shape.ptr(), dtypes[static_cast<size_t>(DType::f64)], name.ptr()};
+  return PyObject_VectorcallMethod(empty_name, arguments, 2, empty_keywords);
+}
+
 PyObject* TorchApi::empty_bytes(int64_t bytes, Device device) const {
   const py::int_ size(bytes);
   const py::str name(device.name());

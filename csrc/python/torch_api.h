@@ -52,6 +52,7 @@ struct TorchApi {
   Attribute grad, is_neg, data_ptr, use_count, untyped_storage, storage_cdata, storage_resizable;
 
   // torch.empty and torch.empty_like: new references, or null with an error set.
+  PyObject* empty_number() const;  // float64, shape [], on the CPU
   PyObject* empty_bytes(int64_t bytes, Device device) const;
   PyObject* empty_like(PyObject* tensor) const { return PyObject_CallMethodOneArg(torch, empty_like_name, tensor); }
 

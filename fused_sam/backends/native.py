@@ -111,15 +111,14 @@ class Batch:
         return self.core.has_backup
 
     def norm(self, groups: list[AscentGroup], q: float) -> Tensor:
-        if self.for_gpu:
-            shape: tuple[int, ...] = (3 + self.core.norm_partials(groups, q),)
-        else:
-            shape = (3,) if q == math.inf else ()
-        workspace = torch.empty(shape, dtype=torch.float64, device=self.device)
+        if not self.for_gpu and q != math.inf:
+            number: Tensor = _native.empty_number()  # torch.empty takes a twentieth of a small step
+            self._run(self.core.norm, None, groups, q, number)
+            return number
+        partials = self.core.norm_partials(groups, q)  # 0 on the CPU
+        workspace = torch.empty(3 + partials, dtype=torch.float64, device=self.device)
         self._run(self.core.norm, None, groups, q, workspace)
-        if q == math.inf:
-            return workspace[:3]
-        return workspace[0] if shape else workspace
+        return workspace[:3] if q == math.inf else workspace[0]
 
     def perturb(self, norm: Tensor | None, groups: list[AscentGroup], q: float, journal: Journal) -> None:
         if norm is not None and norm.dtype != torch.float64:
