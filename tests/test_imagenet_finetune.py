@@ -190,5 +190,5 @@ def test_the_papers_settings_are_defaults(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     large = parsed("--model", "efficientnet_l2", "--optimizer", "sgd")
     assert (large["image_size"], large["batch_size"], large["lr"], large["micro_batches"]) == (475, 512, 0.008, 16)
-    assert large["finetuning_steps"] == 10_000
+    assert (large["finetuning_steps"], large["max_grad_norm"], large["rho"]) == (10_000, 5.0, 0.05)
     assert parsed("--model", "vit_b_16")["image_size"] == 224

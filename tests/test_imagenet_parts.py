@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -103,7 +104,9 @@ def by_hand(options):
     for step in range(2):
         optimizer.param_groups[0]["lr"] = schedule(step / 2)
         if options.get("optimizer") == "sgd":
-            losses.append(optimizer.step(whole[0]))
+            losses.append(whole[0]())
+            torch.nn.utils.clip_grad_norm_(net.parameters(), options.get("max_grad_norm") or math.inf)
+            optimizer.step()
             optimizer.zero_grad()
         else:
             losses.append(optimizer.step(whole, ascent=ascent))
@@ -116,6 +119,7 @@ ONE_E = [
     {"micro_batches": 3, "ascent_part": 0.5},
     {"micro_batches": 2, "interval": 2},
     {"micro_batches": 3, "optimizer": "sgd"},
+    {"micro_batches": 3, "optimizer": "sgd", "max_grad_norm": 0.2},
 ]
 SEVERAL = [
     {"micro_batches": 3, "m_sharpness": "micro"},

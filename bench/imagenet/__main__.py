@@ -105,7 +105,7 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
     add("--looksam-alpha", type=float, metavar="ALPHA", help="LookSAM in the steps between")
     add("--direction", choices=("gradient", "momentum"), default="gradient", help="momentum: MSAM, one pass per step")
     add("--decay-in-ascent", action="store_true", help="weight decay in the first gradient, too (as the paper's code)")
-    add("--max-grad-norm", type=float, metavar="NORM", help="clip the second gradient")
+    add("--max-grad-norm", type=float, metavar="NORM", help="clip the gradient of the base step")
     add("--backend", help="of FusedSAM (default: the best that works)")
 
 

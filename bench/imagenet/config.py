@@ -15,10 +15,10 @@ from bench.training.run import cosine
 
 TWO_HEADED = ("googlenet", "inception_v3")  # in training they have a second loss
 DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Arguments of FusedSAM, and what a step of it is made of beside them; None in a run with SGD.
+# Arguments of FusedSAM. Those that SGD has no use for, and what a SAM step is made of beside them, are None with SGD.
 SAM_OPTIONS = ("rho", "adaptive", "eta", "p", "interval", "looksam_alpha")
 SAM_OPTIONS += ("direction", "decay_in_ascent", "max_grad_norm")
-SAM_FLAGS = (*SAM_OPTIONS, "backend", "m_sharpness", "ascent_part")
+SAM_FLAGS = (*(name for name in SAM_OPTIONS if name != "max_grad_norm"), "backend", "m_sharpness", "ascent_part")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "efficientnet_b7": {"image_size": 600, "batch_size": 1024, "lr": 0.016, "accelerators": 64, "steps": 5_000},
     L2: {"image_size": 475, "batch_size": 512, "lr": 0.008, "accelerators": 128, "steps": 10_000},
 }
-SHARED = {"weight_decay": 1e-5, "momentum": 0.9, "nesterov": True, "label_smoothing": 0.0, "freeze_batchnorm": True}
-OF_SAM = {"rho": 0.05, "m_sharpness": "micro", "decay_in_ascent": True, "max_grad_norm": 5.0}
+SHARED = {"weight_decay": 1e-5, "momentum": 0.9, "nesterov": True, "label_smoothing": 0.0}
+SHARED |= {"freeze_batchnorm": True, "max_grad_norm": 5.0}
+OF_SAM = {"rho": 0.05, "m_sharpness": "micro", "decay_in_ascent": True}
 
 
 def defaults(model: str, optimizer: str, ranks: int) -> dict[str, Any]:

@@ -126,6 +126,9 @@ class Trainer:
             self.optimizer.first_step(zero_grad=True)
             rng.replay(random_state)
         second = self._gradient(parts)
+        if not isinstance(self.optimizer, fused_sam.FusedSAM) and self.config.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
