@@ -84,8 +84,9 @@ ptx: $(READY)
 # compiler is installed (Debian: g++-aarch64-linux-gnu), and cannot try the result.
 WHEEL := build/wheel
 WHEEL_ARCH ?= $(shell uname -m)
-WHEEL_PLATFORM := manylinux_2_28_$(WHEEL_ARCH)
 WHEEL_CROSS := $(filter-out $(shell uname -m),$(WHEEL_ARCH))
+# auditwheel can be told only tags of its own machine; for another it takes the oldest that holds.
+WHEEL_PLATFORM := $(if $(WHEEL_CROSS),auto,manylinux_2_28_$(WHEEL_ARCH))
 WHEEL_CUDA ?= $(if $(WHEEL_CROSS),OFF,$(if $(shell command -v nvcc),ON,OFF))
 wheel: wheel-old-libc
 	$(WHEEL)/tools/bin/python -m build --sdist --outdir $(WHEEL)/sdist .
