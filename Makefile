@@ -98,7 +98,7 @@ wheel: wheel-old-libc
 	  --wheel-dir $(WHEEL)/raw $(WHEEL)/sdist/*.tar.gz
 	PATH="$(abspath $(WHEEL)/tools/bin):$$PATH" auditwheel repair --only-plat --plat $(WHEEL_PLATFORM) --wheel-dir $(WHEEL)/repaired $(WHEEL)/raw/*.whl
 	$(WHEEL)/tools/bin/auditwheel show $(WHEEL)/repaired/*.whl
-	unzip -q $(WHEEL)/repaired/*.whl -d $(WHEEL)/unpacked
+	$(WHEEL)/tools/bin/python -m zipfile -e $(WHEEL)/repaired/*.whl $(WHEEL)/unpacked
 	@# auditwheel does not see what the stand-ins lacked: a name without a version.
 	! nm --dynamic --undefined-only $(WHEEL)/unpacked/fused_sam/_native*.so | grep ' U ' | grep -vE '@| _?Py'
 ifeq ($(WHEEL_CROSS),)
