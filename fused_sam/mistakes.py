@@ -5,21 +5,17 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
-import sys
 import types
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
 from fused_sam.backends.interface import TensorList
+from fused_sam.callers import warn
 from fused_sam.ops.lists import first_present, has_grad
 
-_LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
 NO_FIRST = (
     "No parameter has a gradient at first_step(): the weights stay at w, and the step is one of the base optimizer. "
     "Call loss.backward() before it, or in the closure."
@@ -132,11 +128,7 @@ class Once:
         self.looked = False
 
     def warn(self, message: str) -> None:
-        """Give a warning at the line that has called us, also by way of torch; unless it has been given."""
-        if message in self.given:
-            return
-        self.given.add(message)
-        level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(message, stacklevel=level)
+        """Give a warning, unless it has been given."""
+        if message not in self.given:
+            self.given.add(message)
+            warn(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -14,6 +13,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 
 from fused_sam import backends, closures, dtensor, schedules
 from fused_sam.ascent import make_perturbation
+from fused_sam.callers import warn
 from fused_sam.descent import Maker, checkpoints, make_base, make_inner
 from fused_sam.ops import masters
 from fused_sam.options import Adaptive, Direction, Options, check_group, check_new_group, given_once, require_no_clash
@@ -149,7 +149,7 @@ class FusedSAM(SharedStep):
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, "decay_in_ascent": decay_in_ascent}
         check_group(ascent)
         if reuse is not None:
-            warnings.warn("reuse= is now looksam_alpha=, and will go.", DeprecationWarning, stacklevel=2)
+            warn("reuse= is now looksam_alpha=, and will go.", DeprecationWarning)
             looksam_alpha = reuse
         passes = interval, start, stop, direction, ascent_steps, second_order, looksam_alpha
         rest = decay_in_ascent, master_weights, telemetry

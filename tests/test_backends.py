@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import PATIENCE
+from torch import nn
 
-from fused_sam import FusedSAM, backends
+from fused_sam import FusedSAM, ascend_on_forward, backends, ops
 from fused_sam.__main__ import main
+from fused_sam.backends import eager
 
 ROOT = Path(__file__).parent.parent
+X = torch.ones(5, 3)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -140,6 +143,50 @@ def test_the_first_choice_for_cuda_tensors_says_how_to_get_the_kernels_that_are_
     with pytest.warns(UserWarning, match="CUDA kernels are not in this install.*FUSED_SAM_CUDA=ON pip install"):
         chosen = backends.for_device("cuda")
     assert backends.for_device("cuda") is chosen
+
+
+def a_closure(model: nn.Module) -> None:
+    FusedSAM(model.parameters(), lr=0.5).step(lambda: model(X).sum().backward())
+
+
+def two_calls(model: nn.Module) -> None:
+    model(X).sum().backward()
+    FusedSAM(model.parameters(), lr=0.5).first_step()
+
+
+def a_list_of_tensors(model: nn.Module) -> None:
+    ops.norm([X], [X], [ops.AscentGroup(size=1, rho=0.1, adaptive=False)])
+
+
+def momentum_in_a_forward(model: nn.Module) -> None:
+    opt = FusedSAM(model.parameters(), lr=0.5, momentum=0.9, direction="momentum")
+    ascend_on_forward(model, opt)
+    opt.state[model.weight]["momentum_buffer"] = torch.ones_like(model.weight)
+    model(X)
+
+
+def a_scaler_and_a_scheduler(model: nn.Module) -> None:
+    opt, scaler = FusedSAM(model.parameters(), lr=0.5, interval=2, start=1), torch.amp.GradScaler("cpu")
+    torch.optim.lr_scheduler.ConstantLR(opt)
+    scaler.scale(model(X).sum()).backward()
+    scaler.step(opt)
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize(
+    "way",
+    [a_closure, two_calls, a_list_of_tensors, momentum_in_a_forward, a_scaler_and_a_scheduler],
+    ids=lambda way: way.__name__,
+)
+def test_missing_kernels_are_warned_of_at_the_line_of_the_user(
+    way: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_load", lambda backend: ImportError() if backend.name == "native" else eager)
+    with pytest.warns(UserWarning, match="compiled core cannot be used") as caught:
+        way(nn.Linear(3, 2, bias=False))
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert warning.lineno in {line for *_, line in way.__code__.co_lines()}
 
 
 @pytest.mark.usefixtures("forgetful")

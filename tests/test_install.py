@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email
+import email.message
 import importlib
 import importlib.util
 import os
@@ -166,6 +168,41 @@ def test_the_cuda_kernels_are_built_for_the_gpus_that_are_here_or_for_what_is_as
 
     assert architectures() == {"86"}
     assert {"75", "80", "86"} < architectures("-DFUSED_SAM_CUDA_ARCHITECTURES=all")
+
+
+def described(source: Path, repository: str) -> email.message.Message:
+    """Return the metadata of a build that is told that address of the repository."""
+    told = {"FUSED_SAM_NATIVE": "OFF", "FUSED_SAM_REPOSITORY": repository, "GITHUB_SHA": "f00d"}
+    egg_info = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(source.parent)]
+    done = subprocess.run(egg_info, cwd=source, env=os.environ | told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return email.message_from_string((source.parent / "fused_sam.egg-info" / "PKG-INFO").read_text())
+
+
+@needs_build_tools
+def test_what_an_index_shows_leads_to_the_repository_that_the_build_is_told_of(source: Path) -> None:
+    readme = (source / "README.md").read_text()
+    untold = described(source, "")
+    assert untold.get_payload().strip() == readme.strip()
+    assert untold.get_all("Project-URL") is None
+    here = "https://forge.invalid/some/one"
+    told = described(source, here)
+    assert {url.split(", ")[0] for url in told.get_all("Project-URL")} == {
+        "Source",
+        "Documentation",
+        "Changelog",
+        "Issues",
+    }
+    link = r"(!?)\[[^]]*\]\(([^)]*)\)"
+    before, after = (re.findall(link, text) for text in (readme, told.get_payload()))
+    assert [picture for picture, _ in before] == [picture for picture, _ in after]
+    for (picture, old), (_, new) in zip(before, after, strict=True):
+        if old.startswith("https://"):
+            assert new == old
+        else:
+            assert (ROOT / old.split("#")[0]).exists()
+            assert new == f"{here}/{'raw' if picture else 'blob'}/f00d/{old}"
+    assert re.sub(link, "", told.get_payload()).strip() == re.sub(link, "", readme).strip()
 
 
 HOPPER = "Invalid CUDA architectures ['Hopper']. Must be compute capabilities"

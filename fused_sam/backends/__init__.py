@@ -11,11 +11,11 @@ import importlib
 import logging
 import os
 import sys
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fused_sam.backends.interface import Backend
+from fused_sam.callers import warn
 
 if TYPE_CHECKING:
     from fused_sam.backends import eager, native, triton
@@ -152,8 +152,7 @@ def _warn_of_what_is_missing(device_type: str, chosen: str) -> None:
         remedy = "reinstall where nvcc is found: FUSED_SAM_CUDA=ON pip install --force-reinstall --no-deps ."
     else:
         return
-    warnings.warn(
+    warn(
         f"FusedSAM's {missing}: {device_type} tensors are left to the {chosen!r} backend. To mend it, {remedy} "
-        f"(backend={chosen!r} says that this is wanted)",
-        stacklevel=2,
+        f"(backend={chosen!r} says that this is wanted)"
     )
