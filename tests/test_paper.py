@@ -88,7 +88,7 @@ EXPERIMENTS = {
     "spectra": (
         ["--measurements", "1", "--examples", "2", "--lanczos-steps", "4"],
         {"SGD": 1, "SAM": 2},
-        "| epoch 300 | 24.2 | 11.4 | 1.0 | 2.6 |",
+        "| ours: small-groupnorm | ",
     ),
     "surfaces": (
         ["--points", "5", "--examples", "8", "--rho", "0.3"],
