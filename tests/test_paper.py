@@ -86,9 +86,9 @@ EXPERIMENTS = {
         "| 40% label noise | SGD, 2x epochs | 2 |",
     ),
     "spectra": (
-        ["--measurements", "1", "--examples", "2", "--lanczos-steps", "4"],
+        ["--model", "wrn-10-1-stride4", "--measurements", "1", "--examples", "2", "--lanczos-steps", "4"],
         {"SGD": 1, "SAM": 2},
-        "| epoch 300 | 24.2 | 11.4 | 1.0 | 2.6 |",
+        "| ours: wrn-10-1-stride4-groupnorm | ",
     ),
     "surfaces": (
         ["--points", "5", "--examples", "8", "--rho", "0.3"],

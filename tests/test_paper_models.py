@@ -7,14 +7,15 @@ import torch
 
 from bench.paper import flags, methods, models
 from bench.paper.config import Config
+from bench.paper.models import norms
 from bench.paper.models.shake import Noise, ShakeDrop, shake
 from bench.training.models import parameter_count
 
+FAMILIES = ["small", "resnet-8", "pyramidnet-20-12-shakedrop", "shake-shake-26-2x4d", "mlp-12-5", "mixer-1-8"]
+
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
-@pytest.mark.parametrize(
-    "name", ["small", "resnet-8", "pyramidnet-20-12-shakedrop", "shake-shake-26-2x4d", "mlp-12-5", "mixer-1-8"]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_takes_grey_and_coloured_images(name, channels, size):
     torch.manual_seed(1)
     model = models.make(name, channels=channels, classes=7, size=size)
@@ -24,6 +25,29 @@ def test_every_family_takes_grey_and_coloured_images(name, channels, size):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     model = models.make(f"{name}-groupnorm", channels=channels, classes=7, size=size)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "wrn-40-1", "resnet-44", "pyramidnet-164-9"])
+def test_without_normalisation_blocks_do_nothing_at_first_and_the_network_trains(name):
+    torch.manual_seed(6)
+    model = models.make(f"{name}-nonorm", channels=3, classes=5, size=8)
+    assert not any("Norm" in type(module).__name__ for module in model.modules())
+    same = []  # whether a block of equal width and size returns what it gets
+    for block in (module for module in model.modules() if type(module) in norms.BRANCHES):
+        block.register_forward_hook(lambda _, x, y: same.append(y.shape != x[0].shape or torch.equal(y, x[0])))
+    x, labels = torch.randn(20, 3, 8, 8), torch.arange(20) % 5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        losses.append(torch.nn.functional.cross_entropy(model(x), labels))
+        losses[-1].backward()
+        if len(losses) == 1:
+            assert all(same)
+            assert bool(same) == (not name.startswith("mlp"))
+        optimizer.step()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert losses[-1] < losses[0]
 
 
 # Millions, as printed in the papers of the nets; He et al. 2016, table 6; Zagoruyko and Komodakis 2016, table 5; Han et

@@ -23,6 +23,7 @@ from bench.paper import (
     plan,
     reduction,
     rho_grid,
+    spectra,
     summary,
     theorem,
     training,
@@ -152,6 +153,19 @@ def test_a_configuration_that_cannot_be_is_refused(change):
 def test_the_key_is_of_the_values_that_are_used():
     assert CONFIG.key == Config(**asdict(CONFIG)).key
     assert len({CONFIG.key, replace(CONFIG, seed=1).key, replace(CONFIG, options={"rho": 0.1}).key}) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "suffixes"),
+    [([], ["-nonorm", "-groupnorm"]), (["--paper"], ["-nonorm"]), (["--norm", "batch", "none"], ["", "-nonorm"])],
+)
+def test_spectra_are_of_networks_with_and_without_normalisation(given, suffixes):
+    own = spectra.EXPERIMENT.defaults
+    args = flags.parse(flags.parser("spectra", "", spectra.add_arguments, own), ["--model", "wrn-40-10", *given])
+    grid = spectra.grid(args, flags.base_config(args, "cifar10", own))
+    assert [(label, config.model) for label, config in grid] == [
+        (label, f"wrn-40-10{suffix}") for suffix in suffixes for label in ("SGD", "SAM")
+    ]
 
 
 # choices and statistics

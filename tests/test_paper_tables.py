@@ -50,6 +50,7 @@ def test_tables_hold_the_published_values():
         ("cifar100", "pyramidnet-272-200", {}, {"lr": 0.05, "rho": 0.2, "nesterov": True, "shift": 4}),
         ("cifar10", "pyramidnet-272-200-shakedrop", {}, {"lr": 0.02, "rho": 0.05, "train_size": 50_000}),
         ("fashion-mnist", "shake-shake-26-2x96d", {}, {"rho": 0.02, "train_size": 60_000}),
+        ("cifar10", "wrn-40-10", {}, {"epochs": 300}),
         ("cifar10", "resnet-32", {"noise_rate": 0.5}, {"epochs": 200, "rho": 0.1}),
         ("cifar10", "resnet-32", {"noise_rate": 0.75}, {"rho": 0.05}),
         ("svhn", "wrn-28-10", {"epochs": 10}, {"rho": 0.01}),  # no length is published

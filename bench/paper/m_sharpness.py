@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 
-from bench.paper import data, figures, runner, summary
+from bench.paper import data, figures, models, runner, summary
 from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.paper.training import Training
@@ -37,14 +37,14 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add("--noise-rate", type=float, default=0.2, metavar="P", help="of the training labels are wrong")
     add("--measured-m", type=int, nargs="+", default=[4, 16, 64, 256], metavar="M", help="to measure")
     add("--examples", type=int, default=256, metavar="N", help="training images that it is measured on")
-    add("--batchnorm", action="store_true", help="leave BatchNorm in the network")
+    add("--norm", choices=tuple(models.NORMS), default="group", help="what normalises")
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
     """Return SGD, which is SAM with rho = 0 for any m, and SAM for every m and rho."""
     if max(args.measured_m) > args.examples:
         raise ValueError(f"Invalid measured_m={args.measured_m}. Must be at most {args.examples}, the images for it.")
-    model = base.model if args.batchnorm else f"{base.model}-groupnorm"
+    model = base.model + models.NORMS[args.norm].suffix
     measured = {"examples": args.examples, "m": args.measured_m}
     base = replace(base, model=model, noise_rate=args.noise_rate, micro_batch=None, extra=measured)
     runs = [("SGD", base)]

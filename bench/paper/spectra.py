@@ -2,8 +2,8 @@
 
 At several epochs: the five largest eigenvalues of the Hessian of the training loss, by eigsh, their ratio lambda_1 /
 lambda_5, and the density of all, by stochastic Lanczos quadrature. It is that of some training images without
-augmentation; at the end, of as many images that were not trained on too. Networks have GroupNorm in the place of
-BatchNorm, which the paper leaves out.
+augmentation; at the end, of as many images that were not trained on too. Networks have no normalisation, as in the
+paper; others have GroupNorm in the place of BatchNorm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.paper import figures, runner, summary, tables
+from bench.paper import figures, models, runner, summary, tables
 from bench.paper.config import Config
 from bench.paper.runner import Experiment, Named
 from bench.paper.training import Training
@@ -32,19 +32,23 @@ WIDTH = 0.02  # of its Gaussians, of the whole span
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--measurements", type=int, default=3, metavar="N", help="at as many epochs, the last one at the end")
+    add("--measurements", type=int, default=6, metavar="N", help="at as many epochs, the last one at the end")
     add("--examples", type=int, default=128, metavar="N", help="images that the Hessian is of")
     add("--probes", type=int, default=1, metavar="N", help="of the density")
     add("--lanczos-steps", type=int, default=20, metavar="N", help="for each of them")
-    add("--batchnorm", action="store_true", help="leave BatchNorm in the network")
+    norm = "what normalises, one network for each (default: none group; with --paper none)"
+    add("--norm", nargs="+", choices=tuple(models.NORMS), help=norm)
 
 
 def grid(args: argparse.Namespace, base: Config) -> list[Named]:
-    """Return SGD and SAM of as many epochs."""
+    """Return SGD and SAM of as many epochs, for each kind of normalisation."""
     sizes = {"examples": args.examples, "probes": args.probes, "lanczos_steps": args.lanczos_steps}
-    model = base.model if args.batchnorm else f"{base.model}-groupnorm"
-    base = replace(base, model=model, measurements=args.measurements, extra=sizes)
-    return [("SGD", base), ("SAM", replace(base, optimizer="sam", options={"rho": args.rho}))]
+    runs = []
+    for norm in args.norm or (["none"] if args.paper else ["none", "group"]):
+        model = base.model + models.NORMS[norm].suffix
+        sgd = replace(base, model=model, measurements=args.measurements, extra=sizes)
+        runs += [("SGD", sgd), ("SAM", replace(sgd, optimizer="sam", options={"rho": args.rho}))]
+    return runs
 
 
 def observe_during(training: Training) -> Row:
@@ -96,23 +100,34 @@ def _figures_of(points: Sequence[Row]) -> list[summary.Interval]:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Draw loss, lambda_1 and its ratio over the epochs; below, the densities at the first, a middle and the last."""
-    subtitle = summary.subtitle(rows, f"Hessian of {rows[0]['config']['extra']['examples']} training images")
-    points = _by_epoch(rows)
+    """Draw loss, lambda_1 and its ratio over the epochs; below, densities at the first, a middle and the last epoch.
+
+    Networks but the first are dashed lines without intervals, and have no density.
+    """
+    networks = {model: _by_epoch(own) for (model,), own in summary.by(rows, "model").items()}
+    (model, points), *others = networks.items()
+    own = [row for row in rows if row["config"]["model"] == model]
+    subtitle = summary.subtitle(own, f"Hessian of {rows[0]['config']['extra']['examples']} training images")
     colours = figures.colours(list(points))
     epochs = sorted(next(iter(points.values())))
-    with figures.canvas("Hessian spectra during training", subtitle, path, panels=6, rows=2, height=8.2) as panels:
+    with figures.canvas("Hessian spectra during training", subtitle, path, panels=6, rows=2, height=8.4) as panels:
         names = ("Training loss on the measured images", "$\\lambda_1$", "$\\lambda_1 / \\lambda_5$")
         for axes, name, place in zip(panels, names, range(3)):
-            for label, own in points.items():
-                line = [(epoch, _figures_of(same)[place]) for epoch, same in own.items()]
+            for label, by_epoch in points.items():
+                line = [(epoch, _figures_of(same)[place]) for epoch, same in by_epoch.items()]
                 figures.line(axes, line, label, colours[label])
+            for other, by_method in others:
+                for label, by_epoch in by_method.items():
+                    means = [_figures_of(same)[place].mean for same in by_epoch.values()]
+                    axes.plot(
+                        list(by_epoch), means, "--", color=colours[label], linewidth=1.2, label=f"{label}, {other}"
+                    )
             axes.set_xticks(epochs)
             axes.set_ylim(bottom=0)
             figures.describe(axes, name, "Epoch")
             figures.legend(axes)
         for axes, epoch in zip(panels[3:], sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})):
-            _densities(axes, {label: own.get(epoch, []) for label, own in points.items()}, colours)
+            _densities(axes, {label: by_epoch.get(epoch, []) for label, by_epoch in points.items()}, colours)
             about = "$\\lambda$; marks below: $\\lambda_1$ of each seed"
             figures.describe(axes, f"Epoch {epoch}: density of eigenvalues", about)
             figures.legend(axes)
@@ -139,7 +154,13 @@ def _densities(axes: Any, points: dict[str, list[Row]], colours: dict[str, str])
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Write a line per epoch, and one for images that were not trained on; then the paper's."""
+    """Write a table for each network, and the paper's."""
+    ours = [_table(model, own) for (model,), own in summary.by(rows, "model").items()]
+    return "\n\n".join([*ours, _paper(), summary.caption(rows)])
+
+
+def _table(model: str, rows: Sequence[Row]) -> str:
+    """Write a line per epoch, and one for images that were not trained on."""
     points = _by_epoch(rows)
     lines = []
     for epoch in sorted(next(iter(points.values()))):
@@ -148,9 +169,8 @@ def section(rows: Sequence[Row]) -> str:
     for same in summary.by(rows, "method").values():
         unseen.append(str(summary.of(same, "unseen_loss")))
         unseen += map(str, _curvature([row["unseen_eigenvalues"] for row in same]))
-    columns = ("loss", "λ₁", "λ₁ / λ₅")
-    ours = summary.table(["ours", *(f"{label}: {name}" for label in points for name in columns)], [*lines, unseen])
-    return "\n\n".join([ours, _paper(), summary.caption(rows)])
+    heads = [f"{label}: {name}" for label in points for name in ("loss", "λ₁", "λ₁ / λ₅")]
+    return summary.table([f"ours: {model}", *heads], [*lines, unseen])
 
 
 def _paper() -> str:

@@ -9,11 +9,11 @@ shake-shake-26-2xWd         26 layers, two branches of W channels: 32, 64, 96, 1
 mlp-W-W                     a perceptron with hidden layers of these widths, as many as there are: mlp-256-256
 mixer-D-W                   MLP-Mixer: D layers of W channels, on 16 patches: mixer-2-64
 any of them -groupnorm      GroupNorm in the place of BatchNorm
+any of them -nonorm         no normalisation: a bias for each channel in its place, residual branches that start at 0
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from bench.paper.models.flat import Mixer, mlp
+from bench.paper.models.norms import NORMS as NORMS
 from bench.paper.models.pyramidnet import PyramidNet
 from bench.paper.models.shake import ShakeShake
 from bench.training.models import ResNet, WideResNet
 
 NAMES = ("small", "wrn-D-K", "resnet-D", "pyramidnet-D-A", "shake-shake-26-2xWd", "mlp-W-W", "mixer-D-W")
-GROUPNORM = "-groupnorm"
-GROUPS = 8  # at most; where they do not divide the channels, their greatest common divisor
 BOTTLENECK_FROM = 164  # layers of the shallowest PyramidNet that was published with bottlenecks
 
 
@@ -46,34 +45,21 @@ def make(name: str, *, channels: int, classes: int, size: int, details: Details 
     """Return a network with random weights from the global generator."""
     if size < 8 or size % 4:
         raise ValueError(f"Invalid {size=}. Must be a multiple of 4, at least 8.")
-    plain = name.removesuffix(GROUPNORM)
+    norm = next(norm for norm in NORMS.values() if name.endswith(norm.suffix))
     for pattern, family in FAMILIES.items():
-        found = re.fullmatch(pattern, plain)
+        found = re.fullmatch(pattern, name.removesuffix(norm.suffix))
         if found:
             own = _of_family(family, details) | ({"size": size} if family in SIZED else {})
             model = family(*found.groups(), channels=channels, classes=classes, **own)
             if details.uniform_head:
                 head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
                 nn.init.uniform_(head.weight, -(classes**-0.5), classes**-0.5)
-            return model if plain == name else without_batchnorm(model)
+            return norm.put_into(model)
     raise ValueError(f"Invalid model={name!r}. Must be one of {', '.join(NAMES)}, with numbers.")
 
 
 def _of_family(family: Callable[..., nn.Module], details: Details) -> dict[str, bool]:
     return {"rounded": details.rounded_widths, "per_image": details.mask_per_image} if family is _pyramid else {}
-
-
-def without_batchnorm(model: nn.Module) -> nn.Module:
-    """Return the model itself, every BatchNorm in it replaced by GroupNorm (Wu and He, 2018) of as many channels.
-
-    A micro-batch of m examples then sees the function that the whole batch sees, and the Hessian is of one function.
-    """
-    for name, child in model.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(model, name, nn.GroupNorm(math.gcd(GROUPS, child.num_features), child.num_features))
-        else:
-            without_batchnorm(child)
-    return model
 
 
 def _small(*, channels: int, classes: int) -> nn.Module:

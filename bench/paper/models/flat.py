@@ -21,7 +21,7 @@ def _two_layers(width: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-class _Mix(nn.Module):
+class Mix(nn.Module):
     """y = x + mlp over patches(norm(x)), then z = y + mlp over channels(norm(y))."""
 
     def __init__(self, patches: int, width: int) -> None:
@@ -49,7 +49,7 @@ class Mixer(nn.Module):
         super().__init__()
         patch = size // PATCHES_ACROSS
         self.stem = nn.Conv2d(channels, width, patch, stride=patch)
-        self.layers = nn.Sequential(*(_Mix(PATCHES_ACROSS**2, width) for _ in range(depth)))
+        self.layers = nn.Sequential(*(Mix(PATCHES_ACROSS**2, width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
