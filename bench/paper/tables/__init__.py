@@ -1,4 +1,4 @@
-"""The paper's hyperparameters and results, as data: one JSON file for each of its tables.
+"""Hyperparameters and results of the paper, and of the Keras report, as data: one JSON file for each table.
 
 A file has a list of `columns` and rows of as many values; its other entries hold for every row. Numbers are in the unit
 of the file, rates and parts in [0, 1].
