@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from dataclasses import replace
 
@@ -15,8 +16,8 @@ pytest.importorskip("rich")
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
+from bench.paper import adam, flags, runner
 from bench.paper import data as paper_data
-from bench.paper import flags
 from bench.paper.config import Config
 from bench.training import data
 
@@ -113,6 +114,16 @@ def test_cutout_covers_one_square_around_a_pixel():
         assert sides.float().mean(dim=0).min() > 0.1
 
 
+def test_brightness_adds_a_number_to_each_image_and_cuts_it_off():
+    pixels = torch.randint(256, (300, 3, 5, 6), dtype=torch.uint8)
+    brighter = paper_data.augmentation("brightness", 28, "digits").before(pixels, torch.Generator().manual_seed(4))
+    inside = (brighter > 0) & (brighter < 255)
+    added = torch.where(inside, brighter - pixels, torch.nan).flatten(1).nanmean(dim=1)
+    assert -128 < added.min() < -110
+    assert 110 < added.max() < 128
+    torch.testing.assert_close(brighter, (pixels + added[:, None, None, None]).clamp(0, 255), rtol=0, atol=1e-3)
+
+
 @with_torchvision
 @pytest.mark.parametrize(("channels", "dataset"), [(1, "fashion-mnist"), (3, "svhn")])
 def test_autoaugment_follows_from_the_generator_alone(channels, dataset):
@@ -153,6 +164,21 @@ def write_cifar(folder, reader, counts, classes):
     return lists | {"meta": reader.meta | {"md5": write(reader.meta["filename"], names)[1]}}
 
 
+def write_svhn(folder, reader, counts):
+    """Matlab files as published, with random images, and the entries with their checksums; images and labels."""
+    from scipy.io import savemat
+
+    found, entries = {}, {}
+    pixels = torch.Generator().manual_seed(6)
+    for part, count in counts.items():
+        images = torch.randint(256, (32, 32, 3, count), generator=pixels, dtype=torch.uint8).numpy()
+        found[part] = images, [[1 + i % 10] for i in range(count)]  # the digit 0 has the label 10
+        path = folder / reader.split_list[part][1]
+        savemat(path, {"X": images, "y": found[part][1]})
+        entries[part] = [*reader.split_list[part][:2], hashlib.md5(path.read_bytes()).hexdigest()]
+    return found, entries
+
+
 @with_torchvision
 @pytest.mark.parametrize(("name", "classes", "files"), [("cifar10", 10, 5), ("cifar100", 100, 1)])
 def test_cifar(tmp_path, monkeypatch, name, classes, files):
@@ -181,24 +207,17 @@ def test_only_svhn_has_a_policy_without_crops_and_flips():
     def moves(dataset, augment):
         return paper_data.moves(replace(CONFIG, dataset=dataset, augment=augment))
 
-    assert [moves("svhn", augment) for augment in paper_data.AUGMENTATIONS] == [False, True, True, False]
-    assert [moves("cifar10", augment) for augment in paper_data.AUGMENTATIONS] == [False, True, True, True]
+    assert [moves("svhn", augment) for augment in paper_data.AUGMENTATIONS] == [False, True, True, False, True]
+    assert [moves("cifar10", augment) for augment in paper_data.AUGMENTATIONS] == [False, True, True, True, True]
 
 
 @with_torchvision
 def test_svhn_trains_on_both_published_parts(tmp_path, monkeypatch):
     import torchvision
-    from scipy.io import savemat
 
-    reader, found = torchvision.datasets.SVHN, {}
-    pixels = torch.Generator().manual_seed(6)
-    for part, count in (("train", 5), ("extra", 7), ("test", 11)):
-        images = torch.randint(256, (32, 32, 3, count), generator=pixels, dtype=torch.uint8).numpy()  # as published
-        found[part] = images, [[1 + i % 10] for i in range(count)]  # the digit 0 has the label 10
-        path = tmp_path / reader.split_list[part][1]
-        savemat(path, {"X": images, "y": found[part][1]})
-        entry = [*reader.split_list[part][:2], hashlib.md5(path.read_bytes()).hexdigest()]
-        monkeypatch.setitem(reader.split_list, part, entry)
+    reader = torchvision.datasets.SVHN
+    found, entries = write_svhn(tmp_path, reader, {"train": 5, "extra": 7, "test": 11})
+    monkeypatch.setattr(reader, "split_list", entries)
     dataset = paper_data.load("svhn", tmp_path)
     assert (dataset.name, dataset.classes) == ("svhn", 10)
     assert dataset.train.labels.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6, 7]
@@ -210,3 +229,31 @@ def test_svhn_trains_on_both_published_parts(tmp_path, monkeypatch):
     (tmp_path / reader.split_list["extra"][1]).unlink()
     with pytest.raises(FileNotFoundError, match="No svhn with the published files in"):
         paper_data.load("svhn", tmp_path)
+
+
+@with_torchvision
+@pytest.mark.parametrize("name", ["cifar10", "svhn"])
+def test_adam_has_the_settings_of_the_keras_report_by_flag(tmp_path, monkeypatch, capsys, name):
+    import torchvision
+
+    reader = getattr(torchvision.datasets, name.upper())
+    if name == "svhn":
+        entries = {"split_list": write_svhn(tmp_path, reader, {"train": 4, "extra": 6, "test": 7})[1]}
+    else:
+        entries = write_cifar(tmp_path, reader, {"train_list": 2, "test_list": 7}, 10)
+    for attribute, value in entries.items():
+        monkeypatch.setattr(reader, attribute, value)
+    command = ["--dataset", name, "--data-dir", str(tmp_path), "--paper", "--results", str(tmp_path / "rows")]
+    assert runner.main(adam.EXPERIMENT, [*command, "--seeds", "3", "--epochs", "1", "--batch-size", "8"]) == 0
+    assert "Plan: 3 runs, 5 passes over the training images, " in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "paper_adam.jsonl").read_text().splitlines()]
+    assert {row["method"]: row["passes"] for row in rows} == {"Adam": 1, "Adam, 2x epochs": 2, "SAM with Adam": 2}
+    config = rows[-1]["config"]
+    report = {"model": "resnet-bottleneck-20", "augment": "brightness", "shift": 4, "lr": 1e-3, "weight_decay": 0}
+    report |= {"micro_batch": 1, "plateau": 3, "test_size": 0, "clip": 0, "options": {"rho": 0.05}}
+    report |= {"train_size": {"cifar10": 50_000, "svhn": 604_388}[name], "optimizer": "sam-adam"}
+    assert report.items() <= config.items()
+    made = flags.parser("adam", "", adam.add_arguments, adam.EXPERIMENT.defaults)
+    whole = flags.base_config(flags.parse(made, ["--paper"]), name, adam.EXPERIMENT.defaults)
+    assert (whole.epochs, whole.batch_size, whole.micro_batch) == (100, 1024, 128)
+    assert not paper_data.split(paper_data.load(name, tmp_path), whole).flip

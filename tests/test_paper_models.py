@@ -11,7 +11,8 @@ from bench.paper.models import norms
 from bench.paper.models.shake import Noise, ShakeDrop, shake
 from bench.training.models import parameter_count
 
-FAMILIES = ["small", "resnet-8", "pyramidnet-20-12-shakedrop", "shake-shake-26-2x4d", "mlp-12-5", "mixer-1-8"]
+FAMILIES = ["small", "resnet-8", "resnet-bottleneck-20-stride2", "pyramidnet-20-12-shakedrop", "shake-shake-26-2x4d"]
+FAMILIES += ["mlp-12-5", "mixer-1-8"]
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
@@ -80,6 +81,13 @@ def count(name, **details):
     return parameter_count(model) / 1e6
 
 
+def test_the_bottleneck_resnet_has_the_parameters_that_keras_counts_in_the_report():
+    with torch.device("meta"):
+        model = models.make("resnet-bottleneck-20", channels=3, classes=10, size=32)
+    statistics = sum(value.numel() for name, value in model.named_buffers() if "running" in name)
+    assert parameter_count(model) + statistics == 575_114
+
+
 def test_rounded_pyramids_have_the_weights_that_the_released_code_says_they_have_more():
     assert abs(count("pyramidnet-272-200-shakedrop") - 26.0 - 0.2) <= 0.05
 
@@ -94,6 +102,7 @@ def test_a_uniform_head_has_no_bias_and_weights_up_to_one_over_the_root_of_the_c
     ("name", "size", "message"),
     [
         ("resnet-21", 32, "Invalid depth=21 of a ResNet. Must be 6 n + 2"),
+        ("resnet-bottleneck-19", 32, "Invalid depth=19 of a bottleneck ResNet. Must be 9 n + 2"),
         ("wrn-27-10", 32, "Invalid model='wrn-27-10'. Must have 6 n"),
         ("pyramidnet-170-270", 32, "Invalid depth=170 of a PyramidNet. Must be 9 n"),
         ("vgg-16", 32, "Invalid model='vgg-16'. Must be one of small, "),

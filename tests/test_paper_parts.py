@@ -128,6 +128,21 @@ def test_cosine_is_that_of_the_whole_gradient():
     assert found < 0.999
 
 
+def test_the_rate_is_halved_after_epochs_in_a_row_without_a_lower_test_loss():
+    losses = [3.0, 2.0, 2.5, 2.4, 1.0, 1.0, 1.0 - 5e-5, 1.2, 1.1, 0.9]  # 5e-5 is not lower, for Keras
+    factors = [training.plateaus(losses[:count], 2) for count in range(len(losses) + 1)]
+    assert factors == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    config = replace(CONFIG, plateau=1, epochs=2)
+    run = training.Training(config, paper_data.split(paper_data.load("digits"), config))
+    rates = []
+    for loss in (0.0, 0.1):  # lower than the run's own
+        run.test_losses.append(loss)
+        run.advance()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates == [0.1, 0.025]
+    assert len(run.test_losses) == 4
+
+
 # configurations
 
 
@@ -142,6 +157,7 @@ def test_cosine_is_that_of_the_whole_gradient():
         {"noise": "pink"},
         {"mixup": -1.0},
         {"clip": -1.0},
+        {"plateau": -1},
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(change):

@@ -18,7 +18,7 @@ def test_every_table_is_valid_and_says_where_it_is_from(name):
     rows = tables.published(name)
     assert rows
     for row in rows:
-        assert row["source"].startswith("Foret et al. 2021, ")
+        assert row["source"].startswith(("Foret et al. 2021, ", "sayakpaul/Sharpness-Aware-Minimization-TensorFlow, "))
         assert row["metric"]
         assert 0 <= row["mean"] <= (100 if row["unit"] == "%" else float("inf"))
         assert row.get("half") is None or "spread" in row
@@ -38,6 +38,7 @@ def test_tables_hold_the_published_values():
     assert mean("rho_grid", noise_rate=0.8, rho=0.05) == 21.0
     assert mean("inner_steps", dataset="cifar100", ascent_steps=5, metric="estimated sharpness") == 2.82
     assert mean("spectra", epoch=300, method="SGD", metric="lambda_max / lambda_5") == 11.4
+    assert mean("keras_report", method="SAM with Adam") == 17.22
     assert mean("default_rho", dataset="cifar100", model="pyramidnet-272-200", augment="basic") == 15.4
 
 

@@ -28,7 +28,7 @@ class Config:
     shift: int  # pixels, of the random shift
     epochs: int
     batch_size: int
-    lr: float  # at first; a cosine takes it to 0
+    lr: float  # at first; a cosine takes it to 0, or see `plateau`
     momentum: float
     weight_decay: float
     device: str
@@ -45,6 +45,7 @@ class Config:
     options: dict[str, Any] = field(default_factory=dict)  # of the optimizer: rho, p, interval, ...
     ascent: float | None = None  # the part of each batch that e is made from
     micro_batch: int | None = None  # examples that share a perturbation, the m of m-sharpness; SGD adds up the parts
+    plateau: int = 0  # epochs in a row without a lower test loss that halve the rate; 0 for the cosine
     clip: float = 0.0  # largest norm of the gradient that the base step gets; 0 for any
     decay_in_loss: bool = False  # the L2 term is part of the loss, and of both gradients, not of the base step
     reflect: bool = False  # beyond the border an image is its mirror, and not black
@@ -58,7 +59,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self, ">= 1", lambda x: x >= 1, "train_size", "epochs", "batch_size", "measurements")
-        check(self, ">= 0", lambda x: x >= 0, "shift", "test_size", "mixup", "weight_decay", "clip")
+        check(self, ">= 0", lambda x: x >= 0, "shift", "test_size", "mixup", "weight_decay", "clip", "plateau")
         check(self, "in [0, 1)", lambda x: 0 <= x < 1, "validation", "noise_rate", "label_smoothing")
         check(self, "in (0, 1]", lambda x: 0 < x <= 1, "ascent")
         check(self, f"in [1, {self.batch_size}], the batch", lambda x: 1 <= x <= self.batch_size, "micro_batch")

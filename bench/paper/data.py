@@ -1,8 +1,9 @@
 """The data of the study by name, label noise, augmentation and Mixup, and what one run sees of them.
 
-The paper's three augmentations of small images (section 3.1):
+The paper's three augmentations of small images (section 3.1), and another:
 
 basic           shift and flip, which `bench.training.data.Batches` does
+brightness      of the Keras report: shift, and a random brightness, without a flip
 cutout          basic, then a square of zeros (DeVries and Taylor, 2017)
 autoaugment     the policy found for CIFAR-10, basic, then cutout (Cubuk et al., 2019, section 4.1); for SVHN the policy
                 found for it, then cutout, as in the paper and its code
@@ -22,7 +23,7 @@ from bench import records
 from bench.paper.config import Config
 from bench.training import data
 
-AUGMENTATIONS = ("none", "basic", "cutout", "autoaugment")
+AUGMENTATIONS = ("none", "basic", "cutout", "autoaugment", "brightness")
 # Of torchvision: the reader, the parts to train on, the part to test on, classes, and the folder for a download.
 VISION = {
     "cifar10": ("CIFAR10", [{"train": True}], {"train": False}, 10, "cifar"),
@@ -73,7 +74,7 @@ def split(dataset: data.Dataset, config: Config) -> Split:
         test = data.Images(*(part[kept:] for part in chosen))
         chosen = data.Images(*(part[:kept] for part in chosen))
     labels = corrupted(chosen.labels, config, dataset.classes)
-    flip = dataset.flip and moves(config)
+    flip = dataset.flip and moves(config) and config.augment != "brightness"
     return Split(chosen._replace(labels=labels), test, unseen, chosen.labels, flip, dataset.classes)
 
 
@@ -162,6 +163,8 @@ def augmentation(name: str, size: int, dataset: str) -> data.Augmentation:
         raise ValueError(f"Invalid augment={name!r}. Must be one of {', '.join(AUGMENTATIONS)}.")
     if name in ("none", "basic"):
         return data.NOTHING_ELSE
+    if name == "brightness":
+        return data.Augmentation(before=brightness)
     return data.Augmentation(before=autoaugment(dataset) if name == "autoaugment" else None, after=cutout(size // 2))
 
 
@@ -179,6 +182,12 @@ def cutout(length: int) -> Change:
         return images.masked_fill(covered.to(images.device), 0)
 
     return change
+
+
+def brightness(images: Tensor, generator: torch.Generator) -> Tensor:  # [B, C, H, W] uint8
+    """Add to each image a number of up to half of the range, positive or negative; cut off at black and white."""
+    added = 255 * (torch.rand(len(images), 1, 1, 1, generator=generator) - 0.5)
+    return (images + added.to(images.device)).clamp(0, 255)
 
 
 def autoaugment(dataset: str) -> Change:

@@ -14,7 +14,7 @@ from bench.paper import data, models, tables
 from bench.paper.config import Config
 
 FLAGS = ("model", "augment", "shift", "train_size", "test_size")
-FLAGS += ("epochs", "batch_size", "micro_batch", "lr", "momentum", "weight_decay")
+FLAGS += ("epochs", "batch_size", "micro_batch", "lr", "plateau", "momentum", "weight_decay")
 # Details of the paper's released code: a value of the configuration, and what it is.
 DETAILS = {
     "decay_in_loss": "weight decay is part of the loss, and so of both gradients, each at its own weights",
@@ -103,6 +103,8 @@ def _add_training(add: Callable[..., Any], usual_seeds: Sequence[int]) -> None:
     m = "images that share a perturbation, the paper's m (default: the batch; with --paper an eighth of it)"
     add("--micro-batch", type=int, metavar="M", help=m)
     add("--lr", type=float, help="first learning rate of the cosine schedule")
+    plateau = "in the cosine's place: halve the rate after N epochs in a row without a lower test loss"
+    add("--plateau", type=int, metavar="N", help=f"{plateau} (default: 0, the cosine)")
     add("--momentum", type=float, help="of SGD")
     add("--weight-decay", type=float, help="on all parameters")
     add("--rho", type=float, help="radius of the perturbation, where the experiment does not say itself")
@@ -135,11 +137,14 @@ def base_config(args: argparse.Namespace, dataset: str, own: Mapping[str, Any]) 
     """Return the configuration that an experiment's runs start from; also fills in `args.rho` and `args.seeds`.
 
     Later ones win: the shared defaults, the experiment's, the data set's, the paper's with --paper, the flags. The
-    paper's accelerators are micro-batches here, unless the experiment has a `micro_batch` of its own.
+    paper's accelerators are micro-batches here, unless the experiment has a `micro_batch` of its own. Its `paper_model`
+    is the network of --paper.
     """
     values = SMALL | dict(own) | DATASETS[dataset]
+    paper_model = values.pop("paper_model", values["model"])
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.paper:
+        values["model"] = paper_model
         asked = values | given
         noise_rate = asked.get("noise_rate", 0.0)
         values |= tables.hyperparameters(dataset, asked["model"], epochs=args.epochs, noise_rate=noise_rate)

@@ -41,7 +41,7 @@ class Experiment:
     figure: Callable[[Sequence[Row], Path], None]
     section: Callable[[Sequence[Row]], str]  # Markdown of its block in docs/paper.md
     add_arguments: flags.Adder | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what it changes in the shared ones; "rho", "seeds" too
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what it changes in what `flags.base_config` starts from
     execute: Callable[[Config, training.Context], Row] = training.execute
     observe: training.Observer | None = None
     observe_during: training.Observer | None = None

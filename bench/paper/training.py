@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from bench.training.models import training_mode
 from bench.training.run import cosine, mean_of_finite
 
 CHECKPOINT_SECONDS = 60.0
-COUNTS = ("epoch", "seconds", "passes", "history")
+COUNTS = ("epoch", "seconds", "passes", "history", "test_losses")
 Observer = Callable[["Training"], Row]
+LOWER = 1e-4  # a loss that is lower by less does not count as lower, as in Keras
 
 
 def new_model(config: Config, images: Split) -> nn.Module:
@@ -30,6 +31,18 @@ def new_model(config: Config, images: Split) -> nn.Module:
     channels, size = data.channelled(images.train.images[:1]).shape[1:3]
     details = models.Details(*(getattr(config, name) for name in models.Details._fields))
     return models.make(config.model, channels=channels, classes=images.classes, size=size, details=details)
+
+
+def plateaus(losses: Sequence[float], patience: int) -> float:
+    """Return the rate's factor, which `patience` losses in a row above the lowest halve: Keras's ReduceLROnPlateau."""
+    factor, lowest, waited = 1.0, float("inf"), 0
+    for loss in losses:
+        if loss < lowest - LOWER:
+            lowest, waited = loss, -1
+        waited += 1
+        if waited == patience:
+            factor, waited = factor / 2, 0
+    return factor
 
 
 class Training:
@@ -67,6 +80,7 @@ class Training:
         self.stepper = make_stepper(self.model, config)
         self.epoch, self.seconds, self.passes = 0, 0.0, 0.0
         self.history: list[Row] = []
+        self.test_losses: list[float] = []  # of each epoch, where the rate follows from them
 
     @property
     def finished(self) -> bool:
@@ -88,11 +102,12 @@ class Training:
         """Train an epoch; return the mean training loss."""
         training_mode(self.model, self.config.freeze_batchnorm)
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
+        halved = plateaus(self.test_losses, self.config.plateau) if self.config.plateau else 0.0
         start, losses = self._clock(), []
         for step, (images, targets) in enumerate(self.batches.epoch(self.epoch)):
             progress = (self.epoch + step / len(self.batches)) / self.config.epochs
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * cosine(progress)
+                group["lr"] = self.config.lr * (halved or cosine(progress))
             if self.config.mixup:
                 images, targets = mix(images, targets, self.config.mixup, self.images.classes, generator)
             loss, passes = self.stepper.step(self.loss_of, images, targets)
@@ -111,6 +126,8 @@ class Training:
     def advance(self, observe: Observer | None = None) -> None:
         """Train an epoch, and add a point of the history where one is due."""
         loss = self.train_epoch()
+        if self.config.plateau:
+            self.test_losses.append(self.evaluate(self.images.test)[1])
         points, epochs = min(self.config.measurements, self.config.epochs), self.config.epochs
         if self.epoch * points // epochs > (self.epoch - 1) * points // epochs:
             point = {"epoch": self.epoch, "passes": round(self.passes, 3), "seconds": round(self.seconds, 3)}

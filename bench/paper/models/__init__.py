@@ -3,6 +3,7 @@
 small                       WRN-10-2 whose first convolution has stride 4: the default, seconds a run on one core
 wrn-D-K                     wide ResNet: D layers, K times 16, 32 and 64 channels; wrn-28-10, wrn-10-2-stride2, ...
 resnet-D                    the CIFAR ResNets: resnet-20, resnet-32, ...; resnet-D-stride2 halves the image at once
+resnet-bottleneck-D         that of the Keras report, with bottlenecks: resnet-bottleneck-20, -stride2 as above
 pyramidnet-D-A              A channels wider over D layers; bottlenecks from 164 layers on, as published;
                             pyramidnet-110-270, pyramidnet-272-200; with -shakedrop behind it, ShakeDrop
 shake-shake-26-2xWd         26 layers, two branches of W channels: 32, 64, 96, 112
@@ -20,13 +21,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from bench.paper.models.bottleneck import BottleneckResNet
 from bench.paper.models.flat import Mixer, mlp
 from bench.paper.models.norms import NORMS as NORMS
 from bench.paper.models.pyramidnet import PyramidNet
 from bench.paper.models.shake import ShakeShake
 from bench.training.models import ResNet, WideResNet
 
-NAMES = ("small", "wrn-D-K", "resnet-D", "pyramidnet-D-A", "shake-shake-26-2xWd", "mlp-W-W", "mixer-D-W")
+NAMES = ("small", "wrn-D-K", "resnet-D", "resnet-bottleneck-D", "pyramidnet-D-A", "shake-shake-26-2xWd", "mlp-W-W")
+NAMES += ("mixer-D-W",)
 BOTTLENECK_FROM = 164  # layers of the shallowest PyramidNet that was published with bottlenecks
 
 
@@ -73,8 +76,9 @@ def _wide(depth: str, width: str, stride: str | None, *, channels: int, classes:
     return WideResNet(blocks, int(width), int(stride or 1), channels=channels, classes=classes)
 
 
-def _resnet(depth: str, stride: str | None, *, channels: int, classes: int) -> nn.Module:
-    return ResNet(int(depth), int(stride or 1), channels=channels, classes=classes)
+def _resnet(bottleneck: str | None, depth: str, stride: str | None, *, channels: int, classes: int) -> nn.Module:
+    family = BottleneckResNet if bottleneck else ResNet
+    return family(int(depth), int(stride or 1), channels=channels, classes=classes)
 
 
 def _pyramid(depth: str, widening: str, shakedrop: str | None, **options: Any) -> nn.Module:
@@ -103,7 +107,7 @@ def _mixer(depth: str, width: str, *, channels: int, classes: int, size: int) ->
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     r"small": _small,
     r"wrn-(\d+)-(\d+)(?:-stride([124]))?": _wide,
-    r"resnet-(\d+)(?:-stride([12]))?": _resnet,
+    r"resnet-(bottleneck-)?(\d+)(?:-stride([12]))?": _resnet,
     r"pyramidnet-(\d+)-(\d+)(-shakedrop)?": _pyramid,
     r"shake-shake-26-2x(\d+)d": _shake,
     r"mlp-([1-9]\d*(?:-[1-9]\d*)*)": _mlp,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.paper.models import flat, pyramidnet, shake
+from bench.paper.models import bottleneck, flat, pyramidnet, shake
 from bench.training import models
 
 GROUPS = 8  # at most; where they do not divide the channels, their greatest common divisor
@@ -17,6 +17,7 @@ GROUPS = 8  # at most; where they do not divide the channels, their greatest com
 BRANCHES: dict[type[nn.Module], tuple[tuple[str, ...], ...]] = {
     models.Block: (("conv1", "conv2"),),
     models.OptionA: (("conv1", "conv2"),),
+    bottleneck.Block: (("branch",),),
     pyramidnet.Block: (("branch",),),
     shake.Block: (("left",), ("right",)),
     flat.Mix: (("patches",), ("channels",)),

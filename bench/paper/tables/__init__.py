@@ -1,4 +1,4 @@
-"""The paper's hyperparameters and results, as data: one JSON file for each of its tables.
+"""Hyperparameters and results of the paper, and of the Keras report, as data: one JSON file for each table.
 
 A file has a list of `columns` and rows of as many values; its other entries hold for every row. Numbers are in the unit
 of the file, rates and parts in [0, 1].
@@ -42,7 +42,9 @@ def text(row: Row) -> str:
 
 
 def hyperparameters(dataset: str, model: str, *, epochs: int | None = None, noise_rate: float = 0.0) -> Row:
-    """Return what the paper trains a network with (tables 6, 7; section 3.3): fields of a `Config`, rho, accelerators.
+    """Return what a network is trained with: fields of a `Config`, rho, accelerators.
+
+    By the paper (tables 6, 7; section 3.3); its smallest ResNet with bottlenecks by the Keras report.
 
     Args:
         dataset: "cifar10", "cifar100", "svhn" or "fashion-mnist".
@@ -69,4 +71,4 @@ def hyperparameters(dataset: str, model: str, *, epochs: int | None = None, nois
     best = min(found, key=distance)
     kept = ("epochs", "batch_size", "lr", "weight_decay", "rho")
     values = {name: best[name] for name in kept if best[name] is not None}
-    return {"train_size": shared["train_size"][dataset]} | shared["shared"] | values
+    return {"train_size": shared["train_size"][dataset]} | shared.get(best["source"], shared["shared"]) | values
