@@ -23,7 +23,7 @@ FUSED_SAM_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,90)
 OUT    ?= runs/gpu
 EXPERIMENT ?= label_noise
 
-.PHONY: help train paper test bench gpu ptx wheel sanitize soak lint docs notebooks clean fashion-mnist
+.PHONY: help train paper test bench gpu ptx wheel wheel-old-libc sanitize soak lint docs notebooks clean fashion-mnist
 .DEFAULT_GOAL := help
 
 help:
@@ -100,7 +100,8 @@ wheel: wheel-old-libc
 	$(WHEEL)/tools/bin/auditwheel show $(WHEEL)/repaired/*.whl
 	$(WHEEL)/tools/bin/python -m zipfile -e $(WHEEL)/repaired/*.whl $(WHEEL)/unpacked
 	@# auditwheel does not see what the stand-ins lacked: a name without a version.
-	! nm --dynamic --undefined-only $(WHEEL)/unpacked/fused_sam/_native*.so | grep ' U ' | grep -vE '@| _?Py'
+	nm --dynamic --undefined-only $(WHEEL)/unpacked/fused_sam/_native*.so > $(WHEEL)/names
+	! grep ' U ' $(WHEEL)/names | grep -vE '@| _?Py'
 ifeq ($(WHEEL_CROSS),)
 	$(PYTHON) -m venv $(WHEEL)/fresh
 	$(WHEEL)/fresh/bin/pip install --quiet --only-binary :all: --constraint constraints.txt $(WHEEL)/repaired/*.whl

@@ -174,8 +174,8 @@ def _description() -> dict[str, Any]:
         pages = f"{repository}/blob/{revision}"
         places = {"Documentation": f"{pages}/docs/index.md", "Changelog": f"{pages}/CHANGELOG.md"}
         found["project_urls"] = {"Source": repository, **places, "Issues": f"{repository}/issues"}
-        text = re.sub(r"(!\[[^]]*\])\((?!\w+:)", rf"\1({repository}/raw/{revision}/", text)
-        found["long_description"] = re.sub(r"(\[[^]]*\])\((?!\w+:)", rf"\1({pages}/", text)
+        text = re.sub(r"(!\[[^]]*\])\((?!\w+:|#)", rf"\1({repository}/raw/{revision}/", text)
+        found["long_description"] = re.sub(r"(\[[^]]*\])\((?!\w+:|#)", rf"\1({pages}/", text)
     return found
 
 

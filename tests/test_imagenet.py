@@ -162,6 +162,7 @@ def test_synthetic_images_measure_and_train_nothing(tmp_path, capsys):
         (["--label-smoothing", "1"], "Invalid label_smoothing=1.0. Must be in [0, 1)."),
         (["--ema", "1"], "Invalid ema=1.0. Must be in [0, 1)."),
         (["--ascent-part", "0"], "Invalid ascent_part=0.0. Must be in (0, 1]."),
+        (["--optimizer", "sgd", "--max-grad-norm", "-1"], "Invalid max_grad_norm=-1.0. Must be > 0 and finite."),
         (["--m-sharpness", "half"], "Invalid m_sharpness='half'. Must be micro, rank, world or a number >= 1."),
         (["--optimizer", "sgd", "--rho", "0.1"], "Invalid rho=0.1 with optimizer='sgd'. Must go with sam."),
         (["--synthetic"], "Invalid data_dir. Must be given, or else --synthetic."),

@@ -139,6 +139,7 @@ def test_a_step_is_that_of_the_optimizer(options, scaled):
 
 
 MICRO = {"micro_batches": 2, "m_sharpness": "micro"}
+SGD = {"optimizer": "sgd", "max_grad_norm": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ MICRO = {"micro_batches": 2, "m_sharpness": "micro"}
         ({"m_sharpness": "micro", "micro_batches": 3}, MICRO | {"micro_batches": 6}),
         ({"m_sharpness": "world", "micro_batches": 2}, {}),
         ({"m_sharpness": 2, "scaled": True}, {}),
-        ({"optimizer": "sgd", "micro_batches": 3}, {"optimizer": "sgd"}),
+        (SGD | {"micro_batches": 3}, SGD),
     ],
     ids=str,
 )

@@ -202,6 +202,7 @@ def test_what_an_index_shows_leads_to_the_repository_that_the_build_is_told_of(s
         else:
             assert (ROOT / old.split("#")[0]).exists()
             assert new == f"{here}/{'raw' if picture else 'blob'}/f00d/{old}"
+    assert not re.search(r"\]\((?!https://|mailto:|#)", told.get_payload())
     assert re.sub(link, "", told.get_payload()).strip() == re.sub(link, "", readme).strip()
 
 

@@ -165,6 +165,7 @@ def _check(args: argparse.Namespace) -> None:
     check(args, f"in [0, {epochs}], the epochs", lambda x: 0 <= x <= epochs, "warmup")
     check(args, "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing", "ema")
     check(args, "in (0, 1]", lambda x: 0 < x <= 1, "ascent_part")
+    check(args, "> 0 and finite", lambda x: 0 < x < math.inf, "max_grad_norm")
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Trainer:

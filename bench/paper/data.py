@@ -153,7 +153,7 @@ def mix(
 
 
 def moves(config: Config) -> bool:
-    """Return whether images are shifted and flipped: not under the policy for SVHN, as in the released code."""
+    """Return whether images are moved at all: not under the policy for SVHN, as in the released code."""
     return config.augment != "none" and (config.dataset, config.augment) != ("svhn", "autoaugment")
 
 

@@ -128,7 +128,7 @@ PyObject* empty_number() {
   try {
     return THPVariable_Wrap(at::Tensor(at::detail::empty_cpu({}, at::kDouble)));
   } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
 }

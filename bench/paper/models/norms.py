@@ -50,8 +50,9 @@ def group_norm(model: nn.Module) -> nn.Module:
 def no_norm(model: nn.Module) -> nn.Module:
     """Return the model itself with a bias for each channel in the place of BatchNorm, and nothing in that of LayerNorm.
 
-    First weights are Fixup's (Zhang et al., 2019): the last layer of each of L branches is 0, so that a block is at
-    first its shortcut; the m - 1 others are smaller by L^(-1 / (2 m - 2)), so that a step is not larger in a deep net.
+    The first weights of the branches are Fixup's (Zhang et al., 2019): the last layer of each of L branches is 0, so
+    that a block is at first its shortcut; the m - 1 others are smaller by L^(-1 / (2 m - 2)), so that a step is not
+    larger in a deep net. The head keeps its own, and there are no multipliers.
     """
     branches = []
     for block in model.modules():

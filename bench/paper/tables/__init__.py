@@ -44,7 +44,7 @@ def text(row: Row) -> str:
 def hyperparameters(dataset: str, model: str, *, epochs: int | None = None, noise_rate: float = 0.0) -> Row:
     """Return what a network is trained with: fields of a `Config`, rho, accelerators.
 
-    By the paper (tables 6, 7; section 3.3); its smallest ResNet with bottlenecks by the Keras report.
+    By the paper (tables 6, 7; section 3.3); the network of the Keras report by that report.
 
     Args:
         dataset: "cifar10", "cifar100", "svhn" or "fashion-mnist".
