@@ -80,7 +80,8 @@ def _layered(group: argparse._ArgumentGroup, values: Mapping[str, Any]) -> Calla
     def add(flag: str, help: str, **options: Any) -> None:
         name = flag.lstrip("-").replace("-", "_")
         if "default" not in options and name in values and "(default:" not in help:
-            help = f"{help} (default: {values[name]})"
+            value = values[name]
+            help = f"{help} (default: {0 if value == 0 else value})"
         group.add_argument(flag, help=help, **options)
 
     return add
@@ -104,7 +105,7 @@ def _add_training(add: Callable[..., Any], usual_seeds: Sequence[int]) -> None:
     add("--micro-batch", type=int, metavar="M", help=m)
     add("--lr", type=float, help="first learning rate of the cosine schedule")
     plateau = "in the cosine's place: halve the rate after N epochs in a row without a lower test loss"
-    add("--plateau", type=int, metavar="N", help=f"{plateau} (default: 0, the cosine)")
+    add("--plateau", type=int, metavar="N", help=f"{plateau}; 0: the cosine (default: 0)")
     add("--momentum", type=float, help="of SGD")
     add("--weight-decay", type=float, help="on all parameters")
     add("--rho", type=float, help="radius of the perturbation, where the experiment does not say itself")
