@@ -51,8 +51,8 @@ paper: $(READY) fashion-mnist
 	$(BIN)/python -m bench.paper.$(EXPERIMENT) $(ARGS)
 
 # passive: threads that wait leave the cores to the tests beside them.
-# Two workers more than there are cores: many tests wait for a process of their own.
-WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 8 ? cores + 2 : 8)))
+# One worker more than there are cores: many tests wait for a process of their own.
+WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 8 ? cores + 1 : 8)))
 SUITE := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test: $(READY) lint
