@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 class Interval(NamedTuple):
-    """A mean, and half the width of its 95 % interval: NaN for one value, of which nothing is known."""
+    """A mean, and half the width of its 95 % interval: NaN for one value, which tells nothing of the spread."""
 
     mean: float
     half: float

@@ -15,10 +15,10 @@ from bench.training.run import cosine
 
 TWO_HEADED = ("googlenet", "inception_v3")  # in training they have a second loss
 DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Arguments of FusedSAM. Those that SGD has no use for, and what a SAM step is made of beside them, are None with SGD.
-SAM_OPTIONS = ("rho", "adaptive", "eta", "p", "interval", "looksam_alpha")
-SAM_OPTIONS += ("direction", "decay_in_ascent", "max_grad_norm")
-SAM_FLAGS = (*(name for name in SAM_OPTIONS if name != "max_grad_norm"), "backend", "m_sharpness", "ascent_part")
+# Arguments of FusedSAM that SGD has no use for. They are None with SGD, and so are the other flags of a SAM step.
+SAM_ONLY = ("rho", "adaptive", "eta", "p", "interval", "looksam_alpha", "direction", "decay_in_ascent")
+SAM_OPTIONS = (*SAM_ONLY, "max_grad_norm")
+SAM_FLAGS = (*SAM_ONLY, "backend", "m_sharpness", "ascent_part")
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,7 @@ def plateaus(losses: Sequence[float], patience: int) -> float:
     """Return the rate's factor, which `patience` losses in a row above the lowest halve: Keras's ReduceLROnPlateau."""
     factor, lowest, waited = 1.0, float("inf"), 0
     for loss in losses:
-        if loss < lowest - LOWER:
-            lowest, waited = loss, -1
-        waited += 1
+        lowest, waited = (loss, 0) if loss < lowest - LOWER else (lowest, waited + 1)
         if waited == patience:
             factor, waited = factor / 2, 0
     return factor
